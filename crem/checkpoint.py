@@ -1,0 +1,284 @@
+"""Checkpoints: a stock checkpoint of the backbone plus one small file, ``crem.json``.
+
+``save`` writes safetensors, configuration, tokenizer and image processor as transformers does, so the plain class loads
+the folder without missing or unexpected keys; ``crem.json`` adds K and the prompt, image and attention settings.
+``crem.load`` reads a folder, an fsspec URI (downloaded once into a cache) or a hub name. Only safetensors are read and
+no code comes from a checkpoint.
+
+The fingerprint names everything that decides an embedding: weights, tokenizer and processor files, K, prompt, image
+bounds, dtype and pooling. It is stamped on every embedding file and index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import torch
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from crem.config import ModelConfig
+from crem.data.collator import Collator
+from crem.errors import CheckpointError, ConfigError, ResourceError
+from crem.model.backbone import CHAT_TEMPLATE, image_processor, model_from_shape, tokenizer_from_texts
+from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
+from crem.model.crem import CremModel
+
+__all__ = ["CREM_FILE", "build_model", "fingerprint", "local_copy", "read_model", "save_model"]
+
+logger = logging.getLogger(__name__)
+
+CREM_FILE = "crem.json"
+FORMAT = 1
+_POOLING = "l2(mean(last-layer chorus states))"
+_TEXT_FILES = ("tokenizer.json", "preprocessor_config.json", "config.json")
+
+
+def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: int = 0) -> tuple[CremModel, Collator]:
+    """A new CREM model: random from ``config.scratch``, or a pretrained backbone with fresh chorus rows and LoRA.
+
+    Args:
+        texts: training texts, from which a scratch model's tokenizer is trained.
+
+    Raises:
+        ConfigError, CheckpointError, ResourceError: with the remedy.
+    """
+    if config.scratch is not None:
+        if not texts:
+            raise ConfigError("a model from scratch trains its tokenizer and needs texts; give the prepared rows")
+        room = config.scratch.vocab_size - config.chorus_tokens
+        tokenizer = tokenizer_from_texts(texts, room)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
+        backbone = model_from_shape(config.scratch, tokenizer, seed)
+        processor = image_processor(config.scratch, None, config.image)
+    else:
+        assert config.backbone is not None
+        folder = local_copy(config.backbone)
+        backbone = _read_backbone(folder, _dtype(config.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
+        embedding = backbone.get_input_embeddings().weight
+        if max(chorus_ids) >= embedding.shape[0]:
+            backbone.resize_token_embeddings(max(chorus_ids) + 1)
+        initialise_rows(backbone.get_input_embeddings().weight.data, chorus_ids, seed=seed)
+        processor = image_processor(None, folder, config.image)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model = CremModel(backbone if config.lora is None else _with_lora(backbone, chorus_ids, config), chorus_ids, config)
+    return model, Collator(tokenizer, processor, chorus_ids, config)
+
+
+def _with_lora(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int], config: ModelConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert config.lora is not None
+    names = "|".join(config.lora.targets)
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=rf".*language_model.*\.({names})",
+        trainable_token_indices=chorus_ids,  # the chorus rows are new: they are trained in full
+    )
+    return get_peft_model(backbone, lora)
+
+
+def save_model(
+    model: CremModel, collator: Collator, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None
+) -> str:
+    """Write the checkpoint; returns its fingerprint. LoRA is merged into a copy, the model in training is untouched.
+
+    Args:
+        state_dict: full weights of ``model`` where they are partitioned (ZeRO-3); its own otherwise.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, weights = _plain(model, state_dict)
+    backbone.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    collator.prompts.tokenizer.save_pretrained(folder)
+    collator.processor.save_pretrained(folder)
+    config = model.config.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    description = {
+        "format": FORMAT,
+        "chorus_tokens": len(model.chorus_ids),
+        "pooling": _POOLING,
+        "model": config.model_dump(mode="json"),
+    }
+    (folder / CREM_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return fingerprint(folder, config.dtype)
+
+
+def _plain(
+    model: CremModel, state_dict: dict[str, torch.Tensor] | None
+) -> tuple[Qwen2VLForConditionalGeneration, dict[str, torch.Tensor] | None]:
+    """The backbone as a plain transformers model, and its weights where they are not its own."""
+    prefix = "backbone."
+    if state_dict is not None:
+        state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items()}
+    if not hasattr(model.backbone, "merge_and_unload"):
+        return model.core, state_dict
+    from copy import deepcopy
+
+    if state_dict is None:
+        merged: Any = deepcopy(model.backbone).cpu()
+    else:
+        # a partitioned model cannot be copied; rebuild its shape without weights and give it the gathered ones
+        with torch.device("meta"):
+            bare = Qwen2VLForConditionalGeneration(model.core.config)
+        merged = _with_lora(bare, model.chorus_ids, model.config)
+        merged.load_state_dict(state_dict, strict=True, assign=True)
+        merged.get_base_model().tie_weights()
+    return merged.merge_and_unload(), None
+
+
+def read_model(
+    path_or_uri: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[CremModel, Collator, str]:
+    """Read a CREM checkpoint: model in evaluation mode on ``device``, its collator, and its fingerprint.
+
+    Raises:
+        CheckpointError: missing, damaged or of another kind. ResourceError: too little memory.
+    """
+    folder = local_copy(path_or_uri)
+    description = _description(folder, str(path_or_uri))
+    config = ModelConfig.model_validate(description["model"])
+    dtype = dtype or _dtype(config.dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backbone = _read_backbone(folder, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
+    processor = image_processor(None, folder, config.image)
+    model = CremModel(backbone, chorus_ids, config).to(device).eval()
+    return model, Collator(tokenizer, processor, chorus_ids, config), fingerprint(folder, str(dtype).split(".")[1])
+
+
+def _description(folder: Path, named: str) -> dict[str, Any]:
+    file = folder / CREM_FILE
+    if not file.is_file():
+        kind = "a folder without config.json"
+        if (folder / "config.json").is_file():
+            kind = f"a {json.loads((folder / 'config.json').read_text()).get('model_type', 'model')!r} checkpoint"
+        raise CheckpointError(
+            f"{named!r} is {kind}, not a CREM checkpoint ({CREM_FILE} is missing). Train one from a Qwen2-VL: "
+            f"crem train --preset 2b --data PREPARED model.backbone={named}"
+        )
+    try:
+        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"{named!r} has format {description['format']}; this version reads {FORMAT}: install a newer crem"
+            )
+        ModelConfig.model_validate(description["model"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy the checkpoint again") from error
+    return description
+
+
+def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read ({error}); copy the checkpoint again") from error
+    if kind != "qwen2_vl":
+        raise CheckpointError(f"{folder} holds a {kind!r} model; CREM's backbone is Qwen2-VL (model_type 'qwen2_vl')")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no *.safetensors; other weight formats are not read, convert it first")
+    need = sum(f.stat().st_size for f in files)
+    free = psutil.virtual_memory().available
+    if need > free:
+        raise ResourceError(
+            f"the weights in {folder} take {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+            "use a machine with more memory or a smaller checkpoint"
+        )
+    try:
+        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {type(error).__name__}: {error}") from error
+    wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if wrong:
+        raise CheckpointError(f"the weights in {folder} do not fit its config.json: {wrong}; copy the checkpoint again")
+    return model  # type: ignore[no-any-return]
+
+
+def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
+    """A local folder with the checkpoint: itself, a cached download of a URI, or a hub snapshot.
+
+    A download goes to a temporary folder first and is renamed when complete, so several processes of a node may ask at
+    once. A changed checkpoint at the same URI has another ``crem.json`` or weights listing and is downloaded anew.
+    """
+    named = os.fspath(path_or_uri)
+    if os.path.isdir(named):
+        return Path(named)
+    if "://" not in named:
+        if named.startswith((".", "/", "~")) or named.count("/") != 1:
+            raise CheckpointError(f"no checkpoint at {named!r}: the folder does not exist")
+        return _hub_copy(named)
+    cache = Path(cache or Path.home() / ".cache" / "crem" / "models")
+    try:
+        fs, root = fsspec.core.url_to_fs(named)
+        fs.invalidate_cache()
+        listing = sorted((f, fs.info(f)) for f in fs.find(root))
+    except Exception as error:
+        raise CheckpointError(f"cannot read {named!r}: {type(error).__name__}: {error}") from error
+    if not listing:
+        raise CheckpointError(f"no checkpoint at {named!r}: nothing is there")
+    marks = [[f, i["size"], str(i.get("ETag") or i.get("mtime") or i.get("LastModified"))] for f, i in listing]
+    key = hashlib.sha256(json.dumps([named, marks]).encode()).hexdigest()[:24]
+    target = cache / key
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}.partial."))
+        logger.info("downloading %s (%.1f MB)", named, sum(i["size"] for _, i in listing) / 1e6)
+        try:
+            for file, _ in listing:
+                to = partial / os.path.relpath(file, root)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(file, str(to))
+            os.replace(partial, target)
+        except OSError as error:
+            if not target.is_dir():  # otherwise another process was first
+                raise CheckpointError(f"downloading {named!r} failed: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _hub_copy(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name!r} is neither a folder here nor a checkpoint that the model hub gave "
+            f"({type(error).__name__}). Give a folder or URI: model.backbone=s3://bucket/Qwen2-VL-2B-Instruct"
+        ) from error
+
+
+def fingerprint(folder: str | Path, dtype: str) -> str:
+    """16 hex digits over the contents of the checkpoint folder, K, prompt and image settings, dtype and pooling."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    files = [folder / name for name in (*_TEXT_FILES, CREM_FILE)] + sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if file.is_file():
+            with open(file, "rb") as handle:
+                digest.update(f"{file.name}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    digest.update(f"dtype:{dtype} pooling:{_POOLING}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

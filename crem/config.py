@@ -1,0 +1,424 @@
+"""Typed configuration of every run: one frozen tree, validated once at the edge.
+
+``load_config("micro", ["train.steps=100"])`` reads ``presets/micro.yaml``, applies the overrides and returns a
+``RunConfig``. Unknown keys are refused with the nearest known name. This module imports neither torch nor Ray,
+so that ``crem --help`` and ``--print-config`` are immediate.
+
+Sources of defaults, named at each field: *paper* is arXiv 2602.19091; *VLM2Vec-V2* is that project's public
+recipe for the same backbone (Qwen2-VL-2B on 8 H100), used where the paper leaves a value open; *ours* is a choice
+of this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from crem.errors import ConfigError
+
+__all__ = [
+    "BackboneShape",
+    "DataConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "ImageConfig",
+    "IndexConfig",
+    "LoraSettings",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PrepareConfig",
+    "PromptConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "load_config",
+    "preset_names",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PromptConfig(_Section):
+    """The compression-based prompt (method.md section 2)."""
+
+    system: str = "You are a helpful assistant."
+    """System turn; source: paper. An empty string drops the turn."""
+    embedding_instruction: str = "Represent the given content for retrieval."
+    """Instruction before the chorus tokens when a row brings none. Source: ours, after VLM2Vec's task instructions."""
+    generation_instruction: str = "Describe the content."
+    """Instruction after the chorus tokens when the caller gives none. Source: ours."""
+    max_text_tokens: int = Field(1024, ge=1)
+    """Longer texts are cut at this many tokens, with one warning. Source: ours (VLM2Vec-V2 trains at about 1k)."""
+    max_answer_tokens: int = Field(256, ge=1)
+    """Training answers are cut at this many tokens. Source: ours."""
+    template_visible: bool = True
+    """Whether Q and A may see the template tokens before the sample (system turn) when z = 1. Source: open in the
+    paper; visible, because they carry nothing of the sample."""
+
+
+class ImageConfig(_Section):
+    """Bounds on images; checked on the header, before pixels are decoded."""
+
+    min_pixels: int = Field(4 * 28 * 28, ge=1)
+    """Smaller images are enlarged to this area. Source: VLM2Vec-V2 (4 x 28^2)."""
+    max_pixels: int = Field(1280 * 28 * 28, ge=1)
+    """Larger images are shrunk to this area. Source: VLM2Vec-V2 (1280 x 28^2)."""
+    max_source_pixels: int = Field(64_000_000, ge=1)
+    """An encoded image that declares more pixels is refused unread. Source: ours."""
+    max_source_bytes: int = Field(32 * 2**20, ge=1)
+    """An encoded image with more bytes is refused unread. Source: ours."""
+    max_images_per_item: int = Field(16, ge=1)
+    """Source: ours."""
+
+
+class LoraSettings(_Section):
+    """Low-rank adaptation through PEFT; the chorus rows stay fully trainable."""
+
+    r: int = Field(16, ge=1)
+    """Source: VLM2Vec-V2."""
+    alpha: int = Field(64, ge=1)
+    """Source: VLM2Vec-V2."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Source: VLM2Vec-V2."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get an adapter. Source: VLM2Vec-V2."""
+
+
+class BackboneShape(_Section):
+    """A Qwen2-VL of any size, built from scratch (no pretrained weights). Names are transformers' own."""
+
+    vocab_size: int = Field(2048, ge=300)
+    hidden_size: int = Field(192, ge=8)
+    intermediate_size: int = Field(512, ge=8)
+    num_hidden_layers: int = Field(4, ge=1)
+    num_attention_heads: int = Field(6, ge=1)
+    num_key_value_heads: int = Field(2, ge=1)
+    max_position_embeddings: int = Field(4096, ge=64)
+    vision_depth: int = Field(3, ge=1)
+    vision_embed_dim: int = Field(128, ge=8)
+    vision_num_heads: int = Field(4, ge=1)
+    patch_size: int = Field(8, ge=2)
+    spatial_merge_size: int = Field(2, ge=1)
+    tie_word_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BackboneShape:
+        for width, heads, name in (
+            (self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads"),
+            (self.num_attention_heads, self.num_key_value_heads, "num_attention_heads / num_key_value_heads"),
+            (self.vision_embed_dim, self.vision_num_heads, "vision_embed_dim / vision_num_heads"),
+        ):
+            if width % heads:
+                raise ValueError(f"{name} = {width} / {heads} is not whole; choose a divisor")
+        head_dim = self.hidden_size // self.num_attention_heads
+        if head_dim % 2 or (self.vision_embed_dim // self.vision_num_heads) % 4:
+            raise ValueError("rotary embedding needs an even text head size and a vision head size divisible by 4")
+        return self
+
+
+class ModelConfig(_Section):
+    """Which backbone, how many chorus tokens, what is trained."""
+
+    backbone: str | None = "Qwen/Qwen2-VL-2B-Instruct"
+    """Checkpoint directory, URI or hub name of a Qwen2-VL; ``null`` builds ``scratch``. Source: paper."""
+    scratch: BackboneShape | None = None
+    """Shape of a backbone trained from scratch; used where ``backbone`` is null."""
+    chorus_tokens: int = Field(16, ge=1, le=256)
+    """K. Source: paper, main results."""
+    lora: LoraSettings | None = LoraSettings()
+    """``null`` means full fine-tuning. Source: VLM2Vec-V2."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the weights at inference and of frozen weights in training. Source: VLM2Vec-V2 (bf16)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of each layer in the backward pass. Source: ours."""
+    prompt: PromptConfig = PromptConfig()
+    image: ImageConfig = ImageConfig()
+
+    @model_validator(mode="after")
+    def _one_backbone(self) -> ModelConfig:
+        if (self.backbone is None) == (self.scratch is None):
+            raise ValueError("set exactly one of model.backbone (pretrained) and model.scratch (from scratch)")
+        return self
+
+
+class PrepareConfig(_Section):
+    """Raw corpus to prepared tables."""
+
+    encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
+    """Stored images are shrunk to this area, the most the model will look at. Source: VLM2Vec-V2's pixel bound."""
+    max_text_chars: int = Field(100_000, ge=1)
+    """A longer text is a rejected row. Source: ours."""
+    rows_per_task: int = Field(512, ge=1)
+    """Rows per Ray Data task. Source: ours."""
+
+
+class DataConfig(_Section):
+    """Which rows a step takes."""
+
+    retrieval_share: float = Field(0.75, ge=0, le=1)
+    """Share of a batch with a query and a target (homogeneous generation turns included); the rest is heterogeneous
+    generation data. Source: open in the paper; ours."""
+    sub_batch: int = Field(0, ge=0)
+    """Consecutive rows of one task within a batch (source-homogeneous); 0 mixes freely. VLM2Vec-V2 uses 64."""
+
+
+class LossConfig(_Section):
+    """L = alpha_r * L_r + alpha_g * L_g (method.md section 4)."""
+
+    temperature: float = Field(0.02, gt=0)
+    """tau of InfoNCE. Source: VLM2Vec-V2."""
+    symmetric: bool = False
+    """Also the target-to-query direction. Source: VLM2Vec-V2 is one-sided."""
+    alpha_r: float = Field(1.0, ge=0)
+    """Source: open in the paper; 1."""
+    alpha_g: float = Field(1.0, ge=0)
+    """Source: open in the paper; 1."""
+    compression_probability: float = Field(0.5, ge=0, le=1)
+    """p of z ~ Bernoulli(p): how often answers must come from the chorus tokens alone. Source: open; 0.5."""
+
+
+class OptimConfig(_Section):
+    """AdamW with linear warm-up and linear decay."""
+
+    lr: float = Field(5e-5, gt=0)
+    """Peak learning rate. Source: VLM2Vec-V2."""
+    warmup_steps: int = Field(100, ge=0)
+    """Source: VLM2Vec-V2."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Source: VLM2Vec-V2 (the Trainer's default)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Source: AdamW's defaults."""
+    eps: float = Field(1e-8, gt=0)
+    """Source: AdamW's default."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Source: the Trainer's default, as in VLM2Vec-V2."""
+
+
+class TrainConfig(_Section):
+    """Shape and length of the training run."""
+
+    steps: int = Field(5000, ge=1)
+    """Source: VLM2Vec-V2."""
+    global_batch: int = Field(1024, ge=2)
+    """Rows per optimizer step over all workers. Source: VLM2Vec-V2."""
+    workers: int = Field(8, ge=1)
+    """Ray Train workers, one device each. Source: VLM2Vec-V2 (8 H100)."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage. Source: ours."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """``bfloat16`` is autocast over float32 master weights. Source: VLM2Vec-V2 (bf16)."""
+    seed: int = Field(0, ge=0)
+    """Fixes weights, the order of rows and every z."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints. Source: VLM2Vec-V2."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Source: ours."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of progress. Source: ours."""
+    max_failures: int = Field(3, ge=-1)
+    """Restarts by Ray Train after a worker died; -1 is without end. Source: ours (Ray's default is 0)."""
+    cpus_per_worker: float = Field(8, gt=0)
+    """Logical CPUs that Ray reserves for a worker. Source: ours."""
+    threads_per_worker: int = Field(8, ge=1)
+    """Torch threads in a worker on CPU. Source: ours."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.global_batch % self.workers:
+            raise ValueError(
+                f"train.global_batch={self.global_batch} must be a multiple of train.workers={self.workers}"
+            )
+        return self
+
+
+class EmbedConfig(_Section):
+    """Batch embedding with a Ray Data actor pool."""
+
+    batch_size: int = Field(64, ge=1)
+    """Items per forward. Source: ours."""
+    min_actors: int = Field(1, ge=1)
+    max_actors: int = Field(8, ge=1)
+    """Models held at once; the pool scales between the two. Source: ours."""
+    cpus_per_actor: float = Field(1, gt=0)
+    gpus_per_actor: float = Field(0, ge=0)
+    """1 on a GPU cluster. Source: ours."""
+    threads_per_actor: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> EmbedConfig:
+        if self.max_actors < self.min_actors:
+            raise ValueError(f"embed.max_actors={self.max_actors} is below embed.min_actors={self.min_actors}")
+        return self
+
+
+class IndexConfig(_Section):
+    """Vector store for search."""
+
+    exact_below: int = Field(100_000, ge=0)
+    """Exact (flat) search below this many vectors; an inverted-file index above. Source: the project's brief."""
+    bits: Literal[4, 8, 32] = 8
+    """Bits per component above the threshold. Source: parts.md's measurement of IVF1024,SQ8 (recall@10 0.980)."""
+    probes: int = Field(32, ge=1)
+    """Cells visited per query above the threshold. Source: ours."""
+
+
+class EvaluateConfig(_Section):
+    """Precision and answers on the test rows."""
+
+    max_answers: int = Field(400, ge=1)
+    """Questions answered per split and mode, an even spread over the rows. Source: ours, for CPU time."""
+    max_new_tokens: int = Field(16, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+
+class ServeConfig(_Section):
+    """Online serving with Ray Serve."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise."""
+    port: int = Field(8000, ge=0, le=65535)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(4, ge=1)
+    target_ongoing_requests: int = Field(16, ge=1)
+    max_ongoing_requests: int = Field(32, ge=1)
+    max_queued_requests: int = Field(256, ge=-1)
+    """Beyond it a request is answered 429. Source: ours."""
+    cpus_per_replica: float = Field(1, gt=0)
+    gpus_per_replica: float = Field(0, ge=0)
+    threads_per_replica: int = Field(1, ge=1)
+    max_batch_size: int = Field(32, ge=1)
+    batch_wait_s: float = Field(0.01, ge=0)
+    """Longest wait for a batch to fill. Source: ours."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Upper bound of ``max_tokens`` of a request."""
+    max_request_bytes: int = Field(32 * 2**20, ge=1024)
+    """A larger request body is refused with 413."""
+    max_inputs: int = Field(256, ge=1)
+    """Most items in one embeddings request."""
+
+
+class RunConfig(_Section):
+    """Everything that describes a run."""
+
+    preset: str = "2b"
+    model: ModelConfig = ModelConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    embed: EmbedConfig = EmbedConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML; ``load_config`` reads it back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    return sorted(p.name[:-5] for p in resources.files("crem.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(preset: str | os.PathLike[str] = "2b", overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a preset and apply overrides.
+
+    Args:
+        preset: name of a shipped preset, or the path of a YAML file of the same shape.
+        overrides: ``section.key=value`` strings; values are parsed as YAML (``model.lora=null``).
+
+    Raises:
+        ConfigError: unknown preset or key (the nearest known name is given), or a value out of bounds.
+    """
+    tree = _read_preset(preset)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+        try:
+            _assign(tree, key.strip(), yaml.safe_load(_scientific(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return _validate(tree)
+
+
+def _scientific(value: str) -> str:
+    """YAML 1.1 reads ``5e-5`` as text; a person who types it means a number."""
+    try:
+        return repr(float(value)) if "e" in value.lower() else value
+    except ValueError:
+        return value
+
+
+def _read_preset(preset: str | os.PathLike[str]) -> dict[str, Any]:
+    name = os.fspath(preset)
+    if name in preset_names():
+        text = (resources.files("crem.presets") / f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        known = preset_names()
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file.")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: a configuration is a mapping of sections, not a {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        below = tree.get(section)
+        if below is None:
+            below = tree[section] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {dotted!r}: {section!r} is a value, not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def _validate(tree: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where or 'config'}: {error['msg']} (got {error['input']!r})"
+    siblings = _keys_at(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), siblings, n=1, cutoff=0.4)
+    hint = f"did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])!r}?" if near else ""
+    return f"unknown key {where!r}; {hint or 'known here: ' + ', '.join(siblings)}"
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at ``path``; optional sections are looked through."""
+    section: Any = RunConfig
+    for part in path:
+        if part not in section.model_fields:
+            return []
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -1,0 +1,198 @@
+"""From items and rows to the tensors of one forward.
+
+A ``Sequence`` is one row of the batch: prompt, pixels, grids. A ``Batch`` pads sequences on the right, where causal
+attention never looks, so padding, batch size and neighbours cannot change a result. Shape suffixes: B sequences,
+T tokens, P patches, N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crem.config import ModelConfig
+from crem.data.images import load_image
+from crem.data.items import Item
+from crem.data.prompts import Prompt, PromptBuilder, Segment
+from crem.errors import ItemError
+from crem.model.backbone import rope_positions
+
+__all__ = ["Batch", "Collator", "Pair", "Sequence"]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence: tokens with segments, positions and the patches of its images."""
+
+    prompt: Prompt
+    positions_3T: NDArray[np.int64]
+    patches: NDArray[np.float32]
+    """[P, channels * temporal * patch * patch]; P may be 0."""
+    grids: tuple[tuple[int, int, int], ...]
+    z: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training row, ready to collate: a query, and optionally its target, negatives and generation turn.
+
+    ``z`` is the row's compression bit; it is drawn by the plan (``crem.data.mixing``) and stays with the row.
+    """
+
+    query: Item
+    target: Item | None = None
+    negatives: tuple[Item, ...] = ()
+    question: str | None = None
+    answer: str | None = None
+    z: bool = False
+    target_key: int = 0
+    """Content hash of the target: equal keys are false negatives of each other."""
+
+
+@dataclass
+class Batch:
+    """Tensors of one forward. Retrieval indices are empty for inference."""
+
+    input_ids: Tensor
+    """int64 [B, T]"""
+    segments: Tensor
+    """int8 [B, T] of ``Segment``"""
+    position_ids: Tensor
+    """int64 [3, B, T]"""
+    z: Tensor
+    """bool [B]"""
+    pixel_values: Tensor | None = None
+    """float32 [P, patch length]"""
+    image_grid_thw: Tensor | None = None
+    """int64 [N, 3]"""
+    query_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q]: rows of the batch that are retrieval queries"""
+    target_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q + negatives]: row of each query's target in the order of ``query_rows``, then hard negatives"""
+    target_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q + negatives]: content of each candidate"""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+
+    @property
+    def size(self) -> int:
+        """Number of sequences."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the token positions that hold padding."""
+        return float((self.segments == Segment.PAD).float().mean())
+
+
+class Collator:
+    """Turns items and training rows into batches for one model's tokenizer, image processor and configuration."""
+
+    def __init__(self, tokenizer: Any, processor: Any, chorus_ids: SequenceOf[int], config: ModelConfig):
+        self.prompts = PromptBuilder(tokenizer, chorus_ids, config.prompt)
+        self.processor = processor
+        self.limits = config.image
+        self.pad_id = tokenizer.pad_token_id
+        self._empty = np.empty((0, 3 * processor.temporal_patch_size * processor.patch_size**2), dtype=np.float32)
+
+    def sequence(
+        self, item: Item, *, question: str | None = None, answer: str | None = None, z: bool = False
+    ) -> Sequence:
+        """``[S V T U]`` of an item, followed by ``[Q]`` and ``[A]`` where a question and an answer are given.
+
+        Raises:
+            ItemError: the item is empty or one of its images cannot be used.
+        """
+        patches, grids = self._pixels(item)
+        merge = self.processor.merge_size
+        prompt = self.prompts.prefix(item.text, item.instruction, [t * h * w // merge**2 for t, h, w in grids])
+        if question is not None:
+            prompt = prompt + self.prompts.question(question)
+        if answer is not None:
+            prompt = prompt + self.prompts.answer(answer)
+        positions = rope_positions(prompt.input_ids == self.prompts.image_id, grids, merge)
+        return Sequence(prompt, positions, patches, grids, z)
+
+    def items(self, items: SequenceOf[Item]) -> Batch:
+        """A batch of prefixes ``[S V T U]``."""
+        return self.pad([self.sequence(item) for item in items])
+
+    def pairs(self, pairs: SequenceOf[Pair]) -> Batch:
+        """A training batch: all queries with their generation turns, then all targets, then all hard negatives."""
+        sequences = [
+            self.sequence(p.query, question=p.question, answer=p.answer, z=p.z)
+            if p.answer is not None
+            else self.sequence(p.query)
+            for p in pairs
+        ]
+        queries = [i for i, p in enumerate(pairs) if p.target is not None]
+        candidates = [pairs[i].target for i in queries] + [n for i in queries for n in pairs[i].negatives]
+        keys = [pairs[i].target_key for i in queries] + [-1 for i in queries for _ in pairs[i].negatives]
+        rows = range(len(sequences), len(sequences) + len(candidates))
+        sequences += [self.sequence(c) for c in candidates if c is not None]
+        return replace(
+            self.pad(sequences),
+            query_rows=torch.tensor(queries, dtype=torch.long),
+            target_rows=torch.tensor(list(rows), dtype=torch.long),
+            target_keys=torch.tensor(keys, dtype=torch.long),
+        )
+
+    def pad(self, sequences: SequenceOf[Sequence]) -> Batch:
+        """Right-pad sequences to the longest of them."""
+        size, length = len(sequences), max(len(s.prompt.input_ids) for s in sequences)
+        input_ids = np.full((size, length), self.pad_id, dtype=np.int64)
+        segments = np.full((size, length), Segment.PAD, dtype=np.int8)
+        positions = np.ones((3, size, length), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            count = len(sequence.prompt.input_ids)
+            input_ids[row, :count] = sequence.prompt.input_ids
+            segments[row, :count] = sequence.prompt.segments
+            positions[:, row, :count] = sequence.positions_3T
+        grids = [grid for s in sequences for grid in s.grids]
+        patches = [s.patches for s in sequences if s.grids]
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            segments=torch.from_numpy(segments),
+            position_ids=torch.from_numpy(positions),
+            z=torch.tensor([s.z for s in sequences]),
+            pixel_values=torch.from_numpy(np.concatenate(patches)) if grids else None,
+            image_grid_thw=torch.tensor(grids, dtype=torch.long) if grids else None,
+        )
+
+    def _pixels(self, item: Item) -> tuple[NDArray[np.float32], tuple[tuple[int, int, int], ...]]:
+        if not item.images and not (item.text and item.text.strip()):
+            raise ItemError("empty_item", "an item needs a text that is not blank, or an image")
+        if len(item.images) > self.limits.max_images_per_item:
+            raise ItemError(
+                "too_many_images",
+                f"{len(item.images)} images; the limit is model.image.max_images_per_item="
+                f"{self.limits.max_images_per_item}",
+            )
+        if not item.images:
+            return self._empty, ()
+        images = [_within_aspect(load_image(source, self.limits)) for source in item.images]
+        out = self.processor(images=images, return_tensors="np")
+        grids = tuple((int(t), int(h), int(w)) for t, h, w in out["image_grid_thw"])
+        return out["pixel_values"].astype(np.float32, copy=False), grids
+
+
+def _within_aspect(image: Any, limit: int = 190) -> Any:
+    """Centre a sliver on white: Qwen2-VL's resize refuses sides of a ratio over 200."""
+    long, short = max(image.size), min(image.size)
+    if long <= limit * short:
+        return image
+    from PIL import Image
+
+    size = (long, -(-long // limit)) if image.width == long else (-(-long // limit), long)
+    canvas = Image.new("RGB", size, (255, 255, 255))
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas

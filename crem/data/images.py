@@ -1,0 +1,154 @@
+"""Reading pictures safely: bytes are bounded before they are read, pixels before they are decoded.
+
+``http(s)`` URLs are refused: a server that fetches what a client names can be turned against its own network, and a
+batch job that does so depends on machines it does not know. ``data:`` URLs, paths and object-store URIs are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import os
+import warnings
+
+import fsspec
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from crem.config import ImageConfig
+from crem.data.items import ImageSource
+from crem.errors import ItemError
+
+__all__ = ["encode_image", "load_image", "read_bytes"]
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_LOSSLESS_PIXELS = 256 * 256
+"""Pictures up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
+
+
+def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = None) -> Image.Image:
+    """Read one picture as RGB, upright (EXIF) and composited on white.
+
+    Args:
+        source: picture, encoded bytes, path, URI or data URL.
+        limits: bounds on bytes and pixels.
+        base: folder or URI that relative paths start from; a ``*`` in it stands for the path, which is how the inside
+            of an archive is named: ``zip://*::s3://bucket/images.zip``.
+
+    Raises:
+        ItemError: ``image_missing``, ``uri_unreadable``, ``uri_refused``, ``image_too_large`` or ``image_corrupt``.
+    """
+    if isinstance(source, Image.Image):
+        _check_area(source, limits)
+        return _flatten(source)
+    data = source if isinstance(source, bytes) else read_bytes(str(source), limits, base=base)
+    if not data:
+        raise ItemError("image_corrupt", "the image has 0 bytes; upload it again")
+    if len(data) > limits.max_source_bytes:
+        raise _too_many_bytes(len(data), limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is the lower one
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                _check_area(picture, limits)
+                # a large JPEG is decoded at a fraction of its size when the model will shrink it anyway
+                scale = math.sqrt(limits.max_pixels / max(1, picture.width * picture.height))
+                if scale < 0.5:
+                    picture.draft("RGB", (math.ceil(picture.width * scale * 2), math.ceil(picture.height * scale * 2)))
+                picture.load()
+                return _flatten(picture)
+    except ItemError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ItemError(
+            "image_corrupt", f"{len(data)} bytes that are not an image of a known format ({', '.join(_FORMATS)})"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
+        raise ItemError("image_corrupt", f"{type(error).__name__} while decoding {len(data)} bytes: {error}") from error
+
+
+def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> bytes:
+    """Read an encoded image from a path, an fsspec URI or a data URL, never more than ``limits.max_source_bytes``."""
+    if uri.startswith("data:"):
+        return _decode_data_url(uri, limits)
+    scheme = uri.partition("://")[0].lower() if "://" in uri else ""
+    if scheme in ("http", "https", "ftp"):
+        raise ItemError(
+            "uri_refused", f"{scheme} URLs are not fetched ({uri[:80]!r}); download it, or send it as a data: URL"
+        )
+    if not scheme and base is not None and not os.path.isabs(uri):
+        uri = base.replace("*", uri) if "*" in base else f"{base.rstrip('/')}/{uri}"
+    try:
+        with fsspec.open(uri, "rb") as file:
+            data: bytes = file.read(limits.max_source_bytes + 1)
+    except FileNotFoundError as error:
+        raise ItemError("image_missing", f"{uri!r} does not exist") from error
+    except Exception as error:  # botocore, zipfile and OS errors alike: the row is unreadable, and says why
+        raise ItemError("uri_unreadable", f"{uri!r}: {type(error).__name__}: {error}") from error
+    if len(data) > limits.max_source_bytes:
+        raise _too_many_bytes(len(data), limits)
+    return data
+
+
+def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
+    """Encode an RGB picture, shrunk to at most ``max_pixels``: PNG when small (lossless), else JPEG quality 95.
+
+    Returns:
+        the bytes, and the stored width and height in pixels.
+    """
+    area = image.width * image.height
+    if area > max_pixels:
+        scale = math.sqrt(max_pixels / area)
+        size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    if image.width * image.height <= _LOSSLESS_PIXELS:
+        image.save(out, "PNG", compress_level=3)
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue(), image.width, image.height
+
+
+def _check_area(image: Image.Image, limits: ImageConfig) -> None:
+    area = image.width * image.height
+    if area > limits.max_source_pixels:
+        raise ItemError(
+            "image_too_large",
+            f"{image.width} x {image.height} = {area} pixels is over the limit of {limits.max_source_pixels}; "
+            "shrink it or raise model.image.max_source_pixels",
+        )
+    if min(image.width, image.height) < 1:
+        raise ItemError("image_corrupt", f"an image of {image.width} x {image.height} pixels")
+
+
+def _too_many_bytes(size: int, limits: ImageConfig) -> ItemError:
+    return ItemError(
+        "image_too_large",
+        f"more than {min(size, limits.max_source_bytes)} bytes; the limit is {limits.max_source_bytes}; "
+        "shrink it or raise model.image.max_source_bytes",
+    )
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB, upright, transparency on white, first frame."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):  # 16-bit greys: PIL's own convert clips them to white
+        image = image.convert("F").point(lambda v: v / 256).convert("L") if image.mode != "F" else image.convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _decode_data_url(url: str, limits: ImageConfig) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ItemError("image_corrupt", "a data: URL must be 'data:image/<type>;base64,<payload>'")
+    if len(payload) * 3 // 4 > limits.max_source_bytes:
+        raise _too_many_bytes(len(payload) * 3 // 4, limits)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ItemError("image_corrupt", f"the data: URL's payload is not base64: {error}") from error

@@ -1,0 +1,44 @@
+"""Errors that a person can act on.
+
+Each message names the value, the limit and the remedy. All of them pickle, because they cross Ray
+processes: an exception is rebuilt from ``args``, so every class passes all of its fields to
+``super().__init__``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "CremError", "ItemError", "ResourceError"]
+
+
+class CremError(Exception):
+    """Base of every error whose message is meant for the user; the command line prints it without a traceback."""
+
+
+class ConfigError(CremError):
+    """A configuration, preset or argument that cannot be used."""
+
+
+class CheckpointError(CremError):
+    """A checkpoint that is missing, damaged or of another kind."""
+
+
+class ResourceError(CremError):
+    """Too little memory, disk or too few devices for the job."""
+
+
+class ItemError(CremError):
+    """One item or row that cannot be used. Batch jobs turn it into a counted row; the public face raises it.
+
+    Attributes:
+        reason: machine-readable code, e.g. ``empty_item``, ``image_missing``, ``image_corrupt``,
+            ``image_too_large``, ``uri_unreadable``, ``uri_refused``, ``text_too_long``.
+        detail: the value, the limit and the remedy in words.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"

@@ -1,0 +1,210 @@
+"""Qwen2-VL: the only file that touches a backbone's classes.
+
+Choices:
+- The PIL image processor always, not torchvision's: the two resize differently, and batch and online embedding must
+  see the same pixels on every machine.
+- Positions (M-RoPE) are computed here in numpy while collating, for the full unpruned sequence. transformers' own
+  ``get_rope_index`` needs the model, loops over samples on the device and refuses a 4-D mask; it is the test's oracle.
+- The vision tower's attention is grouped: images with the same number of patches share one batched call. transformers'
+  ``sdpa`` path calls once per image (128 images x 3 layers were a third of a training step on CPU).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from crem.config import BackboneShape, ImageConfig
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "Qwen2VLForConditionalGeneration",
+    "blank_image",
+    "image_processor",
+    "model_from_shape",
+    "rope_positions",
+    "tokenizer_from_texts",
+    "use_grouped_vision_attention",
+]
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen2-VL's chat format, for checkpoints trained from scratch."""
+
+# The name holds "flash" because that is how transformers' vision tower decides to make one call for the whole batch,
+# with cu_seqlens, instead of one call per image.
+_GROUPED = "crem_grouped_flash"
+
+
+def _grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Block-diagonal attention over packed images.
+
+    ``query``, ``key``, ``value`` are [1, heads, patches, width]; returns [1, patches, heads, width].
+    """
+    bounds = kwargs["cu_seq_lens_q"].tolist()
+    lengths = np.diff(bounds)
+    out = torch.empty_like(query) if len(set(lengths)) > 1 else None
+    for length in sorted(set(lengths)):
+        if out is None:
+            parts = [t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)]
+            whole = F.scaled_dot_product_attention(*parts, scale=kwargs["scaling"])  # images, heads, length, width
+            return whole.transpose(1, 2).flatten(0, 1)[None], None
+        starts = torch.tensor([b for b, n in zip(bounds, lengths, strict=False) if n == length], device=query.device)
+        index = (starts[:, None] + torch.arange(length, device=query.device)).flatten()
+        parts = [t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)]
+        some = F.scaled_dot_product_attention(*parts, scale=kwargs["scaling"])
+        out = out.index_copy(2, index, some.transpose(0, 1).flatten(1, 2)[None])
+    assert out is not None
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_GROUPED, _grouped_attention)
+
+
+def use_grouped_vision_attention(model: Qwen2VLForConditionalGeneration) -> None:
+    """Batch the vision tower's attention over images of equal size; the saved configuration is not touched."""
+    model.model.visual.config._attn_implementation = _GROUPED
+
+
+def image_processor(shape: BackboneShape | None, source: str | Path | None, bounds: ImageConfig) -> Any:
+    """The image processor of a scratch shape or of the checkpoint at ``source``, with our pixel bounds."""
+    size = {"shortest_edge": bounds.min_pixels, "longest_edge": bounds.max_pixels}
+    if source is not None:
+        return Qwen2VLImageProcessorPil.from_pretrained(str(source), size=size)
+    assert shape is not None
+    return Qwen2VLImageProcessorPil(patch_size=shape.patch_size, merge_size=shape.spatial_merge_size, size=size)
+
+
+def tokenizer_from_texts(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` ids with Qwen2's special tokens.
+
+    Any text round-trips, because all 256 bytes are in the vocabulary. Deterministic for the same texts.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    bpe = json.loads(raw.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+    )
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VLForConditionalGeneration:
+    """A randomly initialised Qwen2-VL of the given shape, float32."""
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    half = shape.hidden_size // shape.num_attention_heads // 2
+    spatial = half * 3 // 8  # Qwen2-VL splits 64 frequencies 16 : 24 : 24
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": max(shape.vocab_size, len(tokenizer)),
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_hidden_layers,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_key_value_heads,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [half - 2 * spatial, spatial, spatial],
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": shape.vision_depth,
+            "embed_dim": shape.vision_embed_dim,
+            "num_heads": shape.vision_num_heads,
+            "hidden_size": shape.hidden_size,
+            "patch_size": shape.patch_size,
+            "spatial_merge_size": shape.spatial_merge_size,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return cast(Qwen2VLForConditionalGeneration, model)
+
+
+def rope_positions(
+    is_image_T: NDArray[np.bool_], grids: Sequence[tuple[int, int, int]], merge_size: int
+) -> NDArray[np.int64]:
+    """M-RoPE positions (time, height, width) of one sequence; int64 [3, T] (method.md section 3).
+
+    Text advances all three by one; an image of h x w merged patches fills a plane and advances by max(h, w).
+
+    Args:
+        is_image_T: True at vision tokens (not at their start and end marks).
+        grids: (t, h, w) in patches, one per image.
+        merge_size: patches per token along each side.
+    """
+    positions = np.empty((3, len(is_image_T)), dtype=np.int64)
+    at = here = 0
+    for t, h, w in grids:
+        rows, columns = h // merge_size, w // merge_size
+        start = at + int(np.argmax(is_image_T[at:]))
+        positions[:, at:start] = here + np.arange(start - at)
+        here += start - at
+        plane = np.indices((t, rows, columns)).reshape(3, -1)
+        at = start + plane.shape[1]
+        assert is_image_T[start:at].all(), "fewer vision tokens than the image grids need"
+        positions[:, start:at] = here + plane
+        here += max(rows, columns)
+    assert not is_image_T[at:].any(), "more vision tokens than image grids"
+    positions[:, at:] = here + np.arange(len(is_image_T) - at)
+    return positions
+
+
+def blank_image(model: Qwen2VLForConditionalGeneration) -> tuple[Tensor, Tensor]:
+    """The smallest image the vision tower takes, in zeros: patches float32 [merge^2, patch length], grid [1, 3]."""
+    vision = model.config.vision_config
+    length = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    merge = vision.spatial_merge_size
+    return torch.zeros(merge * merge, length), torch.tensor([[1, merge, merge]])

@@ -1,0 +1,116 @@
+"""CREM: one multimodal language model that is an embedder and a generator at once (arXiv 2602.19091).
+
+K chorus tokens follow the image and the text. Their mean last-layer state is the embedding; and because, for a share p
+of the samples, attention from question and answer to image and text is cut (``crem.model.attention``), answers have to
+come from the chorus tokens alone. Both uses read the same forward of ``[S V T U Q A]``:
+
+    hidden = backbone(tokens, mask(segments, z))         one pass, any number of layers
+    embedding = normalise(mean(hidden at U))             retrieval: L_r
+    logits = lm_head(hidden before each A)               generation: L_g; only these positions reach the LM head
+
+Three ways to use the model after one prefill of ``[S V T U]`` (method.md section 5): the embedding; native generation,
+which keeps the whole prefix's keys and values; compressed generation, which keeps those of the chorus tokens only, at
+their original positions (``crem.model.generation``).
+
+Shape suffixes: B sequences, T tokens, D model width, K chorus tokens, A answer tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, Qwen2VLForConditionalGeneration
+
+from crem.config import ModelConfig
+from crem.data.collator import Batch
+from crem.data.prompts import Segment
+from crem.model.attention import compression_aware_mask
+from crem.model.backbone import blank_image, use_grouped_vision_attention
+from crem.model.chorus import pool
+
+__all__ = ["CremModel", "CremOutput"]
+
+
+@dataclass
+class CremOutput:
+    """Result of one training forward."""
+
+    embeddings: Tensor
+    """float32 [B, D], unit length"""
+    lm_loss_sum: Tensor
+    """float32 scalar: sum over this batch's answer tokens of -log p; divide by the *global* number of tokens"""
+    answer_tokens: Tensor
+    """int64 scalar: answer tokens in this batch"""
+
+
+class CremModel(nn.Module):
+    """A Qwen2-VL with chorus tokens and compression-aware attention.
+
+    Args:
+        backbone: the plain transformers model, or a PEFT model around one.
+        chorus_ids: ids of the K chorus tokens.
+        config: prompt, attention and image settings.
+    """
+
+    def __init__(self, backbone: nn.Module, chorus_ids: list[int], config: ModelConfig):
+        super().__init__()
+        self.backbone = backbone
+        self.chorus_ids = chorus_ids
+        self.config = config
+        use_grouped_vision_attention(self.core)
+
+    @property
+    def core(self) -> Qwen2VLForConditionalGeneration:
+        """The plain transformers model, with LoRA layers in place where PEFT put them."""
+        backbone: Any = self.backbone
+        return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def forward(self, batch: Batch) -> CremOutput:
+        """Embeddings of all sequences and the LM loss of those with an answer, from one pass."""
+        hidden_BTD, _ = self.encode(batch)
+        lm_loss_sum, answer_tokens = self._lm_loss(hidden_BTD, batch)
+        embeddings_BD = pool(hidden_BTD, batch.segments, len(self.chorus_ids))
+        return CremOutput(embeddings_BD, lm_loss_sum, answer_tokens)
+
+    def encode(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
+        """Last-layer states [B, T, D] of right-padded sequences; fills ``cache`` where one is given."""
+        mask = None
+        if bool(batch.z.any()):
+            mask = compression_aware_mask(batch.segments, batch.z, template_visible=self.config.prompt.template_visible)
+        pixels, grids = batch.pixel_values, batch.image_grid_thw
+        inputs_embeds = None
+        if pixels is None and self.training:
+            # every rank must take part in the vision tower's collectives (ZeRO-3), also one without an image
+            pixels, grids = blank_image(self.core)
+            features = self.core.get_image_features(pixels.to(self.device), grids.to(self.device)).pooler_output
+            inputs_embeds = self.core.get_input_embeddings()(batch.input_ids)
+            inputs_embeds = inputs_embeds + 0.0 * torch.cat(list(features)).sum().to(inputs_embeds.dtype)
+            pixels = grids = None
+        out = self.core.model(
+            input_ids=batch.input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            attention_mask={"full_attention": mask},
+            position_ids=batch.position_ids,
+            pixel_values=pixels,
+            image_grid_thw=grids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state, cache
+
+    def _lm_loss(self, hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        before_answer_BT = batch.segments[:, 1:] == Segment.A
+        answer_tokens = before_answer_BT.sum()
+        if answer_tokens == 0:  # a rank without answers still takes part in the LM head's collectives (ZeRO-3)
+            return 0.0 * self.core.lm_head(hidden_BTD[:, :1]).float().sum(), answer_tokens
+        logits_AV = self.core.lm_head(hidden_BTD[:, :-1][before_answer_BT]).float()
+        return F.cross_entropy(logits_AV, batch.input_ids[:, 1:][before_answer_BT], reduction="sum"), answer_tokens
