@@ -63,7 +63,8 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
     else:
         assert config.backbone is not None
         folder = local_copy(config.backbone)
-        backbone = _read_backbone(folder, _dtype(config.dtype))
+        # what is trained is trained in float32; frozen weights stay in the inference dtype
+        backbone = _read_backbone(folder, torch.float32 if config.lora is None else _dtype(config.dtype))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
         embedding = backbone.get_input_embeddings().weight
@@ -89,7 +90,11 @@ def _with_lora(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int],
         target_modules=rf".*language_model.*\.({names})",
         trainable_token_indices=chorus_ids,  # the chorus rows are new: they are trained in full
     )
-    return get_peft_model(backbone, lora)
+    adapted = get_peft_model(backbone, lora)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def save_model(
@@ -103,6 +108,11 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     backbone, weights = _plain(model, state_dict)
+    dtype = _dtype(model.config.dtype)
+    weights = {k: v.to("cpu", dtype) for k, v in (weights or backbone.state_dict()).items()}
+    if model.core.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    backbone.config.dtype = dtype
     backbone.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     collator.prompts.tokenizer.save_pretrained(folder)
     collator.processor.save_pretrained(folder)

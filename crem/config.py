@@ -226,6 +226,8 @@ class TrainConfig(_Section):
     """Steps between lines of progress. Source: ours."""
     max_failures: int = Field(3, ge=-1)
     """Restarts by Ray Train after a worker died; -1 is without end. Source: ours (Ray's default is 0)."""
+    gpus_per_worker: float = Field(1, ge=0, le=1)
+    """0 trains on CPU with gloo; 1 on a GPU with NCCL. Source: VLM2Vec-V2."""
     cpus_per_worker: float = Field(8, gt=0)
     """Logical CPUs that Ray reserves for a worker. Source: ours."""
     threads_per_worker: int = Field(8, ge=1)

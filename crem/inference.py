@@ -23,7 +23,7 @@ from crem.checkpoint import read_model
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.data.collator import Sequence as TokenSequence
-from crem.data.items import Item, as_item
+from crem.data.items import as_item
 from crem.data.prompts import Prompt
 from crem.model.chorus import pool
 from crem.model.crem import CremModel

@@ -1,8 +1,9 @@
 """From items and rows to the tensors of one forward.
 
-A ``Sequence`` is one row of the batch: prompt, pixels, grids. A ``Batch`` pads sequences on the right, where causal
-attention never looks, so padding, batch size and neighbours cannot change a result. Shape suffixes: B sequences,
-T tokens, P patches, N images.
+A ``Sequence`` is one prompt with its pixels. A ``Batch`` holds N of them in B rows of T tokens: for inference one
+sequence per row, padded on the right, where causal attention never looks; for training several sequences packed into a
+row, which leaves almost no padding (a joint batch mixes captions, pictures and questions of very different lengths).
+Neither padding nor neighbours can change a result. Shape suffixes: N sequences, B rows, T tokens, P patches, I images.
 """
 
 from __future__ import annotations
@@ -63,19 +64,21 @@ class Batch:
     """int64 [B, T]"""
     segments: Tensor
     """int8 [B, T] of ``Segment``"""
+    sequence_ids: Tensor
+    """int64 [B, T]: which of the N sequences a token belongs to, counted row by row; -1 is padding"""
     position_ids: Tensor
     """int64 [3, B, T]"""
     z: Tensor
-    """bool [B]"""
+    """bool [N]"""
     pixel_values: Tensor | None = None
     """float32 [P, patch length]"""
     image_grid_thw: Tensor | None = None
-    """int64 [N, 3]"""
-    query_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q]: rows of the batch that are retrieval queries"""
-    target_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q + negatives]: row of each query's target in the order of ``query_rows``, then hard negatives"""
-    target_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [I, 3]"""
+    queries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q]: sequences that are retrieval queries"""
+    candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q + negatives]: sequence of each query's target in the order of ``queries``, then hard negatives"""
+    candidate_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """int64 [Q + negatives]: content of each candidate"""
 
     def to(self, device: torch.device | str) -> Batch:
@@ -84,9 +87,9 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
 
     @property
-    def size(self) -> int:
-        """Number of sequences."""
-        return int(self.input_ids.shape[0])
+    def packed(self) -> bool:
+        """Whether rows hold several sequences."""
+        return self.z.shape[0] != self.input_ids.shape[0]
 
     @property
     def padding_share(self) -> float:
@@ -127,7 +130,7 @@ class Collator:
         return self.pad([self.sequence(item) for item in items])
 
     def pairs(self, pairs: SequenceOf[Pair]) -> Batch:
-        """A training batch: all queries with their generation turns, then all targets, then all hard negatives."""
+        """A training batch, packed: the queries with their generation turns, their targets and hard negatives."""
         sequences = [
             self.sequence(p.query, question=p.question, answer=p.answer, z=p.z)
             if p.answer is not None
@@ -135,36 +138,46 @@ class Collator:
             for p in pairs
         ]
         queries = [i for i, p in enumerate(pairs) if p.target is not None]
-        candidates = [pairs[i].target for i in queries] + [n for i in queries for n in pairs[i].negatives]
-        keys = [pairs[i].target_key for i in queries] + [-1 for i in queries for _ in pairs[i].negatives]
-        rows = range(len(sequences), len(sequences) + len(candidates))
-        sequences += [self.sequence(c) for c in candidates if c is not None]
+        targets = [(pairs[i].target, pairs[i].target_key) for i in queries]
+        negatives = [(n, -1) for i in queries for n in pairs[i].negatives]
+        candidates = list(range(len(sequences), len(sequences) + len(targets) + len(negatives)))
+        sequences += [self.sequence(item) for item, _ in targets + negatives if item is not None]
+        layout = _packed(sequences)
+        number = {sequence: at for at, sequence in enumerate(i for row in layout for i in row)}
         return replace(
-            self.pad(sequences),
-            query_rows=torch.tensor(queries, dtype=torch.long),
-            target_rows=torch.tensor(list(rows), dtype=torch.long),
-            target_keys=torch.tensor(keys, dtype=torch.long),
+            self.pad(sequences, layout),
+            queries=torch.tensor([number[i] for i in queries], dtype=torch.long),
+            candidates=torch.tensor([number[i] for i in candidates], dtype=torch.long),
+            candidate_keys=torch.tensor([key for _, key in targets + negatives], dtype=torch.long),
         )
 
-    def pad(self, sequences: SequenceOf[Sequence]) -> Batch:
-        """Right-pad sequences to the longest of them."""
-        size, length = len(sequences), max(len(s.prompt.input_ids) for s in sequences)
-        input_ids = np.full((size, length), self.pad_id, dtype=np.int64)
-        segments = np.full((size, length), Segment.PAD, dtype=np.int8)
-        positions = np.ones((3, size, length), dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            count = len(sequence.prompt.input_ids)
-            input_ids[row, :count] = sequence.prompt.input_ids
-            segments[row, :count] = sequence.prompt.segments
-            positions[:, row, :count] = sequence.positions_3T
-        grids = [grid for s in sequences for grid in s.grids]
-        patches = [s.patches for s in sequences if s.grids]
+    def pad(self, sequences: SequenceOf[Sequence], layout: list[list[int]] | None = None) -> Batch:
+        """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default)."""
+        layout = layout or [[i] for i in range(len(sequences))]
+        size = len(layout), max(sum(len(sequences[i].prompt.input_ids) for i in row) for row in layout)
+        input_ids = np.full(size, self.pad_id, dtype=np.int64)
+        segments = np.full(size, Segment.PAD, dtype=np.int8)
+        sequence_ids = np.full(size, -1, dtype=np.int64)
+        positions = np.ones((3, *size), dtype=np.int64)
+        placed: list[Sequence] = []
+        for row, members in enumerate(layout):
+            at = 0
+            for sequence in (sequences[i] for i in members):
+                here = slice(at, at + len(sequence.prompt.input_ids))
+                input_ids[row, here] = sequence.prompt.input_ids
+                segments[row, here] = sequence.prompt.segments
+                sequence_ids[row, here] = len(placed)
+                positions[:, row, here] = sequence.positions_3T
+                placed.append(sequence)
+                at = here.stop
+        grids = [grid for s in placed for grid in s.grids]
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             segments=torch.from_numpy(segments),
+            sequence_ids=torch.from_numpy(sequence_ids),
             position_ids=torch.from_numpy(positions),
-            z=torch.tensor([s.z for s in sequences]),
-            pixel_values=torch.from_numpy(np.concatenate(patches)) if grids else None,
+            z=torch.tensor([s.z for s in placed]),
+            pixel_values=torch.from_numpy(np.concatenate([s.patches for s in placed if s.grids])) if grids else None,
             image_grid_thw=torch.tensor(grids, dtype=torch.long) if grids else None,
         )
 
@@ -183,6 +196,23 @@ class Collator:
         out = self.processor(images=images, return_tensors="np")
         grids = tuple((int(t), int(h), int(w)) for t, h, w in out["image_grid_thw"])
         return out["pixel_values"].astype(np.float32, copy=False), grids
+
+
+def _packed(sequences: SequenceOf[Sequence]) -> list[list[int]]:
+    """First-fit decreasing: rows as long as the longest sequence, each filled with sequences that fit."""
+    lengths = [len(s.prompt.input_ids) for s in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            room.append(lengths[order[0]])
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
 
 
 def _within_aspect(image: Any, limit: int = 190) -> Any:

@@ -5,10 +5,11 @@ For query position i and key position j of one sequence, with the per-sample bit
     M[i,j] = 0           if z = 1 and i in Q or A and j in V or T
     M[i,j] = 1(j <= i)   otherwise
 
-Padding is never visible. The dense mask here is exact for every layout; where no sample of a batch has z = 1 and
-padding is on the right, plain causal attention is the same thing and needs no mask (``None``).
+Padding and, where sequences are packed, the other sequences of the row are never visible. The dense mask here is exact
+for every layout; for one sequence per row with padding on the right and no z = 1, plain causal attention is the same
+thing and needs no mask.
 
-Shape suffixes: B sequences, T tokens.
+Shape suffixes: N sequences, B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ def hidden_from_answer(segments_BT: Tensor, template_visible: bool) -> Tensor:
     return hidden_BT if template_visible else hidden_BT | (segments_BT == Segment.S)
 
 
-def compression_aware_mask(segments_BT: Tensor, z_B: Tensor, *, template_visible: bool = True) -> Tensor:
+def compression_aware_mask(
+    segments_BT: Tensor, sequence_ids_BT: Tensor, z_N: Tensor, *, template_visible: bool = True
+) -> Tensor:
     """The dense mask: bool [B, 1, T, T], True where query i may look at key j.
 
     Args:
         segments_BT: integer [B, T] of ``Segment``; PAD anywhere.
-        z_B: bool [B]; True where the answer must come from the chorus tokens alone.
+        sequence_ids_BT: int64 [B, T], the sequence of each token, -1 for padding.
+        z_N: bool [N]; True where the answer must come from the chorus tokens alone.
         template_visible: whether the template tokens before the sample stay visible (open in the paper).
     """
     length = segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-    real_BT = segments_BT != Segment.PAD
-    answering_BT = segments_BT >= Segment.Q
-    blocked_BTT = (
-        z_B[:, None, None] & answering_BT[:, :, None] & hidden_from_answer(segments_BT, template_visible)[:, None, :]
-    )
-    visible_BTT = causal_TT & real_BT[:, None, :] & ~blocked_BTT
-    # a padding query sees itself, so that softmax has something to normalise; nobody reads its result
-    visible_BTT = visible_BTT | torch.eye(length, dtype=torch.bool, device=segments_BT.device)
+    same_BTT = sequence_ids_BT[:, :, None] == sequence_ids_BT[:, None, :]
+    z_BT = z_N[sequence_ids_BT.clamp(min=0)] & (segments_BT >= Segment.Q)
+    hidden_BT = hidden_from_answer(segments_BT, template_visible)
+    visible_BTT = causal_TT & same_BTT & ~(z_BT[:, :, None] & hidden_BT[:, None, :])
+    # padding has the number -1 and sees only padding, so that softmax has something to normalise; nobody reads it
     return visible_BTT[:, None]

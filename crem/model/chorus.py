@@ -50,9 +50,12 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
 
 
 def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
-    """The embedding: L2-normalised mean of the last-layer chorus states; float32 [B, D] (method.md section 4)."""
-    chorus_BT = segments_BT == Segment.U
-    batch, _, width = hidden_BTD.shape
-    assert int(chorus_BT.sum()) == batch * count, "every sequence carries exactly K chorus tokens"
-    chorus_BKD = hidden_BTD[chorus_BT].view(batch, count, width)
-    return F.normalize(chorus_BKD.float().mean(1), dim=-1)
+    """The embedding: L2-normalised mean of the last-layer chorus states (method.md section 4).
+
+    Every sequence carries exactly ``count`` = K chorus tokens, so they come in groups of K, sequence by sequence.
+
+    Returns:
+        float32 [N, D], in the order of the batch's sequence numbers.
+    """
+    chorus_NKD = hidden_BTD[segments_BT == Segment.U].unflatten(0, (-1, count))
+    return F.normalize(chorus_NKD.float().mean(1), dim=-1)

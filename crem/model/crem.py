@@ -12,7 +12,7 @@ Three ways to use the model after one prefill of ``[S V T U]`` (method.md sectio
 which keeps the whole prefix's keys and values; compressed generation, which keeps those of the chorus tokens only, at
 their original positions (``crem.model.generation``).
 
-Shape suffixes: B sequences, T tokens, D model width, K chorus tokens, A answer tokens of the batch.
+Shape suffixes: N sequences in B rows of T tokens, D model width, A answer tokens of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CremOutput:
     """Result of one training forward."""
 
     embeddings: Tensor
-    """float32 [B, D], unit length"""
+    """float32 [N, D], unit length"""
     lm_loss_sum: Tensor
     """float32 scalar: sum over this batch's answer tokens of -log p; divide by the *global* number of tokens"""
     answer_tokens: Tensor
@@ -78,14 +78,15 @@ class CremModel(nn.Module):
         """Embeddings of all sequences and the LM loss of those with an answer, from one pass."""
         hidden_BTD, _ = self.encode(batch)
         lm_loss_sum, answer_tokens = self._lm_loss(hidden_BTD, batch)
-        embeddings_BD = pool(hidden_BTD, batch.segments, len(self.chorus_ids))
-        return CremOutput(embeddings_BD, lm_loss_sum, answer_tokens)
+        embeddings_ND = pool(hidden_BTD, batch.segments, len(self.chorus_ids))
+        return CremOutput(embeddings_ND, lm_loss_sum, answer_tokens)
 
     def encode(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
-        """Last-layer states [B, T, D] of right-padded sequences; fills ``cache`` where one is given."""
+        """Last-layer states [B, T, D]; fills ``cache`` where one is given (one sequence per row)."""
         mask = None
-        if bool(batch.z.any()):
-            mask = compression_aware_mask(batch.segments, batch.z, template_visible=self.config.prompt.template_visible)
+        if batch.packed or bool(batch.z.any()):
+            visible = self.config.prompt.template_visible
+            mask = compression_aware_mask(batch.segments, batch.sequence_ids, batch.z, template_visible=visible)
         pixels, grids = batch.pixel_values, batch.image_grid_thw
         inputs_embeds = None
         if pixels is None and self.training:

@@ -1,0 +1,187 @@
+"""Build the embedded corpus from four npm packages; how ``corpus/`` was made, and how to make it again.
+
+    python -m pipelines.emoji.build --out pipelines/emoji/corpus [--npm-dir DIR]
+
+Drawings are rendered by resvg, composited on white and stored as WebP in one zip; rows are Parquet. The same packages
+and library versions give the same bytes. Needs ``resvg-py``, and without ``--npm-dir`` also ``npm`` and a connection.
+``LICENSES.md`` in the output folder is written by hand and stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import logging
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from crem.errors import CremError
+from pipelines.emoji.concepts import PACKAGES, VENDORS, Concept, hold_out, read_concepts, read_drawings, unpacked
+from pipelines.emoji.rows import Row, evaluation_rows, image_name, training_rows
+
+__all__ = ["build", "fetch", "render"]
+
+log = logging.getLogger(__name__)
+
+SIDE_PIXELS = 96  # with WEBP_QUALITY: the largest that keeps all drawings within about 6.5 MB
+WEBP_QUALITY = 78
+HELD_OUT_SHARE = 0.1
+SEED = 0
+
+SHA256 = {
+    "@iconify-json/noto": "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    "@iconify-json/fluent-emoji-flat": "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    "@iconify-json/twemoji": "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+    "emojibase-data": "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+}
+"""npm package -> hash of its archive at the pinned version."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("query_text", pa.string()),
+        ("query_images", pa.list_(pa.string())),
+        ("target_text", pa.string()),
+        ("target_images", pa.list_(pa.string())),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+
+
+def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
+    """Write ``images.zip``, ``rows/`` and ``concepts.csv`` into ``out``.
+
+    Args:
+        npm_dir: folder with the four packages, each unpacked as ``<name>-<version>/package``.
+        out: the corpus folder, made if missing.
+        seed: fixes the held-out concepts and the choice of texts and questions.
+
+    Returns:
+        Rows by ``split/task``, and the number of ``concepts`` and ``images``.
+
+    Raises:
+        CremError: a package is not there, or ``resvg-py`` is not installed.
+    """
+    for package, version in PACKAGES.items():
+        folder = unpacked(npm_dir, package)
+        if not folder.is_dir():
+            raise CremError(
+                f"{package} is not unpacked at {folder}; leave --npm-dir out to download it, or run "
+                f"`npm pack {package}@{version}` and extract the archive there"
+            )
+    drawings = {vendor: read_drawings(npm_dir, vendor) for vendor in VENDORS}
+    concepts = read_concepts(npm_dir, set.intersection(*(set(d) for d in drawings.values())))
+    log.info("rendering %d concepts x %d vendors", len(concepts), len(VENDORS))
+    images = {image_name(v, c): render(drawings[v][c.hexcode]) for v in VENDORS for c in concepts}
+    held_out = hold_out(concepts, HELD_OUT_SHARE, seed, kept=_drawn_alike(concepts, images))
+    train, test = list(training_rows(concepts, held_out, seed)), list(evaluation_rows(concepts, held_out))
+
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    _write_zip(out / "images.zip", images)
+    _write_rows(out / "rows" / "train.parquet", train)
+    _write_rows(out / "rows" / "test.parquet", test)
+    _write_concepts(out / "concepts.csv", concepts, held_out)
+    counts = Counter(f"{row['split']}/{row['task']}" for row in (*train, *test))
+    return {"concepts": len(concepts), "images": len(images), **counts}
+
+
+def render(svg: str) -> bytes:
+    """A drawing as WebP, ``SIDE_PIXELS`` square, on white; a drawing that is not square is centred."""
+    try:
+        import resvg_py  # only this script needs it, so it is an extra
+    except ImportError as error:
+        raise CremError(
+            "drawings are rendered by resvg-py, which is not installed: pip install 'crem[corpus]'"
+        ) from error
+    sized = svg.replace("<svg ", f'<svg width="{SIDE_PIXELS}" height="{SIDE_PIXELS}" ', 1)
+    png = resvg_py.svg_to_bytes(svg_string=sized, background="#ffffff", skip_system_fonts=True)
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    assert image.size == (SIDE_PIXELS, SIDE_PIXELS), image.size
+    encoded = io.BytesIO()
+    image.save(encoded, "WEBP", quality=WEBP_QUALITY, method=6)
+    return encoded.getvalue()
+
+
+def fetch(npm_dir: Path) -> None:
+    """Download the pinned packages with ``npm pack``, check them and unpack them below ``npm_dir``."""
+    for package, version in PACKAGES.items():
+        target = unpacked(npm_dir, package).parent
+        archive = npm_dir / f"{target.name}.tgz"
+        command = ["npm", "pack", "--silent", f"{package}@{version}"]
+        try:
+            subprocess.run(command, cwd=npm_dir, check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CremError(
+                f"`{' '.join(command)}` failed ({error}); install npm and check the connection, or pass --npm-dir with "
+                "the packages already unpacked"
+            ) from error
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != SHA256[package]:
+            raise CremError(
+                f"{archive.name} has sha256 {found}, not {SHA256[package]}: the registry served another file"
+            )
+        with tarfile.open(archive) as tar:
+            tar.extractall(target, filter="data")
+
+
+def _drawn_alike(concepts: Sequence[Concept], images: Mapping[str, bytes]) -> set[str]:
+    """Concepts that share a drawing with another one; held out, they would be seen in training all the same."""
+    used = Counter(images.values())
+    return {c.hexcode for c in concepts if any(used[images[image_name(v, c)]] > 1 for v in VENDORS)}
+
+
+def _write_zip(path: Path, images: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in sorted(images.items()):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # the same on every system
+            archive.writestr(entry, data)
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows), ROW_SCHEMA), path, compression="zstd", compression_level=19)
+
+
+def _write_concepts(path: Path, concepts: Sequence[Concept], held_out: frozenset[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["hexcode", "label", "group", "subgroup", "held_out", "tags"])
+        for c in concepts:
+            writer.writerow([c.hexcode, c.label, c.group, c.subgroup, int(c.hexcode in held_out), "|".join(c.tags)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Build the embedded emoji corpus.")
+    parser.add_argument("--out", type=Path, required=True, help="corpus folder to write")
+    parser.add_argument("--npm-dir", type=Path, help="folder with the unpacked packages; default: download them")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with tempfile.TemporaryDirectory() as scratch:
+        npm_dir = options.npm_dir or Path(scratch)
+        try:
+            if options.npm_dir is None:
+                fetch(npm_dir)
+            counts = build(npm_dir, options.out)
+        except CremError as error:
+            parser.exit(1, f"{error}\n")
+    for name, count in counts.items():
+        log.info("%7d  %s", count, name)
+
+
+if __name__ == "__main__":
+    main()

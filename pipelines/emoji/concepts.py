@@ -1,0 +1,125 @@
+"""Concepts of the embedded corpus: emoji with words for them, drawn by all three vendors.
+
+A concept is one base emoji of emojibase (no skin tones, which emojibase nests below their base) for which each of the
+three icon sets has a drawing. Codes are compared in lower case without the variation selector ``fe0f``, because the
+sources disagree on it. One concept in ten is held out of all training, the same share of every group.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PACKAGES", "VENDORS", "Concept", "hold_out", "normal_code", "read_concepts", "read_drawings"]
+
+VENDORS = {
+    "noto": "@iconify-json/noto",
+    "fluent": "@iconify-json/fluent-emoji-flat",
+    "twemoji": "@iconify-json/twemoji",
+}
+"""Vendor as it is named in the corpus -> npm package of its drawings."""
+
+PACKAGES = {
+    "@iconify-json/noto": "1.2.9",
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/twemoji": "1.2.5",
+    "emojibase-data": "17.0.0",
+}
+"""npm package -> pinned version."""
+
+COMPONENT_GROUP = "components"  # skin tones and hair: parts of emoji, not pictures of anything
+_PLAIN_TAG = re.compile(r"[\w' -]*[^\W\d_][\w' -]*")  # has a letter and no emoticon such as ":D"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji and the words for it; texts are English and as a person would write them."""
+
+    hexcode: str
+    """Codepoints in lower case joined by ``-``, without ``fe0f``."""
+    label: str
+    tags: tuple[str, ...]
+    group: str
+    """For example ``animals and nature``."""
+    subgroup: str
+    """For example ``marine life``."""
+
+
+def unpacked(npm_dir: Path, package: str) -> Path:
+    """Where ``npm pack`` and an extraction put the files of ``package``."""
+    return npm_dir / f"{package.removeprefix('@').replace('/', '-')}-{PACKAGES[package]}" / "package"
+
+
+def normal_code(hexcode: str) -> str:
+    """The code by which the sources are joined: ``2764-FE0F`` becomes ``2764``."""
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def read_drawings(npm_dir: Path, vendor: str) -> dict[str, str]:
+    """SVG documents of one vendor by normal code."""
+    folder = unpacked(npm_dir, VENDORS[vendor])
+    icon_set = _read_json(folder / "icons.json")
+    drawings = {}
+    for code, name in _read_json(folder / "chars.json").items():
+        icon = icon_set["icons"].get(name)
+        if icon is None:  # an alias: a mirrored or renamed drawing of another code
+            continue
+        width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))  # 16: iconify's own
+        drawings[normal_code(code)] = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+        )
+    return drawings
+
+
+def read_concepts(npm_dir: Path, drawn: Collection[str]) -> list[Concept]:
+    """Base emoji of emojibase whose code is in ``drawn``, in Unicode's order."""
+    folder = unpacked(npm_dir, "emojibase-data")
+    groups = _numbered_words(folder, "groups")
+    subgroups = _numbered_words(folder, "subgroups")
+    concepts = []
+    for emoji in sorted(_read_json(folder / "en" / "data.json"), key=lambda e: e.get("order", 0)):
+        code = normal_code(emoji["hexcode"])
+        if code not in drawn or groups.get(emoji.get("group")) in (None, COMPONENT_GROUP):
+            continue
+        concepts.append(
+            Concept(
+                hexcode=code,
+                label=emoji["label"],
+                tags=tuple(dict.fromkeys(t for t in emoji.get("tags", ()) if _PLAIN_TAG.fullmatch(t))),
+                group=groups[emoji["group"]],
+                subgroup=subgroups[emoji["subgroup"]],
+            )
+        )
+    repeated = [label for label, count in Counter(c.label for c in concepts).items() if count > 1]
+    assert not repeated, f"labels of several concepts: {repeated}"
+    return concepts
+
+
+def hold_out(concepts: Sequence[Concept], share: float, seed: int, kept: Collection[str] = ()) -> frozenset[str]:
+    """Codes of the concepts kept out of training: ``share`` of every group, none of ``kept``."""
+    by_group = defaultdict(list)
+    for concept in concepts:
+        by_group[concept.group].append(concept.hexcode)
+    held_out: set[str] = set()
+    for group, codes in sorted(by_group.items()):
+        free = sorted(set(codes) - set(kept))
+        held_out.update(random.Random(f"{seed}/{group}").sample(free, min(len(free), round(share * len(codes)))))
+    return frozenset(held_out)
+
+
+def _numbered_words(folder: Path, kind: str) -> dict[int, str]:
+    """The number by which a record refers to its group or subgroup -> its name in plain words."""
+    messages = {m["key"]: m["message"] for m in _read_json(folder / "en" / "messages.json")[kind]}
+    numbered = _read_json(folder / "meta" / "groups.json")[kind]
+    return {int(n): messages[key].replace(" & ", " and ").replace(" / ", " or ") for n, key in numbered.items()}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

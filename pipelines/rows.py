@@ -1,0 +1,197 @@
+"""The training rows of prepared tables, and the stream of them that one worker reads.
+
+The order of a run is ``crem.data.mixing.MixingPlan``: a pure function of seed and step. Each worker therefore opens a Ray
+Data stream of its own over *steps* and Ray Data fetches that step's rows; ``ray.train.get_dataset_shard`` is not used,
+because its split depends on which block arrives first and a resumed run would have to read again what it has seen.
+Rows and encoded pictures lie in Ray's object store, which spills to disk; pictures are decoded in the worker, in a
+thread beside the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+
+from crem.config import RunConfig
+from crem.data.collator import Batch, Collator, Pair
+from crem.data.items import Item
+from crem.data.mixing import MixingPlan
+from crem.errors import ConfigError
+from pipelines import schema
+from pipelines.prepare import read_manifest
+from pipelines.storage import Folder
+
+__all__ = ["Rows", "item_of", "read_rows", "step_batches", "texts_of"]
+
+
+@dataclass
+class Rows:
+    """Rows of some splits and the pictures that they name; pickles by reference through Ray's object store."""
+
+    table: pa.Table
+    """``schema.ROWS``"""
+    images: pa.Table
+    """columns ``id`` and ``bytes``, sorted by id"""
+
+    def __post_init__(self) -> None:
+        self._image_ids = self.images.column("id").to_numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table, "images": self.images}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def image(self, image_id: int) -> bytes:
+        """Encoded bytes of a picture."""
+        at = int(np.searchsorted(self._image_ids, image_id))
+        assert self._image_ids[at] == image_id, f"image {image_id} is not in the image table"
+        data: bytes = self.images.column("bytes")[at].as_py()
+        return data
+
+    def pairs(self, numbers: NDArray[np.int64], z: NDArray[np.bool_]) -> list[Pair]:
+        """Training rows by number, each with its compression bit."""
+        return [
+            Pair(
+                query=item_of(row["query"], self.image),
+                target=None if row["target"] is None else item_of(row["target"], self.image),
+                negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()),
+                question=row["question"],
+                answer=row["answer"],
+                z=bool(bit),
+                target_key=_content_key(row["target"]),
+            )
+            for row, bit in zip(self.table.take(pa.array(numbers)).to_pylist(), z, strict=True)
+        ]
+
+    def plan(self, config: RunConfig) -> MixingPlan:
+        """The order of a training run over these rows."""
+        paired = self.table.column("target").is_valid().to_numpy()
+        answered = self.table.column("answer").is_valid().to_numpy()
+        tasks = self.table.column("task").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        return MixingPlan(
+            retrieval=np.flatnonzero(paired),
+            heterogeneous=np.flatnonzero(~paired & answered),
+            tasks=np.nan_to_num(tasks.astype(np.float64)).astype(np.int64),
+            global_batch=config.train.global_batch,
+            seed=config.train.seed,
+            compression_probability=config.loss.compression_probability,
+            config=config.data,
+        )
+
+
+def item_of(side: dict[str, Any], image: Any) -> Item:
+    """The ``Item`` of one side of a row; ``image`` maps an id to encoded bytes."""
+    return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
+
+
+def texts_of(rows: Rows) -> list[str]:
+    """Every text of the rows, for training a tokenizer."""
+    out: list[str] = []
+    for side in ("query", "target"):
+        out += [t for t in pc.struct_field(rows.table.column(side), "text").to_pylist() if t]
+    for column in ("question", "answer"):
+        out += [t for t in rows.table.column(column).to_pylist() if t]
+    return out
+
+
+def read_rows(prepared: str, *, split_prefix: str) -> Rows:
+    """Rows whose split starts with ``split_prefix``, and their pictures.
+
+    Raises:
+        ConfigError: no completed prepared tables there, or none of these rows.
+    """
+    folder = Folder.at(prepared)
+    manifest = read_manifest(folder)
+    table = _read(folder.child("rows"), schema.ROWS.names)
+    table = table.filter(pc.starts_with(table.column("split"), split_prefix)).sort_by("id")
+    if not table.num_rows:
+        raise ConfigError(
+            f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
+            f"{sorted(manifest.get('by_split_task', {}))}"
+        )
+    wanted = pa.chunked_array(
+        [
+            pc.list_flatten(pc.struct_field(table.column(side).combine_chunks(), "images"))
+            for side in ("query", "target")
+        ]
+        + [_negative_images(table)],
+        type=pa.int64(),
+    )
+    images = _read(folder.child("images"), ["id", "bytes"])
+    images = images.filter(pc.is_in(images.column("id"), value_set=wanted.unique())).sort_by("id")
+    return Rows(table.combine_chunks(), images)
+
+
+def _negative_images(table: pa.Table) -> pa.Array:
+    flat = pc.list_flatten(table.column("negatives")).combine_chunks()
+    return pc.list_flatten(pc.struct_field(flat, "images"))
+
+
+def _read(folder: Folder, columns: list[str]) -> pa.Table:
+    paths = [folder.path(name) for name in folder.files(".parquet")]
+    return pa.concat_tables([pq.read_table(path, columns=columns, filesystem=folder.fs) for path in paths])
+
+
+def _content_key(side: dict[str, Any] | None) -> int:
+    """Equal for targets of equal content; never negative, because negative keys match nothing."""
+    return 0 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)
+
+
+def step_batches(
+    rows_ref: Any, config: RunConfig, collator: Collator, *, start_step: int, rank: int, ranks: int
+) -> Iterator[Batch]:
+    """This rank's batches from ``start_step`` to the end of the run."""
+    steps = config.train.steps - start_step
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    fetch = {"rows_ref": [rows_ref], "config": config, "start_step": start_step, "rank": rank, "ranks": ranks}
+    stream = ray.data.range(steps, override_num_blocks=max(1, min(steps, -(-steps // 16)))).map_batches(
+        _fetch, batch_size=4, fn_kwargs=fetch, num_cpus=0.25
+    )
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = []
+        for block in stream.iter_batches(batch_size=1, prefetch_batches=2, batch_format="pyarrow"):
+            pairs = pa.BufferReader(block.column("pairs")[0].as_buffer())
+            waiting.append(ahead.submit(_collate, pairs, collator))
+            if len(waiting) > 2:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+_held: dict[str, Any] = {}
+"""Rows and plan of the run that this data process serves; they are read from the object store once."""
+
+
+def _fetch(
+    batch: dict[str, Any], *, rows_ref: list[Any], config: RunConfig, start_step: int, rank: int, ranks: int
+) -> dict[str, Any]:
+    import pickle
+
+    key = rows_ref[0].hex()
+    if _held.get("key") != key:
+        rows = ray.get(rows_ref[0])
+        _held.update(key=key, rows=rows, plan=rows.plan(config))
+    out = []
+    for number in batch["id"].tolist():
+        step = _held["plan"].step(start_step + number, rank=rank, ranks=ranks)
+        out.append(pickle.dumps(_held["rows"].pairs(step.rows, step.z), protocol=5))
+    return {"pairs": out}
+
+
+def _collate(data: pa.BufferReader, collator: Collator) -> Batch:
+    import pickle
+
+    return collator.pairs(pickle.loads(data.read()))

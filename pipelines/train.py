@@ -1,0 +1,281 @@
+"""``crem train``: the joint training run, DeepSpeed under Ray Train.
+
+The driver reads the rows and starts the workers; a worker is ``_worker`` below, and the step that it repeats is
+``crem.train.step``. What stays in the output folder:
+
+    config.yaml      the complete configuration          metrics.jsonl, tensorboard/    one entry per log interval
+    model/           the trained checkpoint              run/                           Ray Train's checkpoints
+
+A run that was killed continues with ``resume``: Ray Train hands the newest complete checkpoint to the workers, and the
+order of rows is a pure function of seed and step (``crem.data.mixing``), so the run goes on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import yaml
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from crem.config import RunConfig
+from crem.errors import ConfigError
+from pipelines import session
+from pipelines.metrics import MetricsLog
+from pipelines.rows import read_rows, step_batches, texts_of
+from pipelines.storage import Folder
+
+__all__ = ["train"]
+
+log = logging.getLogger(__name__)
+
+KIND = "train"
+_DONE = "done.json"
+_RUN = "run"
+
+
+def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Train a CREM model on prepared tables.
+
+    Args:
+        prepared: folder or URI written by ``crem prepare``.
+        out: folder or URI for the run.
+        resume: continue the run in ``out`` from its newest checkpoint.
+        fresh: first remove what an earlier run left in ``out``.
+
+    Returns:
+        ``model`` (its URI), ``fingerprint``, ``steps``, ``rows``, ``parameters`` and the last metrics.
+
+    Raises:
+        ConfigError: no training rows, or ``out`` holds a run and neither ``resume`` nor ``fresh`` is given, or a
+            resumed run's configuration differs.
+    """
+    rows = read_rows(prepared, split_prefix="train")
+    plan = rows.plan(config)
+    target = Folder.at(out)
+    _claim(target, config, resume=resume, fresh=fresh)
+    finished = target.read_json(_DONE)
+    if finished is not None:
+        log.info("the run in %s is complete; nothing to do", target.uri)
+        return dict(finished)
+    session.connect()
+    session.require(
+        f"training with {config.train.workers} workers",
+        cpus=config.train.workers * config.train.cpus_per_worker,
+        gpus=config.train.workers * config.train.gpus_per_worker,
+        remedy="lower train.workers (a divisor of train.global_batch), train.cpus_per_worker or train.gpus_per_worker",
+    )
+    log.info(
+        "%d retrieval rows, %d heterogeneous rows; %d steps of %d rows (%.1f epochs of the retrieval rows)",
+        len(plan.retrieval),
+        len(plan.heterogeneous),
+        config.train.steps,
+        config.train.global_batch,
+        config.train.steps * plan.retrieval_per_step / max(1, len(plan.retrieval)),
+    )
+    queue = Queue(actor_options={"num_cpus": 0})
+    spec = {
+        "config": config.model_dump(mode="json"),
+        "texts": texts_of(rows) if config.model.scratch is not None else None,
+        "rows": [ray.put(rows)],
+        "queue": queue,
+        "out": target.uri,
+    }
+    with session.remote_errors(), _Listener(queue, MetricsLog(target, fresh=not resume), config.train.steps) as heard:
+        _trainer(spec, target, config).fit()
+    result = {**(heard.result or {}), "rows": rows.table.num_rows, "metrics": heard.last}
+    target.write_json(result, _DONE)
+    return result
+
+
+def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> None:
+    target.claim(KIND)
+    held = target.exists("config.yaml")
+    if held and not (resume or fresh):
+        raise ConfigError(
+            f"{target.uri} holds a training run; continue it with --resume, replace it with --fresh, or choose "
+            "another --out"
+        )
+    if resume and not held:
+        raise ConfigError(f"{target.uri} holds no run to resume; start one without --resume")
+    if resume:
+        with target.open("config.yaml") as file:
+            before = RunConfig.model_validate(yaml.safe_load(file))
+        for section in ("model", "data", "loss", "optim", "train"):
+            old, new = getattr(before, section), getattr(config, section)
+            changed = [k for k in type(old).model_fields if getattr(old, k) != getattr(new, k) and k not in _MAY_CHANGE]
+            if changed:
+                key = changed[0]
+                raise ConfigError(
+                    f"the run in {target.uri} has {section}.{key}={getattr(old, key)!r}, and now it is "
+                    f"{getattr(new, key)!r}; resume with the same configuration ({target.uri}/config.yaml) or start anew"
+                )
+        return
+    for name in ("model", _RUN, "metrics.jsonl", "tensorboard", _DONE):
+        target.remove(name)
+    target.write_bytes(config.to_yaml().encode(), "config.yaml")
+
+
+_MAY_CHANGE = {
+    "log_every",
+    "keep_checkpoints",
+    "max_failures",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "checkpoint_every",
+    "workers",
+}
+"""Settings of a run that do not change its result."""
+
+
+def _trainer(spec: dict[str, Any], target: Folder, config: RunConfig) -> TorchTrainer:
+    on_gpu = config.train.gpus_per_worker > 0
+    environment = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    if not on_gpu:
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(target.uri if not target.is_local else f"file://{target.uri}")
+    resources = {"CPU": config.train.cpus_per_worker}
+    if on_gpu:
+        resources["GPU"] = config.train.gpus_per_worker
+    return TorchTrainer(
+        _worker,
+        train_loop_config=spec,
+        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=RayRunConfig(
+            name=_RUN,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _worker(spec: dict[str, Any]) -> None:
+    """One rank: build the model, load the newest checkpoint, run the loop."""
+    import torch
+
+    from crem.checkpoint import build_model
+    from crem.train.export import export
+    from crem.train.loop import Progress, train_loop
+    from crem.train.optim import initialise
+
+    logging.getLogger("deepspeed").setLevel(logging.WARNING)
+    config = RunConfig.model_validate(spec["config"])
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.train.threads_per_worker)
+    torch.manual_seed(config.train.seed * 1000 + rank)
+    model, collator = build_model(config.model, texts=spec["texts"], seed=config.train.seed)
+    engine = initialise(model.to(device), config, device)
+    start_step = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            _, state = engine.load_checkpoint(folder, tag="state")
+        start_step = state["step"]
+        log.info("rank %d continues at step %d", rank, start_step)
+
+    def on_progress(progress: Progress) -> None:
+        if rank == 0:
+            spec["queue"].put({"progress": progress.as_dict()})
+
+    def on_checkpoint(step: int, progress: Progress) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder, tag="state", client_state={"step": step})
+            ray.train.report(progress.as_dict(), checkpoint=Checkpoint.from_directory(folder))
+
+    batches = step_batches(spec["rows"][0], config, collator, start_step=start_step, rank=rank, ranks=ranks)
+    train_loop(
+        engine,
+        batches,
+        config,
+        start_step=start_step,
+        device=device,
+        on_progress=on_progress,
+        on_checkpoint=on_checkpoint,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        fingerprint = export(engine, collator, folder)
+        if rank == 0:
+            out = Folder.at(spec["out"])
+            _upload(folder, out.child("model"))
+            parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+            spec["queue"].put(
+                {
+                    "result": {
+                        "model": out.child("model").uri,
+                        "fingerprint": fingerprint,
+                        "steps": config.train.steps,
+                        "parameters": parameters,
+                    }
+                }
+            )
+
+
+def _upload(folder: str, target: Folder) -> None:
+    """Copy a finished checkpoint; ``crem.json``, without which it is no checkpoint, goes last."""
+    from crem.checkpoint import CREM_FILE
+
+    target.remove(CREM_FILE)
+    for name in sorted(os.listdir(folder), key=lambda n: n == CREM_FILE):
+        with open(os.path.join(folder, name), "rb") as source, target.open(name, mode="wb") as file:
+            while block := source.read(2**24):
+                file.write(block)
+
+
+class _Listener:
+    """Receives progress from rank 0 in a thread of the driver, and writes it down."""
+
+    def __init__(self, queue: Queue, metrics: MetricsLog, steps: int):
+        self._queue, self._metrics, self._steps = queue, metrics, steps
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self.last: dict[str, float] = {}
+        self.result: dict[str, Any] | None = None
+
+    def __enter__(self) -> _Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        self._metrics.close()
+        self._queue.shutdown()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._queue.get(timeout=0.5)
+            except Empty:
+                if self._stop.is_set():
+                    return
+                continue
+            if "result" in message:
+                self.result = message["result"]
+                continue
+            p = self.last = message["progress"]
+            self._metrics.write(p)
+            log.info(
+                "step %d/%d  loss %.3f (retrieval %.3f, generation %.3f)  lr %.1e  %.0f samples/s  %d s left",
+                p["step"],
+                self._steps,
+                p["loss"],
+                p["retrieval"],
+                p["generation"],
+                p["lr"],
+                p["samples_per_s"],
+                p["seconds_left"],
+            )
