@@ -32,7 +32,7 @@ from crem.model.backbone import CHAT_TEMPLATE, image_processor, model_from_shape
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
-__all__ = ["CREM_FILE", "build_model", "fingerprint", "local_copy", "read_model", "save_model"]
+__all__ = ["CREM_FILE", "build_model", "describe", "fingerprint", "local_copy", "read_model", "save_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,22 @@ def read_model(
     processor = image_processor(None, folder, config.image)
     model = CremModel(backbone, chorus_ids, config).to(device).eval()
     return model, Collator(tokenizer, processor, chorus_ids, config), fingerprint(folder, str(dtype).split(".")[1])
+
+
+def describe(path_or_uri: str | Path) -> dict[str, Any]:
+    """What a CREM checkpoint is, without loading its weights: ``fingerprint``, ``dim``, ``chorus_tokens``.
+
+    Raises:
+        CheckpointError: missing, damaged or of another kind.
+    """
+    folder = local_copy(path_or_uri)
+    description = _description(folder, str(path_or_uri))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {
+        "fingerprint": fingerprint(folder, description["model"]["dtype"]),
+        "dim": int(config.get("text_config", config)["hidden_size"]),
+        "chorus_tokens": description["chorus_tokens"],
+    }
 
 
 def _description(folder: Path, named: str) -> dict[str, Any]:

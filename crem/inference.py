@@ -174,14 +174,12 @@ class Crem:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[str | Answer]:
-        """Pieces of text as they are decoded; the last thing yielded is the complete ``Answer``."""
+        """A piece of text for every decoded token, "" where it completes no character; last, the whole ``Answer``."""
         sequence, question = self._sequence(item), self.collator.prompts.question(prompt)
         context = prefill(self.model, self.collator.pad([sequence]).to(self.device))
         if compressed:
             context = context.compressed(template_visible=self.config.prompt.template_visible)
         size = context.item_bytes()[0]
-        ids: list[int] = []
-        sent = ""
         steps = decode(
             self.model,
             context,
@@ -190,16 +188,19 @@ class Crem:
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p, seed),
         )
+        ids: list[int] = []
+        begin = said = 0  # text of ids[begin:said] has been yielded; decoding from ``begin`` keeps the cost constant
         for token_B in steps:
             ids.append(int(token_B[0]))
-            text = self._text(ids)
-            if len(text) > len(sent) and not text.endswith("\ufffd"):  # a character may span several tokens
-                yield text[len(sent) :]
-                sent = text
-        answer = self._answer(ids, len(sequence.prompt.input_ids) + len(question.input_ids), size)
-        if len(answer.text) > len(sent):
-            yield answer.text[len(sent) :]
-        yield answer
+            before, now = self._text(ids[begin:said]), self._text(ids[begin:])
+            if len(now) > len(before) and not now.endswith("\ufffd"):  # a character may span several tokens
+                yield now[len(before) :]
+                begin, said = said, len(ids)
+            else:
+                yield ""
+        if len(rest := self._text(ids[begin:])) > len(before := self._text(ids[begin:said])):
+            yield rest[len(before) :]
+        yield self._answer(ids, len(sequence.prompt.input_ids) + len(question.input_ids), size)
 
     @torch.inference_mode()
     def _decode(

@@ -33,8 +33,8 @@ def info_nce(
 ) -> Tensor:
     """Mean over queries of -log softmax(cos / temperature) at the own target.
 
-    Candidate i is the target of query i; the rest are negatives. A candidate with the same content key as the own target
-    is no negative and is left out (keys below 0 match nothing).
+    Candidate i is the target of query i; the rest are negatives. A candidate with the same content key as the own
+    target is no negative and is left out (keys below 0 match nothing).
 
     Args:
         queries_QD, candidates_CD: float32, unit length, C >= Q.

@@ -27,7 +27,7 @@ def read_metrics(run: Folder) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends entries. An entry for a step that is already there replaces it and all later ones: the run was resumed."""
+    """Appends entries. One for a step that is already there replaces it and all later ones: the run was resumed."""
 
     def __init__(self, run: Folder, *, fresh: bool):
         from torch.utils.tensorboard import SummaryWriter

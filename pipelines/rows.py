@@ -1,16 +1,18 @@
 """The training rows of prepared tables, and the stream of them that one worker reads.
 
-The order of a run is ``crem.data.mixing.MixingPlan``: a pure function of seed and step. Each worker therefore opens a Ray
-Data stream of its own over *steps* and Ray Data fetches that step's rows; ``ray.train.get_dataset_shard`` is not used,
-because its split depends on which block arrives first and a resumed run would have to read again what it has seen.
-Rows and encoded pictures lie in Ray's object store, which spills to disk; pictures are decoded in the worker, in a
-thread beside the device.
+The order of a run is ``crem.data.mixing.MixingPlan``: a pure function of seed and step. Each worker therefore has a Ray
+Data shard of its own, over *steps*: Ray Data gathers the rows of its steps from the object store, which spills to disk,
+a window ahead of the device. ``ray.train.get_dataset_shard`` is not used, because its split depends on which block
+arrives first, and a resumed run would have to read again what it has seen. A window is materialised rather than
+streamed: Ray Data's streaming executor polls as long as it is held back by its consumer, and on a CPU machine that cost
+as much as the training. Pictures are decoded in the worker, in a thread beside the device.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,10 @@ from crem.errors import ConfigError
 from pipelines import schema
 from pipelines.prepare import read_manifest
 from pipelines.storage import Folder
+
+_WINDOW_ROWS = 4096
+"""Rows of one rank that are gathered ahead; two windows are held at once."""
+_BATCHES_AHEAD = 2
 
 __all__ = ["Rows", "item_of", "read_rows", "step_batches", "texts_of"]
 
@@ -152,23 +158,36 @@ def step_batches(
     rows_ref: Any, config: RunConfig, collator: Collator, *, start_step: int, rank: int, ranks: int
 ) -> Iterator[Batch]:
     """This rank's batches from ``start_step`` to the end of the run."""
-    steps = config.train.steps - start_step
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    fetch = {"rows_ref": [rows_ref], "config": config, "start_step": start_step, "rank": rank, "ranks": ranks}
-    stream = ray.data.range(steps, override_num_blocks=max(1, min(steps, -(-steps // 16)))).map_batches(
-        _fetch, batch_size=4, fn_kwargs=fetch, num_cpus=0.25
-    )
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = []
-        for block in stream.iter_batches(batch_size=1, prefetch_batches=2, batch_format="pyarrow"):
-            pairs = pa.BufferReader(block.column("pairs")[0].as_buffer())
-            waiting.append(ahead.submit(_collate, pairs, collator))
-            if len(waiting) > 2:
-                yield waiting.pop(0).result()
-        for future in waiting:
+    size = max(1, _WINDOW_ROWS // (config.train.global_batch // ranks))
+    starts = range(start_step, config.train.steps, size)
+    spec = {"rows_ref": [rows_ref], "config": config, "rank": rank, "ranks": ranks}
+    with ThreadPoolExecutor(1) as windows, ThreadPoolExecutor(1) as collating:
+        following = windows.submit(_window, starts[0], config.train.steps, size, spec) if starts else None
+        ready: list[Future[Batch]] = []
+        for start in starts:
+            assert following is not None
+            window = following.result()
+            following = windows.submit(_window, start + size, config.train.steps, size, spec)
+            for block in window.iter_batches(batch_size=1, batch_format="pyarrow"):
+                ready.append(collating.submit(_collate, block.column("pairs")[0].as_py(), collator))
+                if len(ready) > _BATCHES_AHEAD:
+                    yield ready.pop(0).result()
+        for future in ready:
             yield future.result()
+
+
+def _window(start: int, stop: int, size: int, spec: dict[str, Any]) -> ray.data.Dataset | None:
+    """Rows of the steps ``start`` … ``start + size`` - 1, gathered into the object store."""
+    steps = range(start, min(stop, start + size))
+    if not steps:
+        return None
+    numbered = ray.data.range(len(steps), override_num_blocks=min(4, len(steps)))
+    return numbered.map_batches(
+        _fetch, batch_size=None, fn_kwargs={"start": start, **spec}, num_cpus=0.25
+    ).materialize()
 
 
 _held: dict[str, Any] = {}
@@ -176,22 +195,18 @@ _held: dict[str, Any] = {}
 
 
 def _fetch(
-    batch: dict[str, Any], *, rows_ref: list[Any], config: RunConfig, start_step: int, rank: int, ranks: int
+    batch: dict[str, Any], *, start: int, rows_ref: list[Any], config: RunConfig, rank: int, ranks: int
 ) -> dict[str, Any]:
-    import pickle
-
     key = rows_ref[0].hex()
     if _held.get("key") != key:
         rows = ray.get(rows_ref[0])
         _held.update(key=key, rows=rows, plan=rows.plan(config))
     out = []
     for number in batch["id"].tolist():
-        step = _held["plan"].step(start_step + number, rank=rank, ranks=ranks)
+        step = _held["plan"].step(start + number, rank=rank, ranks=ranks)
         out.append(pickle.dumps(_held["rows"].pairs(step.rows, step.z), protocol=5))
     return {"pairs": out}
 
 
-def _collate(data: pa.BufferReader, collator: Collator) -> Batch:
-    import pickle
-
-    return collator.pairs(pickle.loads(data.read()))
+def _collate(pairs: bytes, collator: Collator) -> Batch:
+    return collator.pairs(pickle.loads(pairs))

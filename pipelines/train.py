@@ -49,7 +49,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     Args:
         prepared: folder or URI written by ``crem prepare``.
         out: folder or URI for the run.
-        resume: continue the run in ``out`` from its newest checkpoint.
+        resume: continue the run in ``out`` from its newest checkpoint; where there is no run, start it.
         fresh: first remove what an earlier run left in ``out``.
 
     Returns:
@@ -105,9 +105,7 @@ def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> N
             f"{target.uri} holds a training run; continue it with --resume, replace it with --fresh, or choose "
             "another --out"
         )
-    if resume and not held:
-        raise ConfigError(f"{target.uri} holds no run to resume; start one without --resume")
-    if resume:
+    if resume and held:
         with target.open("config.yaml") as file:
             before = RunConfig.model_validate(yaml.safe_load(file))
         for section in ("model", "data", "loss", "optim", "train"):
@@ -117,7 +115,7 @@ def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> N
                 key = changed[0]
                 raise ConfigError(
                     f"the run in {target.uri} has {section}.{key}={getattr(old, key)!r}, and now it is "
-                    f"{getattr(new, key)!r}; resume with the same configuration ({target.uri}/config.yaml) or start anew"
+                    f"{getattr(new, key)!r}; resume with the same settings ({target.uri}/config.yaml) or start anew"
                 )
         return
     for name in ("model", _RUN, "metrics.jsonl", "tensorboard", _DONE):
@@ -139,7 +137,7 @@ _MAY_CHANGE = {
 
 def _trainer(spec: dict[str, Any], target: Folder, config: RunConfig) -> TorchTrainer:
     on_gpu = config.train.gpus_per_worker > 0
-    environment = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not on_gpu:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
     filesystem, path = pyarrow.fs.FileSystem.from_uri(target.uri if not target.is_local else f"file://{target.uri}")

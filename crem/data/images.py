@@ -60,6 +60,10 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
                 return _flatten(picture)
     except ItemError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound is met while the header is read
+        raise ItemError(
+            "image_too_large", f"{error} model.image.max_source_pixels={limits.max_source_pixels} is lower; shrink it"
+        ) from error
     except UnidentifiedImageError as error:
         raise ItemError(
             "image_corrupt", f"{len(data)} bytes that are not an image of a known format ({', '.join(_FORMATS)})"
@@ -72,12 +76,14 @@ def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> byt
     """Read an encoded image from a path, an fsspec URI or a data URL, never more than ``limits.max_source_bytes``."""
     if uri.startswith("data:"):
         return _decode_data_url(uri, limits)
-    scheme = uri.partition("://")[0].lower() if "://" in uri else ""
-    if scheme in ("http", "https", "ftp"):
+    # fsspec chains file systems with "::", as in zip://inside.png::https://host/images.zip
+    schemes = {part.partition("://")[0].lower() for part in uri.split("::") if "://" in part}
+    if refused := schemes & {"http", "https", "ftp"}:
         raise ItemError(
-            "uri_refused", f"{scheme} URLs are not fetched ({uri[:80]!r}); download it, or send it as a data: URL"
+            "uri_refused",
+            f"{refused.pop()} URLs are not fetched ({uri[:80]!r}); download it, or send it as a data: URL",
         )
-    if not scheme and base is not None and not os.path.isabs(uri):
+    if not schemes and base is not None and not os.path.isabs(uri):
         uri = base.replace("*", uri) if "*" in base else f"{base.rstrip('/')}/{uri}"
     try:
         with fsspec.open(uri, "rb") as file:
@@ -100,8 +106,9 @@ def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
     area = image.width * image.height
     if area > max_pixels:
         scale = math.sqrt(max_pixels / area)
-        size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        width, height = (max(1, int(side * scale)) for side in image.size)
+        width = max(1, min(width, max_pixels // height))  # a sliver's short side cannot shrink, so its long side does
+        image = image.resize((width, min(height, max_pixels // width)), Image.Resampling.BICUBIC)
     out = io.BytesIO()
     if image.width * image.height <= _LOSSLESS_PIXELS:
         image.save(out, "PNG", compress_level=3)

@@ -1,9 +1,9 @@
 """Which row goes to which step: a pure function of seed and step.
 
-A batch mixes retrieval rows (with their homogeneous generation turns) and heterogeneous generation rows in fixed shares.
-Each of the two streams is the concatenation of its epochs, every epoch a permutation of its rows, so no row is skipped
-or seen twice within an epoch. Nothing depends on the number of workers or on what was read before: a resumed run starts
-at its step, and rank r of W takes the r-th of W equal slices of the same global batch.
+A batch mixes retrieval rows (with their homogeneous generation turns) and heterogeneous generation rows in fixed
+shares. Each of the two streams is the concatenation of its epochs, every epoch a permutation of its rows, so no row
+is skipped or seen twice within an epoch. Nothing depends on the number of workers or on what was read before: a
+resumed run starts at its step, and rank r of W takes the r-th of W equal slices of the same global batch.
 """
 
 from __future__ import annotations
@@ -70,15 +70,26 @@ class MixingPlan:
         )
         draw = np.random.default_rng([self.seed, 7, step])
         order = draw.permutation(len(rows))
-        if self.config.sub_batch:  # runs of one task; the runs are shuffled, not the rows
-            rank_of_task = draw.permutation(int(self.tasks.max()) + 1)[self.tasks[rows]]
-            order = np.lexsort((order, rank_of_task))
-            runs = [order[i : i + self.config.sub_batch] for i in range(0, len(order), self.config.sub_batch)]
-            order = np.concatenate([runs[i] for i in draw.permutation(len(runs))])
+        if self.config.sub_batch:
+            order = self._in_runs(order, self.tasks[rows], draw)
         z = draw.random(len(rows)) < self.compression_probability
         share = len(rows) // ranks
         mine = slice(rank * share, (rank + 1) * share)
         return StepRows(rows[order][mine], z[order][mine])
+
+    def _in_runs(
+        self, order: NDArray[np.int64], task_of_row: NDArray[np.int64], draw: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """``order`` in runs of one task, the whole runs shuffled; what is left of each task comes after them."""
+        size = self.config.sub_batch
+        whole: list[NDArray[np.int64]] = []
+        rest: list[NDArray[np.int64]] = []
+        for task in np.unique(task_of_row):
+            members = order[task_of_row[order] == task]
+            runs = [members[i : i + size] for i in range(0, len(members), size)]
+            whole += [run for run in runs if len(run) == size]
+            rest += [run for run in runs if len(run) < size]
+        return np.concatenate([runs[i] for runs in (whole, rest) for i in draw.permutation(len(runs))])
 
     def _take(self, stream: NDArray[np.int64], number: int, start: int, count: int) -> NDArray[np.int64]:
         """``count`` rows from position ``start`` of the endless sequence of epochs."""

@@ -72,13 +72,13 @@ def _grouped_attention(
     out = torch.empty_like(query) if len(set(lengths)) > 1 else None
     for length in sorted(set(lengths)):
         if out is None:
-            parts = [t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)]
-            whole = F.scaled_dot_product_attention(*parts, scale=kwargs["scaling"])  # images, heads, length, width
+            q, k, v = (t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
+            whole = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
             return whole.transpose(1, 2).flatten(0, 1)[None], None
         starts = torch.tensor([b for b, n in zip(bounds, lengths, strict=False) if n == length], device=query.device)
         index = (starts[:, None] + torch.arange(length, device=query.device)).flatten()
-        parts = [t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)]
-        some = F.scaled_dot_product_attention(*parts, scale=kwargs["scaling"])
+        q, k, v = (t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
+        some = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])
         out = out.index_copy(2, index, some.transpose(0, 1).flatten(1, 2)[None])
     assert out is not None
     return out.transpose(1, 2), None

@@ -1,9 +1,9 @@
 """Prefill once, keep what the mode needs, decode (method.md section 5).
 
 ``prefill`` runs ``[S V T U]`` and returns a ``Context``: keys and values, which of them exist, and the position that
-comes next. ``Context.compressed`` drops all but the chorus tokens (and the template before the sample, which is the same
-for every item and carries nothing of it). Positions are those of the full sequence in both cases, which is what makes
-pruning the cache equal to masking.
+comes next. ``Context.compressed`` drops all but the chorus tokens (and the template before the sample, which is the
+same for every item and carries nothing of it). Positions are those of the full sequence in both cases, which is what
+makes pruning the cache equal to masking.
 
 The decoding loop is ours, not ``GenerationMixin.generate``: that one derives M-RoPE positions from the length of the
 cache, which a pruned cache no longer has. It uses transformers' logits warpers, and its native mode is tested to give

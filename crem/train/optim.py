@@ -1,7 +1,7 @@
 """DeepSpeed: one configuration from ours, one engine.
 
-On CPU DeepSpeed needs ``DS_ACCELERATOR=cpu`` in the environment before it is imported, and torch's own AdamW, because its
-fused CPU optimizer wants a compiler and bf16 hardware; both are set by the job that starts the workers and here.
+On CPU DeepSpeed needs ``DS_ACCELERATOR=cpu`` in the environment before it is imported, and torch's own AdamW, because
+its fused CPU optimizer wants a compiler and bf16 hardware; both are set by the job that starts the workers and here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: weight decay applies to matrices, not to gains, biases and embeddings."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

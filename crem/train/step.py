@@ -52,7 +52,7 @@ def train_step(engine: Engine, batch: Batch, config: LossConfig) -> StepResult:
     engine.step()
     generation = sum_over_ranks(losses.generation)
     total = joint_loss(losses.retrieval.detach(), generation, config).total
-    return StepResult(float(total), float(losses.retrieval), float(generation), answer_tokens)
+    return StepResult(float(total), float(losses.retrieval.detach()), float(generation), answer_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------------------

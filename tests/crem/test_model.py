@@ -229,12 +229,12 @@ def test_one_forward_gives_embedding_and_lm_loss_and_packing_changes_neither(tin
     out = model(packed)
     total = torch.tensor(0.0)
     for number, pair in enumerate(pairs):
-        alone = model(collator.pad([collator.sequence(pair.query, question=pair.question, answer=pair.answer, z=pair.z)]))
+        alone = model(
+            collator.pad([collator.sequence(pair.query, question=pair.question, answer=pair.answer, z=pair.z)])
+        )
         total = total + alone.lm_loss_sum
         if pair.target is not None:
-            torch.testing.assert_close(
-                out.embeddings[packed.queries[number]], alone.embeddings[0], atol=1e-5, rtol=0
-            )
+            torch.testing.assert_close(out.embeddings[packed.queries[number]], alone.embeddings[0], atol=1e-5, rtol=0)
             prefix = model(collator.items([pair.query]))  # the embedding does not depend on question or z
             torch.testing.assert_close(prefix.embeddings[0], alone.embeddings[0], atol=1e-5, rtol=0)
             target = model(collator.items([pair.target]))
@@ -288,7 +288,9 @@ def test_cache_size_of_the_paper() -> None:
 
     cache = DynamicCache()
     for layer in range(28):
-        cache.update(torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), layer)
+        cache.update(
+            torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), layer
+        )
     segments = torch.tensor([[0, 0] + [1] * 2 + [3] * 16])
     context = Context(cache, segments >= 0, segments, torch.tensor([20]), torch.zeros(1, 1))
     assert context.compressed(template_visible=True).item_bytes() == [448 * 1024]

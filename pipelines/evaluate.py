@@ -1,0 +1,324 @@
+"""``crem evaluate``: does it find, does it answer, and what does it keep.
+
+- **Retrieval**: Precision@1 and @10 of every task (direction) over the test splits. The candidates of a task are the
+  distinct targets of all its test rows, so chance is 1 and 10 over their number. A candidate that scores as high as the
+  target counts against it.
+- **Answers**: exact match of the questions of the test rows, natively and from the compressed context, beside the share
+  that always naming the commonest answer would get.
+- **Cache**: bytes of keys and values that an item keeps in both modes.
+
+The work is spread over a Ray Data actor pool; each actor holds one model, as in ``crem embed``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from crem.config import RunConfig
+from crem.data.items import Item
+from pipelines import session
+from pipelines.embed import load_model
+from pipelines.rows import Rows, item_of, read_rows
+from pipelines.storage import Folder
+
+__all__ = ["evaluate", "table"]
+
+log = logging.getLogger(__name__)
+
+KIND = "evaluate"
+RESULT = "evaluation.json"
+_EXAMPLES = 12
+
+
+def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str, Any]:
+    """Evaluate the checkpoint ``model`` on the test splits of prepared tables, and write ``evaluation.json``.
+
+    Returns:
+        ``model``, ``fingerprint``, ``retrieval[task][split]``, ``answers[split]``, ``cache`` and ``examples``.
+
+    Raises:
+        ConfigError: no test rows. CheckpointError: the model cannot be loaded.
+    """
+    rows = read_rows(prepared, split_prefix="test")
+    target = Folder.at(out)
+    target.claim(KIND)
+    session.connect()
+    retrieval = _Retrieval.of(rows)
+    questions = _questions(rows, config.evaluate.max_answers)
+    log.info("%d contents to embed, %d questions to answer in two modes", len(retrieval.contents), len(questions))
+    work = [{"row": row, "side": side, "ask": False} for row, side in retrieval.contents]
+    work += [{"row": row, "side": "query", "ask": True} for row in questions]
+    done = _run(model, rows, work, config)
+    fingerprint = done[0]["fingerprint"]
+    vectors = np.array([r["embedding"] for r in done[: len(retrieval.contents)]], dtype=np.float32)
+    answers = [r["answers"] for r in done[len(retrieval.contents) :]]
+    ranks = retrieval.ranks(vectors)
+    result = {
+        "model": model,
+        "fingerprint": fingerprint,
+        "retrieval": _precision(retrieval, ranks),
+        "answers": _exact_match(rows, questions, answers),
+        "cache": _cache(answers),
+        "examples": {
+            "retrieval": _retrieval_examples(rows, retrieval, vectors, ranks),
+            "answers": _answer_examples(rows, questions, answers),
+        },
+    }
+    target.write_json(result, RESULT)
+    return result
+
+
+@dataclass
+class _Retrieval:
+    """Queries and candidate pools of every task, as numbers of distinct contents."""
+
+    contents: list[tuple[int, str]]
+    """(row, side) where each distinct content is found first"""
+    queries: dict[str, NDArray[np.int64]]
+    """content of each query, by task"""
+    targets: dict[str, NDArray[np.int64]]
+    splits: dict[str, list[str]]
+    rows: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Retrieval:
+        numbers: dict[str, int] = {}
+        made = cls([], {}, {}, {}, {})
+        lists: dict[str, list[tuple[int, int, str, int]]] = {}
+        for at, row in enumerate(rows.table.select(["task", "split", "query", "target"]).to_pylist()):
+            if row["target"] is None:
+                continue
+            pair = []
+            for side in ("query", "target"):
+                key = repr(row[side])
+                if key not in numbers:
+                    numbers[key] = len(made.contents)
+                    made.contents.append((at, side))
+                pair.append(numbers[key])
+            lists.setdefault(row["task"] or "retrieval", []).append((*pair, row["split"], at))
+        for task, entries in sorted(lists.items()):
+            queries, targets, splits, places = zip(*entries, strict=True)
+            made.queries[task], made.targets[task] = np.array(queries), np.array(targets)
+            made.splits[task], made.rows[task] = list(splits), list(places)
+        return made
+
+    def pool(self, task: str) -> NDArray[np.int64]:
+        """Distinct candidates of a task."""
+        return np.unique(self.targets[task])
+
+    def ranks(self, vectors: NDArray[np.float32]) -> dict[str, NDArray[np.int64]]:
+        """How many candidates score at least as high as each query's target, itself excluded; 0 is a hit."""
+        out = {}
+        for task, queries in self.queries.items():
+            pool = self.pool(task)
+            own = np.searchsorted(pool, self.targets[task])
+            ranks = np.empty(len(queries), dtype=np.int64)
+            for start in range(0, len(queries), 1024):
+                scores = vectors[queries[start : start + 1024]] @ vectors[pool].T
+                here = own[start : start + 1024]
+                best = scores[np.arange(len(here)), here][:, None]
+                ranks[start : start + 1024] = (scores >= best).sum(1) - 1
+            out[task] = ranks
+        return out
+
+
+def _precision(retrieval: _Retrieval, ranks: dict[str, NDArray[np.int64]]) -> dict[str, dict[str, dict[str, float]]]:
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for task, found in ranks.items():
+        candidates = len(retrieval.pool(task))
+        splits = np.array(retrieval.splits[task])
+        out[task] = {}
+        for split in [*sorted(set(retrieval.splits[task])), "all"]:
+            some = found if split == "all" else found[splits == split]
+            out[task][split] = {
+                "precision_at_1": float((some == 0).mean()),
+                "precision_at_10": float((some < 10).mean()),
+                "chance_at_1": 1 / candidates,
+                "chance_at_10": min(1.0, 10 / candidates),
+                "queries": len(some),
+                "candidates": candidates,
+            }
+    return out
+
+
+def _questions(rows: Rows, most: int) -> list[int]:
+    """Rows with a question and an answer, at most ``most`` per split, spread evenly."""
+    by_split: dict[str, list[int]] = {}
+    for at, row in enumerate(rows.table.select(["split", "question", "answer"]).to_pylist()):
+        if row["question"] and row["answer"]:
+            by_split.setdefault(row["split"], []).append(at)
+    chosen = []
+    for places in by_split.values():
+        step = max(1.0, len(places) / most)
+        chosen += [places[int(i * step)] for i in range(min(most, len(places)))]
+    return chosen
+
+
+def _right(answer: str, expected: str) -> bool:
+    return answer.strip().casefold() == expected.strip().casefold()
+
+
+def _exact_match(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    taken = rows.table.select(["split", "answer"]).take(pa.array(questions, pa.int64())).to_pylist()
+    out: dict[str, dict[str, float]] = {}
+    for split in [*sorted({row["split"] for row in taken}), "all"]:
+        some = [(r, a) for r, a in zip(taken, answers, strict=True) if split in ("all", r["split"])]
+        if some:
+            commonest, count = Counter(r["answer"] for r, _ in some).most_common(1)[0]
+            out[split] = {
+                "native": sum(_right(a["native"], r["answer"]) for r, a in some) / len(some),
+                "compressed": sum(_right(a["compressed"], r["answer"]) for r, a in some) / len(some),
+                "commonest": count / len(some),
+                "commonest_answer": commonest,
+                "questions": len(some),
+            }
+    return out
+
+
+def _cache(answers: list[dict[str, Any]]) -> dict[str, float]:
+    if not answers:
+        return {}
+    native = float(np.mean([a["native_bytes"] for a in answers]))
+    compressed = float(np.mean([a["compressed_bytes"] for a in answers]))
+    return {"native_bytes": native, "compressed_bytes": compressed, "ratio": compressed / native}
+
+
+def _retrieval_examples(
+    rows: Rows, retrieval: _Retrieval, vectors: NDArray[np.float32], ranks: dict[str, NDArray[np.int64]]
+) -> list[dict[str, Any]]:
+    """An even spread of queries of every task with their five best candidates, right or wrong as they come."""
+    examples = []
+    for task, queries in retrieval.queries.items():
+        pool = retrieval.pool(task)
+        for at in np.linspace(0, len(queries) - 1, min(_EXAMPLES, len(queries))).astype(int):
+            scores = vectors[pool] @ vectors[queries[at]]
+            best = pool[np.argsort(-scores, kind="stable")[:5]]
+            examples.append(
+                {
+                    "task": task,
+                    "split": retrieval.splits[task][at],
+                    "query": _content(rows, *retrieval.contents[queries[at]]),
+                    "target": _content(rows, *retrieval.contents[retrieval.targets[task][at]]),
+                    "top": [
+                        {**_content(rows, *retrieval.contents[c]), "right": bool(c == retrieval.targets[task][at])}
+                        for c in best
+                    ],
+                    "rank": int(ranks[task][at]) + 1,
+                }
+            )
+    return examples
+
+
+def _answer_examples(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    chosen = np.linspace(0, len(questions) - 1, min(2 * _EXAMPLES, len(questions))).astype(int)
+    return [
+        {
+            **{k: rows.table.column(k)[questions[i]].as_py() for k in ("split", "question", "answer")},
+            "query": _content(rows, questions[i], "query"),
+            "native": answers[i]["native"],
+            "compressed": answers[i]["compressed"],
+            "native_right": _right(answers[i]["native"], rows.table.column("answer")[questions[i]].as_py()),
+            "compressed_right": _right(answers[i]["compressed"], rows.table.column("answer")[questions[i]].as_py()),
+        }
+        for i in chosen
+    ]
+
+
+def _content(rows: Rows, row: int, side: str) -> dict[str, Any]:
+    value = rows.table.column(side)[row].as_py()
+    return {"text": value["text"], "images": list(value["images"] or ())}
+
+
+def _run(model: str, rows: Rows, work: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any]]:
+    """Results of the work items, in their order."""
+    settings, size = config.embed, 4 * config.evaluate.batch_size
+    chunks = [{"start": start} for start in range(0, len(work), size)]
+    most = min(settings.max_actors, len(chunks))
+    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+        _Evaluator,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=min(settings.min_actors, most), max_size=most),
+        num_cpus=settings.cpus_per_actor,
+        num_gpus=settings.gpus_per_actor,
+        fn_constructor_args=(model, [ray.put(rows)], [ray.put(work)], size, config),
+    )
+    by_start: dict[int, list[dict[str, Any]]] = {}
+    with session.remote_errors():
+        for start, results in session.results(dataset):
+            by_start[start] = results
+            log.info("%d of %d contents and questions", sum(map(len, by_start.values())), len(work))
+    return [result for start in sorted(by_start) for result in by_start[start]]
+
+
+class _Evaluator:
+    """One actor: embeds contents, and answers questions in both modes."""
+
+    def __init__(self, model: str, rows: list[Any], work: list[Any], size: int, config: RunConfig):
+        self._model = load_model(model, config.embed.threads_per_actor)
+        self._rows: Rows = ray.get(rows[0])
+        self._work: list[dict[str, Any]] = ray.get(work[0])
+        self._size = size
+        self._config = config.evaluate
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        starts = batch.column("start").to_pylist()
+        return pa.Table.from_pylist([session.attempt(partial(self._chunk, start)) for start in starts])
+
+    def _chunk(self, start: int) -> tuple[int, list[dict[str, Any]]]:
+        work = self._work[start : start + self._size]
+        items = [self._item(w["row"], w["side"]) for w in work]
+        results: list[dict[str, Any]] = [{"fingerprint": self._model.fingerprint} for _ in work]
+        contents = [i for i, w in enumerate(work) if not w["ask"]]
+        vectors = self._model.embed([items[i] for i in contents], batch_size=self._config.batch_size)
+        for i, vector in zip(contents, vectors, strict=True):
+            results[i]["embedding"] = vector
+        asked = [i for i, w in enumerate(work) if w["ask"]]
+        prompts = [self._rows.table.column("question")[work[i]["row"]].as_py() for i in asked]
+        for mode in ("native", "compressed"):
+            answers = self._model.answer(
+                [items[i] for i in asked],
+                prompts,
+                compressed=mode == "compressed",
+                max_new_tokens=self._config.max_new_tokens,
+                batch_size=self._config.batch_size,
+            )
+            for i, answer in zip(asked, answers, strict=True):
+                told = results[i].setdefault("answers", {})
+                told |= {mode: answer.text, f"{mode}_bytes": answer.cache_bytes}
+        return start, results
+
+    def _item(self, row: int, side: str) -> Item:
+        return item_of(self._rows.table.column(side)[row].as_py(), self._rows.image)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    lines = [f"{'task':<18}{'split':<15}{'P@1':>8}{'P@10':>8}{'chance':>9}{'queries':>9}{'of':>7}"]
+    for task, splits in result["retrieval"].items():
+        for split, f in splits.items():
+            lines.append(
+                f"{task:<18}{split:<15}{f['precision_at_1']:>8.1%}{f['precision_at_10']:>8.1%}"
+                f"{f['chance_at_1']:>9.2%}{f['queries']:>9}{f['candidates']:>7}"
+            )
+    if result["answers"]:
+        lines.append(f"\n{'answers':<18}{'native':>10}{'compressed':>12}{'commonest':>11}{'questions':>11}")
+        for split, f in result["answers"].items():
+            lines.append(
+                f"{split:<18}{f['native']:>10.1%}{f['compressed']:>12.1%}{f['commonest']:>11.1%}{f['questions']:>11}"
+            )
+        cache = result["cache"]
+        lines.append(
+            f"\nkeys and values kept per item: {cache['native_bytes'] / 1024:.1f} KiB natively, "
+            f"{cache['compressed_bytes'] / 1024:.1f} KiB compressed ({cache['ratio']:.1%})"
+        )
+    return "\n".join(lines)

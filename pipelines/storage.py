@@ -1,0 +1,166 @@
+"""Folders of results on any file system that fsspec knows: a path here, ``s3://`` by s3fs.
+
+Credentials come from the environment alone (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL``).
+Every job writes into a folder of its own. The folder is *claimed* first: an empty one, or one that an earlier run of
+the same kind of job left, may be used; anything else is refused, so that no job ever deletes what it did not write.
+Object stores have no rename and no folders, so completeness is never a matter of either: ``manifest.json`` (or the
+kind's own summary) is written last, in one piece, and its presence means complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, Any
+
+import fsspec
+
+from crem.errors import ConfigError
+
+__all__ = ["CLAIM", "Folder"]
+
+CLAIM = "_crem.json"
+"""Written first into every output folder: which kind of job owns it. Removed by nobody."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder at a path or URI. Pickles as its URI; each process opens its own connection."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, place: str | os.PathLike[str]) -> Folder:
+        """The folder at a path or URI; local paths become absolute, because workers run elsewhere."""
+        text = os.fspath(place)
+        if "://" not in text:
+            return cls(os.path.abspath(os.path.expanduser(text)))
+        return cls(text.rstrip("/"))
+
+    @cached_property
+    def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        # listings are never cached: other processes write into these folders
+        options = {} if "://" not in self.uri else {"use_listings_cache": False}
+        try:
+            return fsspec.core.url_to_fs(self.uri, **options)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"{self.uri!r} cannot be opened: {error}; use a path or an s3:// URI") from error
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return self._opened[0]
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    @property
+    def name(self) -> str:
+        return self.uri.rstrip("/").rpartition("/")[2]
+
+    def path(self, *parts: str) -> str:
+        """The path of a file in this folder, as its file system wants it."""
+        return "/".join([self._opened[1].rstrip("/"), *parts])
+
+    def child(self, name: str) -> Folder:
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, *parts: str) -> bool:
+        return bool(self.fs.exists(self.path(*parts)))
+
+    def files(self, *suffixes: str) -> list[str]:
+        """Names of the files directly in this folder that end in one of ``suffixes``, sorted."""
+        try:
+            entries = self.fs.ls(self.path(), detail=True)
+        except FileNotFoundError:
+            return []
+        names = (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
+        return sorted(n for n in names if n and (not suffixes or n.lower().endswith(suffixes)))
+
+    def open(self, *parts: str, mode: str = "rb") -> IO[bytes]:
+        """Open a file; writing creates the folders above it."""
+        path = self.path(*parts)
+        if "w" in mode:
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        return self.fs.open(path, mode)  # type: ignore[no-any-return]
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Write a whole file so that a reader sees all of it or nothing."""
+        path = self.path(*parts)
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)  # one PUT, or a multipart upload that appears when it is completed
+            return
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
+
+    def read_json(self, *parts: str) -> Any | None:
+        """The parsed file, or ``None`` where there is none or it is not JSON."""
+        try:
+            return json.loads(self.fs.cat_file(self.path(*parts)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, IsADirectoryError):
+            return None
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file or a folder in this folder, if it is there."""
+        path = self.path(*parts)
+        if self.fs.exists(path):
+            self.fs.rm(path, recursive=True)
+
+    def move(self, source: str, target: str) -> None:
+        """Rename within this folder (a server-side copy on an object store); done twice, it is still done."""
+        if not self.exists(source) and self.exists(target):
+            return
+        self.fs.makedirs(self.path(target).rpartition("/")[0], exist_ok=True)
+        self.fs.mv(self.path(source), self.path(target))
+
+    def claim(self, kind: str) -> None:
+        """Make this folder the output of a job of ``kind``.
+
+        Raises:
+            ConfigError: the folder holds something that no job of this kind wrote, or cannot be written.
+        """
+        try:
+            if self.fs.isfile(self.path()):
+                raise ConfigError(f"{self.uri} is a file; give --out a folder")
+            owner = self.read_json(CLAIM)
+            if isinstance(owner, dict) and owner.get("kind") == kind:
+                return
+            held = [e.rpartition("/")[2] for e in self.fs.ls(self.path(), detail=False)] if self.exists() else []
+        except FileNotFoundError:
+            owner, held = None, []
+        except ConfigError:
+            raise
+        except Exception as error:  # botocore's and the operating system's alike
+            raise ConfigError(f"{self.uri} cannot be read: {error}; choose an output folder of yours") from error
+        held = [name for name in held if name]
+        if held:
+            what = f"output of crem {owner['kind']}" if isinstance(owner, dict) and "kind" in owner else "files"
+            raise ConfigError(
+                f"{self.uri} holds {what} that crem {kind} did not write ({', '.join(sorted(held)[:4])}); "
+                "choose an empty or new folder, or remove it yourself"
+            )
+        try:
+            self.write_json({"kind": kind}, CLAIM)
+        except Exception as error:
+            raise ConfigError(f"{self.uri} cannot be written: {error}; choose a folder of yours") from error

@@ -1,0 +1,204 @@
+"""From a raw record to a row that can be trained on, or to the reason why not. Pure functions, no I/O.
+
+Exports are lenient about absence: a text that is null, NaN or blank counts as absent, and so does a side or a negative
+with neither text nor pictures. They are not trusted about types: a value that is not what its column promises makes a
+``bad_row``. Whole numbers and fractions are accepted as text (answers such as 4 are often stored so).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from crem.errors import ItemError
+
+__all__ = ["COLUMNS", "RawItem", "RawRow", "check_row", "names_of", "parse_images", "parse_row", "parse_text"]
+
+COLUMNS = (
+    "key",
+    "source",
+    "task",
+    "split",
+    "query_text",
+    "query_images",
+    "query_instruction",
+    "target_text",
+    "target_images",
+    "target_instruction",
+    "negatives",
+    "question",
+    "answer",
+)
+
+
+@dataclass(frozen=True)
+class RawItem:
+    """One side of a row; pictures are names or inline bytes."""
+
+    text: str | None
+    images: tuple[str | bytes, ...]
+    instruction: str | None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.text is None and not self.images
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A record whose types have been checked."""
+
+    source: str
+    key: str
+    task: str
+    split: str
+    query: RawItem
+    target: RawItem
+    negatives: tuple[RawItem, ...]
+    question: str | None
+    answer: str | None
+
+
+def names_of(record: dict[str, Any] | None, *, key: str, source: str) -> tuple[str, str]:
+    """(source, key) of a record, however bad it is: what a rejected row is called."""
+    values = record or {}
+    return _lenient(values.get("source"), source), _lenient(values.get("key"), key)
+
+
+def parse_row(record: dict[str, Any], *, key: str, source: str) -> RawRow:
+    """Check the types of a record.
+
+    Args:
+        record: the columns of ``COLUMNS``, any of them absent.
+        key: used where the record brings none.
+        source: used where the record brings none, also for ``task``.
+
+    Raises:
+        ItemError: ``bad_row``.
+    """
+    row_source = parse_text(record, "source") or source
+    return RawRow(
+        source=row_source,
+        key=parse_text(record, "key") or key,
+        task=parse_text(record, "task") or row_source,
+        split=parse_text(record, "split") or "train",
+        query=_side(record, "query_"),
+        target=_side(record, "target_"),
+        negatives=tuple(n for n in _negatives(record.get("negatives")) if not n.is_empty),
+        question=parse_text(record, "question"),
+        answer=parse_text(record, "answer"),
+    )
+
+
+def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
+    """Refuse a row that has nothing to learn from, or too much.
+
+    Raises:
+        ItemError: ``empty_item``, ``empty_query``, ``empty_target``, ``missing_answer``, ``missing_question``,
+            ``text_too_long`` or ``too_many_images``.
+    """
+    turn = row.question is not None or row.answer is not None
+    if row.query.is_empty and row.target.is_empty and not turn:
+        raise ItemError("empty_item", "no text and no image on either side, and no question; fill the row or drop it")
+    if row.query.is_empty:
+        raise ItemError("empty_query", "query_text is blank and query_images is empty; give one of them")
+    if row.answer is None and row.question is not None:
+        raise ItemError(
+            "missing_answer", f"question {row.question[:60]!r} has no answer; give one, or drop the question"
+        )
+    if row.question is None and row.answer is not None:
+        raise ItemError("missing_question", f"answer {row.answer[:60]!r} has no question; give one, or drop the answer")
+    if row.target.is_empty and not turn:
+        raise ItemError("empty_target", "the row has a query, but neither a target nor a question; give one of them")
+    for where, text in _texts(row):
+        if text is not None and len(text) > max_text_chars:
+            raise ItemError(
+                "text_too_long",
+                f"{where} has {len(text)} characters; the limit is {max_text_chars}; "
+                "cut it or raise prepare.max_text_chars",
+            )
+    for where, item in _sides(row):
+        if len(item.images) > max_images:
+            raise ItemError(
+                "too_many_images",
+                f"{where} has {len(item.images)} images; the limit is {max_images}; "
+                "drop some or raise model.image.max_images_per_item",
+            )
+
+
+def parse_text(record: dict[str, Any], column: str) -> str | None:
+    """A text column; ``None`` where it is null, NaN or blank. Raises ``ItemError("bad_row")`` for other types."""
+    value = record.get(column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ItemError("bad_row", f"{column} is a {type(value).__name__}, {repr(value)[:60]}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ItemError("bad_row", f"{column} is not valid Unicode: {error.reason} at {error.start}") from error
+    return value if value.strip() else None
+
+
+def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
+    """A column of pictures: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them)."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(_picture(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
+
+
+def _picture(value: Any, where: str) -> str | bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.strip():
+        return _valid_name(value, where)
+    if isinstance(value, bytes):
+        return value  # zero bytes are a corrupt picture, found when it is decoded
+    raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; a picture is a path, a URI or bytes")
+
+
+def _valid_name(value: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ItemError("bad_row", f"{where} is not valid Unicode: {error.reason} at {error.start}") from error
+    if "\0" in value:
+        raise ItemError("bad_row", f"{where} holds a zero character; it is not a path")
+    return value
+
+
+def _side(record: dict[str, Any], prefix: str) -> RawItem:
+    return RawItem(
+        parse_text(record, f"{prefix}text"),
+        parse_images(record.get(f"{prefix}images"), f"{prefix}images"),
+        parse_text(record, f"{prefix}instruction"),
+    )
+
+
+def _negatives(value: Any) -> list[RawItem]:
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) or not all(isinstance(v, dict) for v in value):
+        raise ItemError("bad_row", f"negatives is {repr(value)[:60]}; it must be a list of {{text, images}}")
+    return [_side({f"negatives.{k}": v for k, v in negative.items()}, "negatives.") for negative in value]
+
+
+def _sides(row: RawRow) -> list[tuple[str, RawItem]]:
+    return [("query", row.query), ("target", row.target), *(("negative", n) for n in row.negatives)]
+
+
+def _texts(row: RawRow) -> list[tuple[str, str | None]]:
+    of_sides = [
+        (f"{name}_{kind}", getattr(side, kind)) for name, side in _sides(row) for kind in ("text", "instruction")
+    ]
+    return [*of_sides, ("question", row.question), ("answer", row.answer), ("key", row.key), ("source", row.source)]
+
+
+def _lenient(value: Any, default: str) -> str:
+    text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    text = text.encode(errors="replace").decode()[:1000]
+    return text if text.strip() else default

@@ -1,0 +1,152 @@
+"""What one replica computes: plain Python over ``crem.Crem``, without Ray and without HTTP.
+
+Choices:
+
+- **A bad item fails alone.** A batch that raises is halved until the culprit is by itself; its neighbours get their
+  vectors. Bad items are found while they are decoded, before the forward, so the extra work is small; batches of any
+  size give the same vectors (the model's own promise).
+- **Generation is an iterator of steps**, so that the caller decides on which thread each step runs, may compute
+  something else between two steps, and stops decoding by closing the iterator.
+- **Stop strings** are cut here, on text: a piece that might be the beginning of a stop string is held back until it
+  is decided, so a streamed answer never shows what an unstreamed one would not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import crem
+from crem.errors import ItemError
+from crem.inference import Answer
+
+__all__ = ["Delta", "Embedded", "Ending", "Engine", "GenerationRequest", "StopCutter"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """``vector`` float32 [D] of unit length, and the tokens the model read for it."""
+
+    vector: NDArray[np.float32]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One question about one item."""
+
+    item: crem.Item
+    prompt: str
+    compressed: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why an answer ended, and what it took."""
+
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of an answer, possibly empty; the last one has the ``ending``."""
+
+    text: str
+    ending: Ending | None = None
+
+
+class Engine:
+    """Embeds and answers with one model; ``model`` is a ``crem.Crem`` or anything with its face."""
+
+    def __init__(self, model: crem.Crem):
+        self._model = model
+
+    def embed(self, items: Sequence[crem.Item]) -> list[Embedded | Exception]:
+        """One result per item, in order; an ``Exception`` in the place of the item that caused it."""
+        try:
+            vectors = self._model.embed(items, batch_size=len(items))
+            return [Embedded(v, self._model.count_tokens(item)) for v, item in zip(vectors, items, strict=True)]
+        except Exception as error:
+            if len(items) == 1:
+                if not isinstance(error, ItemError):
+                    logger.exception("an item could not be embedded")
+                return [error]
+            half = len(items) // 2
+            return self.embed(items[:half]) + self.embed(items[half:])
+
+    def generate(self, request: GenerationRequest) -> Generator[Delta]:
+        """The answer, one decoding step at a time; closing the iterator ends the decoding.
+
+        Raises:
+            ItemError: from the first step.
+        """
+        cutter, steps = StopCutter(request.stop), 0
+        with closing(self._pieces(request)) as pieces:
+            for piece in pieces:
+                if isinstance(piece, Answer):
+                    ending = Ending(piece.finish_reason, piece.prompt_tokens, piece.completion_tokens)
+                    yield Delta(cutter.flush(), ending)
+                    return
+                steps += 1
+                text = cutter.push(piece)
+                if cutter.stopped:
+                    prompt_tokens = self._model.count_tokens(request.item, request.prompt)
+                    yield Delta(text, Ending("stop", prompt_tokens, steps))
+                    return
+                yield Delta(text)
+
+    def _pieces(self, request: GenerationRequest) -> Generator[str | Answer]:
+        yield from self._model.stream(
+            request.item,
+            request.prompt,
+            compressed=request.compressed,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+        )
+
+
+class StopCutter:
+    """Passes text on up to the first stop string, holding back what may become one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that may be shown after ``piece`` arrived; sets ``stopped`` when a stop string is complete."""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,172 @@
+"""What OpenAI's requests mean for CREM, and its results in OpenAI's words. Pure: no Ray, no HTTP server.
+
+Choices:
+
+- ``messages`` in an embeddings request is **one** item: the texts and pictures of all turns.
+- In a chat, the text of the last user message is the generation instruction Q; its pictures and everything before it
+  are the item (V, T). A lone text message is both: an item needs content, and the question has to stand behind the
+  chorus tokens, where the model was trained to find it. Earlier texts are joined as they are; once an assistant has
+  spoken they carry their role, because who said what then matters.
+- Pictures come as ``data:`` URLs only and become bytes here, so nothing a client writes can name a file or a host.
+- ``temperature`` is 0 unless asked for, as in ``crem.Crem``: the same request has the same answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import crem
+from crem.errors import ItemError
+from serve.engine import Embedded, Ending, GenerationRequest
+from serve.protocol import ApiError, ChatRequest, EmbeddingRequest, ImagePart, Message
+
+__all__ = ["CompletionWriter", "embedding_response", "generation_request", "items_of"]
+
+
+def items_of(request: EmbeddingRequest, max_inputs: int) -> list[crem.Item]:
+    """The items to embed, in order. Raises ``ApiError`` 400."""
+    if request.messages is not None:
+        text = "\n".join(filter(None, (message.text for message in request.messages)))
+        return [crem.Item(text=text or None, images=_images(request.messages), instruction=request.instruction)]
+    assert request.input is not None
+    if len(request.input) > max_inputs:
+        raise ApiError(
+            400,
+            f"input: {len(request.input)} items are over this server's limit of {max_inputs} per request; send several",
+            param="input",
+            code="too_many_inputs",
+        )
+    return [crem.Item(text=text, instruction=request.instruction) for text in request.input]
+
+
+def generation_request(request: ChatRequest, max_new_tokens: int) -> GenerationRequest:
+    """The question and the item it is about (see the module's docstring). Raises ``ApiError`` 400."""
+    *earlier, last = request.messages
+    if last.role != "user":
+        raise ApiError(400, "the last message must be the user's", param="messages", code="last_message_not_user")
+    if not last.text.strip():
+        raise ApiError(
+            400, "the last user message needs a text: the question", param="messages", code="empty_instruction"
+        )
+    images = _images(request.messages)
+    context = _context(earlier)
+    if not context and not images:
+        context = last.text
+    limit = request.max_completion_tokens or request.max_tokens or max_new_tokens
+    if limit > max_new_tokens:
+        raise ApiError(
+            400,
+            f"max_tokens: {limit} is over this server's limit of {max_new_tokens}; ask for less",
+            param="max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
+            code="max_tokens_too_large",
+        )
+    return GenerationRequest(
+        item=crem.Item(text=context or None, images=images, instruction=request.instruction),
+        prompt=last.text,
+        compressed=request.mode == "compressed",
+        max_new_tokens=limit,
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        stop=tuple(request.stop or ()),
+    )
+
+
+def _context(messages: Sequence[Message]) -> str:
+    dialogue = any(message.role == "assistant" for message in messages)
+    return "\n".join(f"{m.role}: {m.text}" if dialogue else m.text for m in messages if m.text)
+
+
+def _images(messages: Sequence[Message]) -> tuple[bytes, ...]:
+    return tuple(
+        _decode(part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
+        for i, message in enumerate(messages)
+        for j, part in enumerate(message.content)
+        if isinstance(part, ImagePart)
+    )
+
+
+def _decode(url: str, param: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not header.startswith("data:"):
+        raise ApiError(
+            400,
+            f"{param}: only data: URLs are read, this server fetches nothing; send 'data:image/png;base64,…'",
+            param=param,
+            code="uri_refused",
+        )
+    if not comma or not header.endswith(";base64"):
+        raise ApiError(
+            400, f"{param}: a data: URL must be 'data:image/<type>;base64,<payload>'", param=param, code="image_corrupt"
+        )
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, f"{param}: the payload is not valid base64", param=param, code="image_corrupt") from error
+
+
+def embedding_response(
+    model: str, request: EmbeddingRequest, results: Sequence[Embedded | ItemError]
+) -> dict[str, Any]:
+    """OpenAI's list of embeddings. Raises ``ApiError`` 400 for the first bad item, named by its place."""
+    data, tokens = [], 0
+    for index, result in enumerate(results):
+        if isinstance(result, ItemError):
+            raise ApiError.of_item(result, "messages" if request.messages is not None else f"input[{index}]")
+        vector = np.ascontiguousarray(result.vector, dtype="<f4")
+        as_base64 = request.encoding_format == "base64"
+        encoded = base64.b64encode(vector.tobytes()).decode() if as_base64 else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": encoded})
+        tokens += result.tokens
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+@dataclass(frozen=True)
+class CompletionWriter:
+    """Writes one answer, whole or in chunks, under one id."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, text: str, ending: Ending) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ending.finish_reason}
+        return self._object("chat.completion", [choice]) | {"usage": _usage(ending)}
+
+    def role(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text(self, text: str) -> dict[str, Any]:
+        return self._chunk({"content": text})
+
+    def finish(self, reason: str) -> dict[str, Any]:
+        return self._chunk({}, reason)
+
+    def usage(self, ending: Ending) -> dict[str, Any]:
+        """The chunk without choices that ``stream_options.include_usage`` asks for."""
+        return self._object("chat.completion.chunk", []) | {"usage": _usage(ending)}
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def _usage(ending: Ending) -> dict[str, int]:
+    return {
+        "prompt_tokens": ending.prompt_tokens,
+        "completion_tokens": ending.completion_tokens,
+        "total_tokens": ending.prompt_tokens + ending.completion_tokens,
+    }

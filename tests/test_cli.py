@@ -1,0 +1,108 @@
+"""The command line: help that teaches, overrides anywhere, one clear message for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crem.cli import build_parser, main
+from crem.config import RunConfig, load_config
+
+JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "serve", "submit", "doctor"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_help_with_an_example(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([job, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"crem {job}" in shown and "example:" in shown and "--print-config" in shown
+
+
+def test_print_config_is_complete_and_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "x", "optim.lr=3e-4", "--out", "y", "--print-config", "train.steps=7"]) == 0
+    shown = capsys.readouterr().out
+    config = RunConfig.model_validate(yaml.safe_load(shown))
+    assert (config.optim.lr, config.train.steps, config.preset) == (3e-4, 7, "2b")
+    (tmp_path / "run.yaml").write_text(shown)
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_overrides_may_stand_anywhere_but_not_after_the_dashes() -> None:
+    args = build_parser().parse_args(["submit", "train.steps=1", "--", "train", "a", "--out", "b", "train.steps=2"])
+    assert args.overrides == ["train.steps=1"] and args.command[-1] == "train.steps=2"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "x", "--out", "y", "train.stepz=1"], "train.steps"),
+        (["train", "x", "--out", "y", "--preset", "mikro"], "micro"),
+        (["train", "/nowhere/prepared", "--out", "y"], "crem prepare"),
+        (["prepare", "/nowhere/corpus", "--out", "y"], "/nowhere/corpus"),
+        (["embed", "/nowhere/items", "--model", "m", "--out", "y"], "/nowhere/items"),
+        (["index", "/nowhere/vectors", "--out", "y"], "/nowhere/vectors"),
+        (["search", "apple", "--index", "/nowhere/index"], "crem index"),
+        (["search"], "nothing to look for"),
+        (["evaluate", "/nowhere/prepared", "--model", "m", "--out", "y"], "crem prepare"),
+        (["serve", "/nowhere/model", "serve.port=0"], "/nowhere/model"),
+        (["demo", "--preset", "2b"], "pretrained"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) in (1, 2)
+    shown = capsys.readouterr().err
+    assert says in shown and "Traceback" not in shown, shown
+
+
+def test_a_stock_backbone_is_not_a_crem_checkpoint(
+    tiny_model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    stock = tmp_path / "stock"
+    shutil.copytree(tiny_model_dir, stock)
+    (stock / "crem.json").unlink()
+    assert main(["serve", str(stock), "serve.port=0"]) == 1
+    assert "crem train" in capsys.readouterr().err
+
+
+def test_doctor_names_versions_and_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    assert main(["doctor", "--storage", str(tmp_path / "bucket")]) == 0
+    shown = capsys.readouterr().out
+    assert ray.__version__ in shown and "readable and writable" in shown
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--storage", str(tmp_path / "file" / "below")]) == 1
+    assert "PROBLEM" in capsys.readouterr().out
+
+
+def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Index and search a folder of embeddings written by hand, through the command line."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import crem
+    from pipelines import schema
+
+    model = crem.load(tiny_model_dir)
+    texts = ["a red apple", "a green square", "animals"]
+    table = pa.table(
+        {"id": [1, 2, 3], "embedding": list(model.embed(texts)), "error": [None] * 3, "uri": [None] * 3, "text": texts},
+        schema=schema.embeddings(model.dim, fingerprint=model.fingerprint, model=tiny_model_dir),
+    )
+    (tmp_path / "vectors").mkdir()
+    pq.write_table(table, tmp_path / "vectors" / "part.parquet")
+    assert main(["index", str(tmp_path / "vectors"), "--out", str(tmp_path / "index")]) == 0
+    capsys.readouterr()
+    assert main(["search", "a green square", "--index", str(tmp_path / "index"), "-k", "2", "--json"]) == 0
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [h["rank"] for h in hits] == [1, 2] and hits[0]["id"] == 2 and hits[0]["score"] > 0.9999
