@@ -17,6 +17,9 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.errors import CheckpointError, ConfigError, ResourceError
-from crem.model.backbone import CHAT_TEMPLATE, image_processor, model_from_shape, tokenizer_from_texts
+from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
@@ -65,17 +68,26 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         folder = local_copy(config.backbone)
         # what is trained is trained in float32; frozen weights stay in the inference dtype
         backbone = _read_backbone(folder, torch.float32 if config.lora is None else _dtype(config.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer, processor = _read_processors(folder, config)
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
         embedding = backbone.get_input_embeddings().weight
         if max(chorus_ids) >= embedding.shape[0]:
-            backbone.resize_token_embeddings(max(chorus_ids) + 1)
+            with _seeded(seed):
+                backbone.resize_token_embeddings(max(chorus_ids) + 1)
         initialise_rows(backbone.get_input_embeddings().weight.data, chorus_ids, seed=seed)
-        processor = image_processor(None, folder, config.image)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    model = CremModel(backbone if config.lora is None else _with_lora(backbone, chorus_ids, config), chorus_ids, config)
-    return model, Collator(tokenizer, processor, chorus_ids, config)
+    with _seeded(seed):
+        adapted = backbone if config.lora is None else _with_lora(backbone, chorus_ids, config)
+    return CremModel(adapted, chorus_ids, config), Collator(tokenizer, processor, chorus_ids, config)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same random weights on every rank, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _with_lora(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int], config: ModelConfig) -> Any:
@@ -112,8 +124,10 @@ def save_model(
     weights = {k: v.to("cpu", dtype) for k, v in (weights or backbone.state_dict()).items()}
     if model.core.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    backbone.config.dtype = dtype
     backbone.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    for part in (backbone.config, backbone.config.text_config, backbone.config.vision_config):
+        part.dtype = dtype  # save_pretrained wrote the dtype in training
+    backbone.config.save_pretrained(folder)
     collator.prompts.tokenizer.save_pretrained(folder)
     collator.processor.save_pretrained(folder)
     config = model.config.model_copy(update={"lora": None, "gradient_checkpointing": False})
@@ -143,11 +157,16 @@ def _plain(
     else:
         # a partitioned model cannot be copied; rebuild its shape without weights and give it the gathered ones
         with torch.device("meta"):
-            bare = Qwen2VLForConditionalGeneration(model.core.config)
+            # through a dict, which leaves our vision attention behind
+            config = type(model.core.config).from_dict(model.core.config.to_dict())
+            bare = Qwen2VLForConditionalGeneration(config)
         merged = _with_lora(bare, model.chorus_ids, model.config)
         merged.load_state_dict(state_dict, strict=True, assign=True)
-        merged.get_base_model().tie_weights()
-    return merged.merge_and_unload(), None
+    with warnings.catch_warnings():  # PEFT takes embeddings that were loaded apart for untied ones
+        warnings.filterwarnings("ignore", message=".*no longer tied.*")
+        plain = merged.merge_and_unload()
+    plain.config.tie_word_embeddings = model.core.config.tie_word_embeddings
+    return plain, None
 
 
 def read_model(
@@ -164,9 +183,11 @@ def read_model(
     dtype = dtype or _dtype(config.dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = _read_backbone(folder, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
-    processor = image_processor(None, folder, config.image)
+    tokenizer, processor = _read_processors(folder, config)
+    try:
+        chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
+    except AssertionError as error:
+        raise CheckpointError(f"{folder} does not fit its {CREM_FILE} ({error}); copy the checkpoint again") from error
     model = CremModel(backbone, chorus_ids, config).to(device).eval()
     return model, Collator(tokenizer, processor, chorus_ids, config), fingerprint(folder, str(dtype).split(".")[1])
 
@@ -192,7 +213,7 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
     if not file.is_file():
         kind = "a folder without config.json"
         if (folder / "config.json").is_file():
-            kind = f"a {json.loads((folder / 'config.json').read_text()).get('model_type', 'model')!r} checkpoint"
+            kind = f"a {_model_type(folder)!r} checkpoint"
         raise CheckpointError(
             f"{named!r} is {kind}, not a CREM checkpoint ({CREM_FILE} is missing). Train one from a Qwen2-VL: "
             f"crem train --preset 2b --data PREPARED model.backbone={named}"
@@ -204,16 +225,21 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
                 f"{named!r} has format {description['format']}; this version reads {FORMAT}: install a newer crem"
             )
         ModelConfig.model_validate(description["model"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the checkpoint again") from error
     return description
 
 
-def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+def _model_type(folder: Path) -> str | None:
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
+        kind: str | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be read ({error}); copy the checkpoint again") from error
+    return kind
+
+
+def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+    kind = _model_type(folder)
     if kind != "qwen2_vl":
         raise CheckpointError(f"{folder} holds a {kind!r} model; CREM's backbone is Qwen2-VL (model_type 'qwen2_vl')")
     files = sorted(folder.glob("*.safetensors"))
@@ -236,6 +262,24 @@ def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGen
     if wrong:
         raise CheckpointError(f"the weights in {folder} do not fit its config.json: {wrong}; copy the checkpoint again")
     return model  # type: ignore[no-any-return]
+
+
+def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a backbone's or CREM's checkpoint."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = image_processor(None, folder, config.image)
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer or image processor in {folder} cannot be read ({type(error).__name__}: {error}); copy the "
+            "checkpoint again"
+        ) from error
+    # without tokenizer.json transformers gives an empty tokenizer, and no error
+    if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
+        raise CheckpointError(
+            f"the tokenizer in {folder} lacks Qwen2-VL's {', '.join(sorted(missing))}; copy the checkpoint again"
+        )
+    return tokenizer, processor
 
 
 def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
@@ -294,15 +338,19 @@ def _hub_copy(name: str) -> Path:
 
 
 def fingerprint(folder: str | Path, dtype: str) -> str:
-    """16 hex digits over the contents of the checkpoint folder, K, prompt and image settings, dtype and pooling."""
+    """16 hex digits over the contents of the checkpoint folder, K, prompt and image settings, dtype and pooling.
+
+    Not over where the checkpoint lies, nor over where the backbone lay that it was trained from.
+    """
     folder = Path(folder)
     digest = hashlib.sha256()
-    files = [folder / name for name in (*_TEXT_FILES, CREM_FILE)] + sorted(folder.glob("*.safetensors"))
-    for file in files:
+    for file in [folder / name for name in _TEXT_FILES] + sorted(folder.glob("*.safetensors")):
         if file.is_file():
             with open(file, "rb") as handle:
                 digest.update(f"{file.name}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-    digest.update(f"dtype:{dtype} pooling:{_POOLING}".encode())
+    description = json.loads((folder / CREM_FILE).read_text(encoding="utf-8"))
+    description["model"] |= {"backbone": None, "scratch": None}
+    digest.update(json.dumps([description, dtype, _POOLING], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -167,6 +167,9 @@ class DataConfig(_Section):
     retrieval_share: float = Field(0.75, ge=0, le=1)
     """Share of a batch with a query and a target (homogeneous generation turns included); the rest is heterogeneous
     generation data. Source: open in the paper; ours."""
+    augment: float = Field(0.0, ge=0, le=2)
+    """Strength of random changes of training pictures (shift, scale, turn, colour, blur); 0 is none. Source: the paper
+    and VLM2Vec-V2 have none."""
     sub_batch: int = Field(0, ge=0)
     """Consecutive rows of one task within a batch (source-homogeneous); 0 mixes freely. VLM2Vec-V2 uses 64."""
 

@@ -7,7 +7,7 @@ processes: an exception is rebuilt from ``args``, so every class passes all of i
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "CremError", "ItemError", "ResourceError"]
+__all__ = ["CheckpointError", "ConfigError", "CremError", "ItemError", "ResourceError", "TrainingError"]
 
 
 class CremError(Exception):
@@ -24,6 +24,10 @@ class CheckpointError(CremError):
 
 class ResourceError(CremError):
     """Too little memory, disk or too few devices for the job."""
+
+
+class TrainingError(CremError):
+    """A run that cannot go on: a loss that is not finite, a worker that failed more often than allowed."""
 
 
 class ItemError(CremError):

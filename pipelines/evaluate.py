@@ -13,6 +13,7 @@ The work is spread over a Ray Data actor pool; each actor holds one model, as in
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 KIND = "evaluate"
 RESULT = "evaluation.json"
 _EXAMPLES = 12
+_LOG_EVERY_S = 5.0
 
 
 def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str, Any]:
@@ -55,9 +57,7 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     retrieval = _Retrieval.of(rows)
     questions = _questions(rows, config.evaluate.max_answers)
     log.info("%d contents to embed, %d questions to answer in two modes", len(retrieval.contents), len(questions))
-    work = [{"row": row, "side": side, "ask": False} for row, side in retrieval.contents]
-    work += [{"row": row, "side": "query", "ask": True} for row in questions]
-    done = _run(model, rows, work, config)
+    done = _run(model, prepared, len(retrieval.contents) + len(questions), config)
     fingerprint = done[0]["fingerprint"]
     vectors = np.array([r["embedding"] for r in done[: len(retrieval.contents)]], dtype=np.float32)
     answers = [r["answers"] for r in done[len(retrieval.contents) :]]
@@ -238,10 +238,16 @@ def _content(rows: Rows, row: int, side: str) -> dict[str, Any]:
     return {"text": value["text"], "images": list(value["images"] or ())}
 
 
-def _run(model: str, rows: Rows, work: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any]]:
-    """Results of the work items, in their order."""
+def _work(rows: Rows, config: RunConfig) -> list[tuple[int, str, bool]]:
+    """What is to be done, the same on every actor: (row, side, ask) for contents to embed, then questions to answer."""
+    contents = [(row, side, False) for row, side in _Retrieval.of(rows).contents]
+    return contents + [(row, "query", True) for row in _questions(rows, config.evaluate.max_answers)]
+
+
+def _run(model: str, prepared: str, count: int, config: RunConfig) -> list[dict[str, Any]]:
+    """Results of ``_work``, in its order."""
     settings, size = config.embed, 4 * config.evaluate.batch_size
-    chunks = [{"start": start} for start in range(0, len(work), size)]
+    chunks = [{"start": start} for start in range(0, count, size)]
     most = min(settings.max_actors, len(chunks))
     dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         _Evaluator,
@@ -250,23 +256,26 @@ def _run(model: str, rows: Rows, work: list[dict[str, Any]], config: RunConfig) 
         compute=ray.data.ActorPoolStrategy(min_size=min(settings.min_actors, most), max_size=most),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
-        fn_constructor_args=(model, [ray.put(rows)], [ray.put(work)], size, config),
+        fn_constructor_args=(model, prepared, size, config),
     )
     by_start: dict[int, list[dict[str, Any]]] = {}
+    said = time.monotonic()
     with session.remote_errors():
         for start, results in session.results(dataset):
             by_start[start] = results
-            log.info("%d of %d contents and questions", sum(map(len, by_start.values())), len(work))
+            if (done := sum(map(len, by_start.values()))) == count or time.monotonic() - said > _LOG_EVERY_S:
+                said = time.monotonic()
+                log.info("%d of %d contents and questions", done, count)
     return [result for start in sorted(by_start) for result in by_start[start]]
 
 
 class _Evaluator:
     """One actor: embeds contents, and answers questions in both modes."""
 
-    def __init__(self, model: str, rows: list[Any], work: list[Any], size: int, config: RunConfig):
+    def __init__(self, model: str, prepared: str, size: int, config: RunConfig):
         self._model = load_model(model, config.embed.threads_per_actor)
-        self._rows: Rows = ray.get(rows[0])
-        self._work: list[dict[str, Any]] = ray.get(work[0])
+        self._rows = read_rows(prepared, split_prefix="test")
+        self._work = _work(self._rows, config)
         self._size = size
         self._config = config.evaluate
 
@@ -276,14 +285,14 @@ class _Evaluator:
 
     def _chunk(self, start: int) -> tuple[int, list[dict[str, Any]]]:
         work = self._work[start : start + self._size]
-        items = [self._item(w["row"], w["side"]) for w in work]
+        items = [self._item(row, side) for row, side, _ in work]
         results: list[dict[str, Any]] = [{"fingerprint": self._model.fingerprint} for _ in work]
-        contents = [i for i, w in enumerate(work) if not w["ask"]]
+        contents = [i for i, (_, _, ask) in enumerate(work) if not ask]
         vectors = self._model.embed([items[i] for i in contents], batch_size=self._config.batch_size)
         for i, vector in zip(contents, vectors, strict=True):
             results[i]["embedding"] = vector
-        asked = [i for i, w in enumerate(work) if w["ask"]]
-        prompts = [self._rows.table.column("question")[work[i]["row"]].as_py() for i in asked]
+        asked = [i for i, (_, _, ask) in enumerate(work) if ask]
+        prompts = [self._rows.table.column("question")[work[i][0]].as_py() for i in asked]
         for mode in ("native", "compressed"):
             answers = self._model.answer(
                 [items[i] for i in asked],

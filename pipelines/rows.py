@@ -65,8 +65,8 @@ class Rows:
         data: bytes = self.images.column("bytes")[at].as_py()
         return data
 
-    def pairs(self, numbers: NDArray[np.int64], z: NDArray[np.bool_]) -> list[Pair]:
-        """Training rows by number, each with its compression bit."""
+    def pairs(self, numbers: NDArray[np.int64], z: NDArray[np.bool_], seed: tuple[int, ...] = ()) -> list[Pair]:
+        """Training rows by number, each with its compression bit; ``seed`` is that of the run and step."""
         return [
             Pair(
                 query=item_of(row["query"], self.image),
@@ -75,9 +75,10 @@ class Rows:
                 question=row["question"],
                 answer=row["answer"],
                 z=bool(bit),
+                seed=(*seed, int(number)),
                 target_key=_content_key(row["target"]),
             )
-            for row, bit in zip(self.table.take(pa.array(numbers)).to_pylist(), z, strict=True)
+            for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
         ]
 
     def plan(self, config: RunConfig) -> MixingPlan:
@@ -172,7 +173,9 @@ def step_batches(
             window = following.result()
             following = windows.submit(_window, start + size, config.train.steps, size, spec)
             for block in window.iter_batches(batch_size=1, batch_format="pyarrow"):
-                ready.append(collating.submit(_collate, block.column("pairs")[0].as_py(), collator))
+                ready.append(
+                    collating.submit(_collate, block.column("pairs")[0].as_py(), collator, config.data.augment)
+                )
                 if len(ready) > _BATCHES_AHEAD:
                     yield ready.pop(0).result()
         for future in ready:
@@ -204,9 +207,11 @@ def _fetch(
     out = []
     for number in batch["id"].tolist():
         step = _held["plan"].step(start + number, rank=rank, ranks=ranks)
-        out.append(pickle.dumps(_held["rows"].pairs(step.rows, step.z), protocol=5))
+        out.append(
+            pickle.dumps(_held["rows"].pairs(step.rows, step.z, (config.train.seed, start + number)), protocol=5)
+        )
     return {"pairs": out}
 
 
-def _collate(pairs: bytes, collator: Collator) -> Batch:
-    return collator.pairs(pickle.loads(pairs))
+def _collate(pairs: bytes, collator: Collator, augment: float) -> Batch:
+    return collator.pairs(pickle.loads(pairs), augment=augment)

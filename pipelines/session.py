@@ -10,11 +10,13 @@ import errno
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.data
 
 from crem.errors import CremError, ResourceError
 
@@ -35,6 +37,7 @@ def connect() -> None:
     Raises:
         ResourceError: the cluster at ``RAY_ADDRESS`` does not answer.
     """
+    _quieten_data()
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -53,9 +56,19 @@ def connect() -> None:
         num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,  # at WARNING every start explains token authentication
         log_to_driver=log.isEnabledFor(logging.DEBUG),  # crem --verbose
     )
+
+
+def _quieten_data() -> None:
+    """Ray Data's progress bars on a terminal; elsewhere our own lines instead of its pages, unless --verbose."""
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    if log.isEnabledFor(logging.DEBUG):
+        return
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:

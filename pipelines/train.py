@@ -28,7 +28,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from crem.config import RunConfig
-from crem.errors import ConfigError
+from crem.errors import ConfigError, CremError, TrainingError
 from pipelines import session
 from pipelines.metrics import MetricsLog
 from pipelines.rows import read_rows, step_batches, texts_of
@@ -91,7 +91,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         "out": target.uri,
     }
     with session.remote_errors(), _Listener(queue, MetricsLog(target, fresh=not resume), config.train.steps) as heard:
-        _trainer(spec, target, config).fit()
+        _fit(_trainer(spec, target, config), target)
     result = {**(heard.result or {}), "rows": rows.table.num_rows, "metrics": heard.last}
     target.write_json(result, _DONE)
     return result
@@ -133,6 +133,21 @@ _MAY_CHANGE = {
     "workers",
 }
 """Settings of a run that do not change its result."""
+
+
+def _fit(trainer: TorchTrainer, target: Folder) -> None:
+    """Run to the end; a failed run raises the worker's own error, or says which worker failed and how to go on."""
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        rank, failure = min(error.worker_failures.items())
+        ours = [f for f in error.worker_failures.values() if isinstance(f, CremError)]
+        if ours:
+            raise ours[0] from error
+        raise TrainingError(
+            f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its "
+            "checkpoints are kept: continue with --resume, and see the cause with --verbose"
+        ) from error
 
 
 def _trainer(spec: dict[str, Any], target: Folder, config: RunConfig) -> TorchTrainer:

@@ -8,16 +8,20 @@ Neither padding nor neighbours can change a result. Shape suffixes: N sequences,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from crem.config import ModelConfig
+from crem.data.augment import augmented
 from crem.data.images import load_image
 from crem.data.items import Item
 from crem.data.prompts import Prompt, PromptBuilder, Segment
@@ -52,6 +56,8 @@ class Pair:
     question: str | None = None
     answer: str | None = None
     z: bool = False
+    seed: tuple[int, ...] = ()
+    """run, step and row: what the random changes of its pictures are drawn from"""
     target_key: int = 0
     """Content hash of the target: equal keys are false negatives of each other."""
 
@@ -108,14 +114,20 @@ class Collator:
         self._empty = np.empty((0, 3 * processor.temporal_patch_size * processor.patch_size**2), dtype=np.float32)
 
     def sequence(
-        self, item: Item, *, question: str | None = None, answer: str | None = None, z: bool = False
+        self,
+        item: Item,
+        *,
+        question: str | None = None,
+        answer: str | None = None,
+        z: bool = False,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
     ) -> Sequence:
         """``[S V T U]`` of an item, followed by ``[Q]`` and ``[A]`` where a question and an answer are given.
 
         Raises:
             ItemError: the item is empty or one of its images cannot be used.
         """
-        patches, grids = self._pixels(item)
+        patches, grids = self._pixels(item, augment)
         merge = self.processor.merge_size
         prompt = self.prompts.prefix(item.text, item.instruction, [t * h * w // merge**2 for t, h, w in grids])
         if question is not None:
@@ -129,19 +141,30 @@ class Collator:
         """A batch of prefixes ``[S V T U]``."""
         return self.pad([self.sequence(item) for item in items])
 
-    def pairs(self, pairs: SequenceOf[Pair]) -> Batch:
-        """A training batch, packed: the queries with their generation turns, their targets and hard negatives."""
-        sequences = [
-            self.sequence(p.query, question=p.question, answer=p.answer, z=p.z)
-            if p.answer is not None
-            else self.sequence(p.query)
-            for p in pairs
-        ]
-        queries = [i for i, p in enumerate(pairs) if p.target is not None]
-        targets = [(pairs[i].target, pairs[i].target_key) for i in queries]
-        negatives = [(n, -1) for i in queries for n in pairs[i].negatives]
+    def pairs(self, pairs: SequenceOf[Pair], *, augment: float = 0.0) -> Batch:
+        """A training batch, packed: the queries with their generation turns, their targets and hard negatives.
+
+        ``augment`` is the strength of the random changes of pictures (``crem.data.augment``).
+        """
+        sequences: list[Sequence] = []
+        queries: list[int] = []
+        targets: list[tuple[Sequence, int]] = []
+        negatives: list[tuple[Sequence, int]] = []
+        for number, p in enumerate(pairs):
+            draw = np.random.default_rng(p.seed)
+            change = partial(augmented, strength=augment, draw=draw) if augment else None
+            question = p.question if p.answer is not None else None
+            sequences.append(
+                self.sequence(
+                    p.query, question=question, answer=p.answer, z=p.z and p.answer is not None, augment=change
+                )
+            )
+            if p.target is not None:
+                queries.append(number)
+                targets.append((self.sequence(p.target, augment=change), p.target_key))
+                negatives += [(self.sequence(n, augment=change), -1) for n in p.negatives]
         candidates = list(range(len(sequences), len(sequences) + len(targets) + len(negatives)))
-        sequences += [self.sequence(item) for item, _ in targets + negatives if item is not None]
+        sequences += [sequence for sequence, _ in targets + negatives]
         layout = _packed(sequences)
         number = {sequence: at for at, sequence in enumerate(i for row in layout for i in row)}
         return replace(
@@ -181,7 +204,9 @@ class Collator:
             image_grid_thw=torch.tensor(grids, dtype=torch.long) if grids else None,
         )
 
-    def _pixels(self, item: Item) -> tuple[NDArray[np.float32], tuple[tuple[int, int, int], ...]]:
+    def _pixels(
+        self, item: Item, augment: Callable[[Image.Image], Image.Image] | None = None
+    ) -> tuple[NDArray[np.float32], tuple[tuple[int, int, int], ...]]:
         if not item.images and not (item.text and item.text.strip()):
             raise ItemError("empty_item", "an item needs a text that is not blank, or an image")
         if len(item.images) > self.limits.max_images_per_item:
@@ -192,7 +217,10 @@ class Collator:
             )
         if not item.images:
             return self._empty, ()
-        images = [_within_aspect(load_image(source, self.limits)) for source in item.images]
+        images = [load_image(source, self.limits) for source in item.images]
+        if augment is not None:
+            images = [augment(image) for image in images]
+        images = [_within_aspect(image) for image in images]
         out = self.processor(images=images, return_tensors="np")
         grids = tuple((int(t), int(h), int(w)) for t, h, w in out["image_grid_thw"])
         return out["pixel_values"].astype(np.float32, copy=False), grids
@@ -220,8 +248,6 @@ def _within_aspect(image: Any, limit: int = 190) -> Any:
     long, short = max(image.size), min(image.size)
     if long <= limit * short:
         return image
-    from PIL import Image
-
     size = (long, -(-long // limit)) if image.width == long else (-(-long // limit), long)
     canvas = Image.new("RGB", size, (255, 255, 255))
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))

@@ -17,8 +17,8 @@ Shape suffixes: N sequences in B rows of T tokens, D model width, A answer token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,14 @@ from crem.config import ModelConfig
 from crem.data.collator import Batch
 from crem.data.prompts import Segment
 from crem.model.attention import compression_aware_mask
-from crem.model.backbone import blank_image, use_grouped_vision_attention
+from crem.model.backbone import blank_image, use_fast_vision
 from crem.model.chorus import pool
 
 __all__ = ["CremModel", "CremOutput"]
 
 
-@dataclass
-class CremOutput:
-    """Result of one training forward."""
+class CremOutput(NamedTuple):
+    """Result of one training forward. A tuple, because DeepSpeed looks for tensors in tuples and not in dataclasses."""
 
     embeddings: Tensor
     """float32 [N, D], unit length"""
@@ -61,7 +60,7 @@ class CremModel(nn.Module):
         self.backbone = backbone
         self.chorus_ids = chorus_ids
         self.config = config
-        use_grouped_vision_attention(self.core)
+        use_fast_vision(self.core)
 
     @property
     def core(self) -> Qwen2VLForConditionalGeneration:
@@ -76,6 +75,8 @@ class CremModel(nn.Module):
 
     def forward(self, batch: Batch) -> CremOutput:
         """Embeddings of all sequences and the LM loss of those with an answer, from one pass."""
+        if self.training and batch.pixel_values is None:
+            batch = self._with_blank_image(batch)
         hidden_BTD, _ = self.encode(batch)
         lm_loss_sum, answer_tokens = self._lm_loss(hidden_BTD, batch)
         embeddings_ND = pool(hidden_BTD, batch.segments, len(self.chorus_ids))
@@ -87,26 +88,34 @@ class CremModel(nn.Module):
         if batch.packed or bool(batch.z.any()):
             visible = self.config.prompt.template_visible
             mask = compression_aware_mask(batch.segments, batch.sequence_ids, batch.z, template_visible=visible)
-        pixels, grids = batch.pixel_values, batch.image_grid_thw
-        inputs_embeds = None
-        if pixels is None and self.training:
-            # every rank must take part in the vision tower's collectives (ZeRO-3), also one without an image
-            pixels, grids = blank_image(self.core)
-            features = self.core.get_image_features(pixels.to(self.device), grids.to(self.device)).pooler_output
-            inputs_embeds = self.core.get_input_embeddings()(batch.input_ids)
-            inputs_embeds = inputs_embeds + 0.0 * torch.cat(list(features)).sum().to(inputs_embeds.dtype)
-            pixels = grids = None
         out = self.core.model(
-            input_ids=batch.input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
+            input_ids=batch.input_ids,
             attention_mask={"full_attention": mask},
             position_ids=batch.position_ids,
-            pixel_values=pixels,
-            image_grid_thw=grids,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.image_grid_thw,
             past_key_values=cache,
             use_cache=cache is not None,
         )
         return out.last_hidden_state, cache
+
+    def _with_blank_image(self, batch: Batch) -> Batch:
+        """The batch with one vision token in a column of padding, where nothing sees it.
+
+        Under ZeRO-3 every rank must run the same modules in the same order, also a rank without an image.
+        """
+        pixels, grids = blank_image(self.core)
+        ids = F.pad(batch.input_ids, (0, 1))
+        ids[0, -1] = self.core.config.image_token_id
+        return replace(
+            batch,
+            input_ids=ids,
+            segments=F.pad(batch.segments, (0, 1), value=int(Segment.PAD)),
+            sequence_ids=F.pad(batch.sequence_ids, (0, 1), value=-1),
+            position_ids=F.pad(batch.position_ids, (0, 1)),
+            pixel_values=pixels.to(ids.device),
+            image_grid_thw=grids.to(ids.device),
+        )
 
     def _lm_loss(self, hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         before_answer_BT = batch.segments[:, 1:] == Segment.A

@@ -12,6 +12,7 @@ import torch
 from crem.config import RunConfig
 from crem.data.collator import Batch
 from crem.distributed import sum_over_ranks
+from crem.errors import TrainingError
 from crem.train.step import train_step
 
 __all__ = ["Progress", "train_loop"]
@@ -55,7 +56,7 @@ def train_loop(
         on_checkpoint: called with the number of finished steps every ``train.checkpoint_every`` steps and at the last.
 
     Raises:
-        FloatingPointError: a loss is not finite.
+        TrainingError: a loss is not finite.
     """
     engine.train()
     last_time, last_step = time.perf_counter(), start_step
@@ -63,7 +64,7 @@ def train_loop(
         batch = next(batches).to(device)
         result = train_step(engine, batch, config.loss)
         if not torch.isfinite(torch.tensor(result.loss)):
-            raise FloatingPointError(
+            raise TrainingError(
                 f"the loss of step {step} is {result.loss} (retrieval {result.retrieval}, generation "
                 f"{result.generation}); lower optim.lr or raise loss.temperature, and resume from the last checkpoint"
             )

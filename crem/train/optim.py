@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from crem.config import RunConfig
 from crem.distributed import world_size
 
-__all__ = ["deepspeed_config", "initialise", "parameter_groups"]
+__all__ = ["deepspeed_config", "initialise", "learning_rate_share", "parameter_groups"]
 
 
 def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, Any]:
@@ -36,21 +37,22 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": adamw},
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "warmup_min_lr": 0.0,
-                "warmup_max_lr": optim.lr,
-                "warmup_num_steps": max(optim.warmup_steps, 2),
-                "warmup_type": "linear",
-                "total_num_steps": max(train.steps, optim.warmup_steps + 1, 3),
-            },
-        },
         # fp32 weights and optimizer, bf16 products: PyTorch's autocast, driven by DeepSpeed
         "torch_autocast": {"enabled": train.precision == "bfloat16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def learning_rate_share(step: int, warmup_steps: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: up from 0, then down to 0 after the last step, both linear.
+
+    Source: transformers' linear schedule, which VLM2Vec-V2 trains with. (DeepSpeed's WarmupDecayLR stays at 0 for the
+    first two steps and knows no schedule without warm-up.)
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    return max(0.0, (steps - step) / max(1, steps - warmup_steps))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -70,10 +72,12 @@ def initialise(model: nn.Module, config: RunConfig, device: torch.device) -> Any
     """A ``deepspeed.DeepSpeedEngine`` around the model, with optimizer and learning-rate schedule."""
     import deepspeed
 
+    warmup_steps, steps = config.optim.warmup_steps, config.train.steps
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optim.weight_decay),
         config=deepspeed_config(config, world_size(), device.type),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate_share(step, warmup_steps, steps)),
         dist_init_required=False,
     )
     return engine

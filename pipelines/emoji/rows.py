@@ -5,8 +5,9 @@ Choices, all ours, made for a small model that is trained from scratch in minute
 - Pairs run text -> image, image -> text, and image -> image across the two training vendors. A query text is the label,
   the label with tags, or tags alone where no other concept has them all, so that words are learnt and not strings; the
   test always asks with the plain label. A target text is mostly the label.
-- Every training pair carries a question about its query (homogeneous turn). The question after the group, the one that
-  is evaluated, is half of all; the rest ask for label, subgroup, a tag or a description.
+- Training pairs carry a question about their query (homogeneous turn): every one that asks with a drawing, and one text
+  in four, because a question is half of a row's tokens. The question after the group, the one that is evaluated, is
+  half of all; the rest ask for label, subgroup, a tag or a description.
 - Captions (heterogeneous) have no target, and use the tags that the pairs leave aside.
 - Test queries and targets are of the vendor that training never sees; only image -> image asks with a drawing of a
   training vendor. The candidates of a task are its targets in both test splits.
@@ -46,7 +47,13 @@ QUESTIONS = {
 """Kind -> wordings; the first is taken in half of the rows of its kind."""
 
 # (text variant, kind of question) of the pairs made from each drawing; None draws a kind other than the group.
-TEXT_TO_IMAGE = (("label", "group"), ("label", None), ("label and tags", "group"), ("tags", "label"))
+NO_QUESTION = "no question"
+TEXT_TO_IMAGE = (
+    ("label", "group"),
+    ("label", NO_QUESTION),
+    ("label and tags", NO_QUESTION),
+    ("tags", NO_QUESTION),
+)
 IMAGE_TO_TEXT = (
     ("label", "group"),
     ("label", "group"),
@@ -54,7 +61,7 @@ IMAGE_TO_TEXT = (
     ("label", None),
     ("label and tags", "group"),
 )
-IMAGE_TO_IMAGE = ("group", None)
+IMAGE_TO_IMAGE = ("group", None, "group")
 OTHER_KINDS = ("label", "subgroup", "tag", "describe")
 
 MAX_TAGS = 3  # in one text: keeps every text within about 20 tokens
@@ -118,7 +125,7 @@ def _text_pairs(concept: Concept, vendor: str, words: Sequence[frozenset[str]], 
             text = _text(concept, variant, words, rng)
             if text is None:
                 continue
-            turn = _turn(concept, kind, rng)
+            turn = None if kind == NO_QUESTION else _turn(concept, kind, rng)
             if task == "text_to_image":
                 yield _row(key, query_text=text, target_images=image, question_answer=turn)
             else:

@@ -1,0 +1,125 @@
+"""The training job on a real Ray: DeepSpeed over two workers, killed and resumed, and its result evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import crem
+from crem.config import load_config
+from crem.errors import ConfigError
+from pipelines import session
+from pipelines.evaluate import evaluate, table
+from pipelines.prepare import prepare
+from pipelines.rows import read_rows
+from pipelines.train import train
+from tests.conftest import TINY
+from tests.pipelines.shapes import write_corpus
+
+pytestmark = pytest.mark.ray
+
+RUN = [
+    *TINY,
+    "train.global_batch=16",
+    "train.workers=2",
+    "train.log_every=1",
+    "train.cpus_per_worker=0.5",
+    "optim.warmup_steps=2",
+    "data.retrieval_share=0.75",
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
+    folder = tmp_path_factory.mktemp("shapes")
+    source = write_corpus(folder / "corpus")
+    manifest = prepare(source, str(folder / "prepared"), load_config("micro", RUN))
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (96, 96, 36)
+    return str(folder / "prepared")
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
+
+
+def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
+    """ZeRO-3. The steps that are run twice, before the kill and after the resume, have the same losses."""
+    run = tmp_path / "run"
+    overrides = [*RUN, "train.zero_stage=3", "train.steps=15", "train.checkpoint_every=5"]
+    command = [sys.executable, "-m", "crem.cli", "train", prepared, "--out", str(run), "--preset", "micro", *overrides]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with open(tmp_path / "log", "wb") as log:
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while max(metrics(run), default=0) < 7 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    before = metrics(run)
+    assert len(before) >= 7, (tmp_path / "log").read_text()[-2000:]
+    assert not (run / "model" / "crem.json").exists() or max(before) == 15
+
+    config = load_config("micro", overrides)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(prepared, str(run), config)
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        train(prepared, str(run), load_config("micro", [*overrides, "optim.lr=1"]), resume=True)
+    result = train(prepared, str(run), config, resume=True)
+    after = metrics(run)
+    assert sorted(after) == list(range(1, 16))
+    again = [step for step in before if step > 5 and after[step] != before[step]]
+    assert again, "the run went on after its checkpoint, so some steps were run twice"
+    for step in before:
+        for name in ("retrieval", "generation", "lr"):
+            assert after[step][name] == pytest.approx(before[step][name], rel=1e-5), (step, name)
+    assert crem.load(result["model"]).fingerprint == result["fingerprint"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path) -> None:
+    config = load_config(
+        "micro", [*RUN, f"train.zero_stage={stage}", "train.steps=80", "train.log_every=20", "optim.lr=4e-3"]
+    )
+    result = train(prepared, str(tmp_path / "run"), config)
+    losses = metrics(tmp_path / "run")
+    assert losses[80]["generation"] < 0.5 * losses[20]["generation"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    report = evaluate(result["model"], prepared, str(tmp_path / "evaluation"), config)
+    for task in ("t2i", "i2t"):
+        figures = report["retrieval"][task]["all"]
+        assert figures["candidates"] == 12 and figures["queries"] == 12
+        assert figures["precision_at_1"] > 3 * figures["chance_at_1"]
+    answers = report["answers"]["all"]
+    assert answers["commonest"] == 0.25 and answers["questions"] == 12
+    assert answers["native"] >= 0.75
+    assert 0 < report["cache"]["ratio"] < 0.5
+    assert "P@1" in table(report)
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result["fingerprint"]
+
+
+def test_rows_and_the_plan_read_each_row_once_per_epoch(prepared: str) -> None:
+    rows = read_rows(prepared, split_prefix="train")
+    plan = rows.plan(load_config("micro", RUN))
+    assert (len(plan.retrieval), len(plan.heterogeneous), plan.retrieval_per_step) == (48, 24, 12)
+    seen = np.concatenate([plan.step(s).rows for s in range(4)])
+    assert sorted(r for r in seen if r in set(plan.retrieval)) == sorted(plan.retrieval)
+    pair = rows.pairs(plan.retrieval[:1], np.array([True]))[0]
+    assert pair.z and pair.target is not None and pair.target_key > 0
+
+
+def test_too_few_devices_is_said_at_once(prepared: str, tmp_path: Path) -> None:
+    session.connect()
+    with pytest.raises(crem.errors.ResourceError, match=r"train\.workers"):
+        train(prepared, str(tmp_path / "run"), load_config("micro", [*RUN, "train.cpus_per_worker=400"]))
