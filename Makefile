@@ -49,7 +49,8 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(STAMP)  ## benchmarks; print ratios
-	$(BIN)/python -m pytest -s tests/bench/bench_*.py $(ARGS)
+	$(BIN)/python -m tests.bench.bench_step $(ARGS)
+	$(BIN)/python -m tests.bench.bench_decode $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check

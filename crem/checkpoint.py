@@ -13,17 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import psutil
 import torch
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -31,13 +26,12 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.errors import CheckpointError, ConfigError, ResourceError
+from crem.fetch import local_copy
 from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
-__all__ = ["CREM_FILE", "build_model", "describe", "fingerprint", "local_copy", "read_model", "save_model"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["CREM_FILE", "build_model", "describe", "fingerprint", "read_model", "save_model"]
 
 CREM_FILE = "crem.json"
 FORMAT = 1
@@ -216,7 +210,7 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
             kind = f"a {_model_type(folder)!r} checkpoint"
         raise CheckpointError(
             f"{named!r} is {kind}, not a CREM checkpoint ({CREM_FILE} is missing). Train one from a Qwen2-VL: "
-            f"crem train --preset 2b --data PREPARED model.backbone={named}"
+            f"crem train PREPARED --out RUN --preset 2b model.backbone={named}"
         )
     try:
         description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -280,61 +274,6 @@ def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
             f"the tokenizer in {folder} lacks Qwen2-VL's {', '.join(sorted(missing))}; copy the checkpoint again"
         )
     return tokenizer, processor
-
-
-def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
-    """A local folder with the checkpoint: itself, a cached download of a URI, or a hub snapshot.
-
-    A download goes to a temporary folder first and is renamed when complete, so several processes of a node may ask at
-    once. A changed checkpoint at the same URI has another ``crem.json`` or weights listing and is downloaded anew.
-    """
-    named = os.fspath(path_or_uri)
-    if os.path.isdir(named):
-        return Path(named)
-    if "://" not in named:
-        if named.startswith((".", "/", "~")) or named.count("/") != 1:
-            raise CheckpointError(f"no checkpoint at {named!r}: the folder does not exist")
-        return _hub_copy(named)
-    cache = Path(cache or Path.home() / ".cache" / "crem" / "models")
-    try:
-        fs, root = fsspec.core.url_to_fs(named)
-        fs.invalidate_cache()
-        listing = sorted((f, fs.info(f)) for f in fs.find(root))
-    except Exception as error:
-        raise CheckpointError(f"cannot read {named!r}: {type(error).__name__}: {error}") from error
-    if not listing:
-        raise CheckpointError(f"no checkpoint at {named!r}: nothing is there")
-    marks = [[f, i["size"], str(i.get("ETag") or i.get("mtime") or i.get("LastModified"))] for f, i in listing]
-    key = hashlib.sha256(json.dumps([named, marks]).encode()).hexdigest()[:24]
-    target = cache / key
-    if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}.partial."))
-        logger.info("downloading %s (%.1f MB)", named, sum(i["size"] for _, i in listing) / 1e6)
-        try:
-            for file, _ in listing:
-                to = partial / os.path.relpath(file, root)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(file, str(to))
-            os.replace(partial, target)
-        except OSError as error:
-            if not target.is_dir():  # otherwise another process was first
-                raise CheckpointError(f"downloading {named!r} failed: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _hub_copy(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"{name!r} is neither a folder here nor a checkpoint that the model hub gave "
-            f"({type(error).__name__}). Give a folder or URI: model.backbone=s3://bucket/Qwen2-VL-2B-Instruct"
-        ) from error
 
 
 def fingerprint(folder: str | Path, dtype: str) -> str:

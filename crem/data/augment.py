@@ -2,7 +2,7 @@
 
 A model from scratch that has seen few drawings of each thing learns the hand of the artist along with the thing; this
 is what it sees instead. Off by default: neither the paper nor VLM2Vec-V2 augments. The change is a pure function of
-the generator, which the caller seeds from run, step and row, so a resumed run sees the same pictures. """
+the generator, which the caller seeds from run, step and row, so a resumed run sees the same pictures."""
 
 from __future__ import annotations
 

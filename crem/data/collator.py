@@ -166,11 +166,11 @@ class Collator:
         candidates = list(range(len(sequences), len(sequences) + len(targets) + len(negatives)))
         sequences += [sequence for sequence, _ in targets + negatives]
         layout = _packed(sequences)
-        number = {sequence: at for at, sequence in enumerate(i for row in layout for i in row)}
+        placed = {sequence: at for at, sequence in enumerate(i for row in layout for i in row)}
         return replace(
             self.pad(sequences, layout),
-            queries=torch.tensor([number[i] for i in queries], dtype=torch.long),
-            candidates=torch.tensor([number[i] for i in candidates], dtype=torch.long),
+            queries=torch.tensor([placed[i] for i in queries], dtype=torch.long),
+            candidates=torch.tensor([placed[i] for i in candidates], dtype=torch.long),
             candidate_keys=torch.tensor([key for _, key in targets + negatives], dtype=torch.long),
         )
 

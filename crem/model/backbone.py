@@ -100,7 +100,8 @@ class _PatchProjection(torch.nn.Conv3d):
     def __init__(self, conv: torch.nn.Conv3d):
         assert conv.stride == conv.kernel_size and conv.bias is None, conv
         with torch.device("meta"):
-            super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=False)
+            t, h, w = conv.kernel_size
+            super().__init__(conv.in_channels, conv.out_channels, (t, h, w), (t, h, w), bias=False)
         self.weight = conv.weight
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""Batches: bad items, positions of the parts, packing, and which sequence is whose target."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+import crem
+from crem import Item
+from crem.data.collator import Batch, Collator, Pair
+from crem.data.prompts import Segment
+from crem.errors import ItemError
+
+WORDS = ["a", "red", "apple", "what", "is", "this", "green", "animals", "and", "nature", "food", "drink", "describe"]
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_model_dir: str) -> Collator:
+    return crem.load(tiny_model_dir).collator
+
+
+@pytest.mark.parametrize("item", [Item(), Item(""), Item(" \n\t"), Item(None, [], "Represent.")])
+def test_an_empty_item_is_refused(collator: Collator, item: Item) -> None:
+    with pytest.raises(ItemError, match="text that is not blank") as error:
+        collator.sequence(item)
+    assert error.value.reason == "empty_item"
+
+
+def test_too_many_images_are_refused(collator: Collator) -> None:
+    images = [Image.new("RGB", (8, 8))] * 17
+    with pytest.raises(ItemError, match="max_images_per_item=16") as error:
+        collator.sequence(Item("x", images))
+    assert error.value.reason == "too_many_images"
+    assert len(collator.sequence(Item("x", images[:16])).grids) == 16
+
+
+def random_pairs(seed: int) -> list[Pair]:
+    draw = random.Random(seed)
+
+    def item() -> Item:
+        words = " ".join(draw.choices(WORDS, k=draw.randint(1, 25)))
+        shade = draw.randrange(256)
+        images = [Image.new("RGB", (64, 64), (shade, i, 0)) for i in range(draw.choice([0, 0, 1, 2]))]
+        return Item(words, images)
+
+    pairs = []
+    for number in range(draw.randint(1, 12)):
+        paired = draw.random() < 0.7
+        answer = draw.choice(WORDS) if draw.random() < 0.5 or not paired else None
+        pairs.append(
+            Pair(
+                item(),
+                item() if paired else None,
+                tuple(item() for _ in range(draw.randint(0, 2))) if paired else (),
+                "what?" if answer else None,
+                answer,
+                z=draw.random() < 0.5,
+                target_key=number + 100,
+            )
+        )
+    return pairs
+
+
+def tokens_of(batch: Batch, number: int) -> list[int]:
+    return batch.input_ids[batch.sequence_ids == number].tolist()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packing_keeps_every_sequence_exactly_once(collator: Collator, seed: int) -> None:
+    pairs = random_pairs(seed)
+    batch = collator.pairs(pairs)
+    asked = [
+        collator.sequence(p.query, question=p.question if p.answer else None, answer=p.answer, z=p.z) for p in pairs
+    ]
+    paired = [i for i, p in enumerate(pairs) if p.target is not None]
+    targets = [collator.sequence(pairs[i].target) for i in paired]  # type: ignore[arg-type]
+    negatives = [collator.sequence(n) for i in paired for n in pairs[i].negatives]
+    expected = asked + targets + negatives
+    held = [tokens_of(batch, n) for n in range(len(batch.z))]
+    assert sorted(held) == sorted(s.prompt.input_ids.tolist() for s in expected)
+    assert set(batch.sequence_ids.unique().tolist()) - {-1} == set(range(len(expected)))
+
+    # each index names the sequence that it should, with its pixels in the order of the sequences
+    assert [held[n] for n in batch.queries] == [asked[i].prompt.input_ids.tolist() for i in paired]
+    assert [held[n] for n in batch.candidates] == [s.prompt.input_ids.tolist() for s in targets + negatives]
+    assert batch.candidate_keys.tolist() == [pairs[i].target_key for i in paired] + [-1] * len(negatives)
+    images = (batch.input_ids == collator.prompts.image_id).sum()
+    assert images == (0 if batch.image_grid_thw is None else batch.image_grid_thw.prod(1).sum() // 4)
+    if batch.pixel_values is not None:
+        by_tokens = {tuple(s.prompt.input_ids.tolist()): s for s in expected}
+        pixels = [by_tokens[tuple(h)].patches for h in held if by_tokens[tuple(h)].grids]
+        assert torch.equal(batch.pixel_values.sum(1), torch.cat([torch.from_numpy(p) for p in pixels]).sum(1))
+
+    # a row holds its sequences one after the other, and its padding at the end
+    for ids, segments in zip(batch.sequence_ids, batch.segments, strict=True):
+        real = ids[ids >= 0]
+        assert (real[1:] >= real[:-1]).all() and (ids[len(real) :] == -1).all()
+        assert torch.equal(ids == -1, segments == Segment.PAD)
+    longest = max(len(s.prompt.input_ids) for s in expected)
+    assert batch.input_ids.shape[1] == longest
+
+
+def test_z_stays_with_its_row(collator: Collator) -> None:
+    pairs = [Pair(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
+    batch = collator.pairs(pairs)
+    marked = {tuple(tokens_of(batch, n)) for n in batch.z.nonzero()[:, 0].tolist()}
+    expected = {
+        tuple(collator.sequence(p.query, question="what?", answer=p.answer).prompt.input_ids) for p in pairs if p.z
+    }
+    assert marked == expected
+
+
+def test_an_inference_batch_is_one_sequence_a_row(collator: Collator) -> None:
+    batch = collator.items([Item("a"), Item("a red apple what is this"), Item(images=[Image.new("RGB", (64, 64))])])
+    assert not batch.packed and batch.input_ids.shape[0] == 3 and not batch.z.any()
+    assert [(row >= 0).sum().item() for row in batch.sequence_ids] == [len(tokens_of(batch, n)) for n in range(3)]
+    assert (batch.input_ids[batch.segments == Segment.PAD] == collator.pad_id).all()
+    assert batch.padding_share == pytest.approx((batch.segments == Segment.PAD).sum().item() / batch.segments.numel())
+    moved = batch.to("cpu")
+    assert torch.equal(moved.input_ids, batch.input_ids) and moved.pixel_values is not None
