@@ -36,9 +36,18 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         overrides = [w for w in words[:end] if _OVERRIDE.match(w)]
         rest = [w for w in words[:end] if not _OVERRIDE.match(w)] + words[end:]
+        if "--print-config" in words[:end]:  # the configuration can be asked for without naming folders
+            self._ask_for_nothing()
         parsed: argparse.Namespace = super().parse_args(rest, namespace)
         parsed.overrides = overrides
         return parsed
+
+    def _ask_for_nothing(self) -> None:
+        for jobs in (a for a in self._actions if isinstance(a, argparse._SubParsersAction)):
+            for action in (a for job in jobs.choices.values() for a in job._actions):
+                action.required = False
+                if not action.option_strings:
+                    action.nargs = "*" if action.nargs == "+" else "?"
 
 
 def build_parser() -> Parser:
@@ -233,6 +242,7 @@ def _quieten(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of a Ray that we start; Ray Data's actors warn at "error"
     warnings.filterwarnings("ignore")
     for noisy in (
         "ray",

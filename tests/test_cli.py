@@ -32,6 +32,12 @@ def test_print_config_is_complete_and_can_be_read_back(capsys: pytest.CaptureFix
     assert load_config(tmp_path / "run.yaml") == config
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_print_config_needs_no_folders(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([job, "--preset", "7b", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["preset"] == "7b"
+
+
 def test_overrides_may_stand_anywhere_but_not_after_the_dashes() -> None:
     args = build_parser().parse_args(["submit", "train.steps=1", "--", "train", "a", "--out", "b", "train.steps=2"])
     assert args.overrides == ["train.steps=1"] and args.command[-1] == "train.steps=2"

@@ -1,6 +1,6 @@
 """What the joint step costs: against the contrastive-only step, and against a forward for each loss.
 
-    python -m tests.bench.bench_step [--rows 32] [--repeats 9] [--width 192] [--sides 64 160]
+    python -m tests.bench.bench_step [--rows 32] [--repeats 9] [--width 128] [--sides 64 160]
 
 Three ways to train on the same rows, with the same model, optimizer and packing, interleaved in one run:
 contrastive-only (queries and targets), joint (the same sequences, with question and answer behind the queries, one
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, default=32, help="retrieval rows a step, each with a question")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--width", type=int, default=192, help="hidden size; 192 is the micro preset's")
+    parser.add_argument("--width", type=int, default=128, help="hidden size; 128 is the micro preset's")
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[64, 160], help="image sides; a token is 16 x 16 pixels"
     )
