@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.errors import CheckpointError, ConfigError, ResourceError
 from crem.fetch import local_copy
+from crem.memory import available_bytes
 from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
@@ -239,23 +241,32 @@ def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGen
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors; other weight formats are not read, convert it first")
-    need = sum(f.stat().st_size for f in files)
-    free = psutil.virtual_memory().available
-    if need > free:
-        raise ResourceError(
-            f"the weights in {folder} take {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-            "use a machine with more memory or a smaller checkpoint"
-        )
     try:
+        need, free = _count_weights(files) * dtype.itemsize, available_bytes()
+        if need > free:
+            raise ResourceError(
+                f"the weights in {folder} take {need / 2**30:.1f} GiB in {dtype} and {free / 2**30:.1f} GiB of memory "
+                "are free; use a machine or container with more memory, or a smaller checkpoint"
+            )
         model, info = Qwen2VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
+    except ResourceError:
+        raise
     except Exception as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {type(error).__name__}: {error}") from error
     wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if wrong:
         raise CheckpointError(f"the weights in {folder} do not fit its config.json: {wrong}; copy the checkpoint again")
     return model  # type: ignore[no-any-return]
+
+
+def _count_weights(files: list[Path]) -> int:
+    count = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:  # reads the header alone
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:

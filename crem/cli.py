@@ -194,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _quieten(args.verbose)
     try:
+        config = _config(args)  # a wrong key or value is refused before any work
         if args.print_config:
-            print(_config(args).to_yaml(), end="")
+            print(config.to_yaml(), end="")
             return 0
         return int(args.run(args) or 0)
     except CremError as error:
@@ -333,7 +334,9 @@ def _submit(args: argparse.Namespace) -> int:
     from cluster.submit import submit
 
     command = args.command[1:] if args.command[0] == "crem" else args.command
-    build_parser().parse_args(command)  # a mistake is found here, not on the cluster
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]!r} stands before the --, where no job reads it; put it behind")
+    _config(build_parser().parse_args(command))  # a mistake is found here, not on the cluster
     return submit(["crem", *command], address=args.address, working_dir=args.working_dir, follow=not args.no_wait)
 
 

@@ -85,7 +85,9 @@ def _devices(report: Report) -> None:
 def _memory(report: Report) -> None:
     import psutil
 
-    free, total = psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30
+    from crem.memory import available_bytes
+
+    free, total = available_bytes() / 2**30, psutil.virtual_memory().total / 2**30
     disk = shutil.disk_usage(os.getcwd()).free / 2**30
     report.add("memory", f"{free:.1f} of {total:.1f} GiB free")
     report.add("disk here", f"{disk:.1f} GiB free")
@@ -104,11 +106,13 @@ def _ray(report: Report) -> None:
 
 def _storage(report: Report, place: str) -> None:
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         fs, path = fsspec.core.url_to_fs(place)
         probe = f"{path.rstrip('/')}/.crem-doctor-{uuid.uuid4().hex}"
-        fs.makedirs(path, exist_ok=True)
+        if isinstance(fs, LocalFileSystem):  # an object store has no folders, and would create the bucket
+            fs.makedirs(path, exist_ok=True)
         fs.pipe_file(probe, b"crem")
         assert fs.cat_file(probe) == b"crem", "what was read is not what was written"
         fs.rm_file(probe)

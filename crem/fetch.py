@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
+from filelock import FileLock
 
 from crem.errors import CheckpointError
 
-__all__ = ["local_copy"]
+__all__ = ["MODELS", "local_copy"]
 
 logger = logging.getLogger(__name__)
+
+MODELS = Path(".cache", "crem", "models")
+"""Where downloads are kept, from the home folder; the manifests mount a volume above it."""
 
 
 def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
     """A local folder with the checkpoint: itself, a cached download of a URI, or a hub snapshot.
 
-    A download goes to a temporary folder first and is renamed when complete, so several processes of a node may ask at
-    once. A changed checkpoint at the same URI has another ``crem.json`` or weights listing and is downloaded anew.
+    A download goes to a partial folder first and is renamed when complete; of several processes of a node that ask at
+    once, one downloads and the others wait for it. A changed checkpoint at the same URI has another listing (size, mark
+    or date of a file) and is downloaded anew.
+
+    Raises:
+        CheckpointError: nothing is there, or it cannot be downloaded.
     """
     named = os.fspath(path_or_uri)
     if os.path.isdir(named):
         return Path(named)
     if "://" not in named:
-        if named.startswith((".", "/", "~")) or named.count("/") != 1:
-            raise CheckpointError(f"no checkpoint at {named!r}: the folder does not exist")
+        # "organisation/model" is a hub's name, unless there is a folder "organisation" here
+        if named.startswith((".", "/", "~")) or named.count("/") != 1 or os.path.isdir(os.path.dirname(named)):
+            raise _missing(named)
         return _hub_copy(named)
-    cache = Path(cache or Path.home() / ".cache" / "crem" / "models")
+    cache = Path(cache or Path.home() / MODELS)
     try:
         fs, root = fsspec.core.url_to_fs(named)
         fs.invalidate_cache()
@@ -45,21 +55,45 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
     key = hashlib.sha256(json.dumps([named, marks]).encode()).hexdigest()[:24]
     target = cache / key
     if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}.partial."))
         logger.info("downloading %s (%.1f MB)", named, sum(i["size"] for _, i in listing) / 1e6)
         try:
-            for file, _ in listing:
-                to = partial / os.path.relpath(file, root)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(file, str(to))
-            os.replace(partial, target)
-        except OSError as error:
-            if not target.is_dir():  # otherwise another process was first
-                raise CheckpointError(f"downloading {named!r} failed: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f"{key}.lock"):
+                if not target.is_dir():  # otherwise another process was first
+                    _download(fs, root, [file for file, _ in listing], target)
+        except CheckpointError:
+            raise
+        except Exception as error:  # botocore's and the operating system's alike
+            raise CheckpointError(f"downloading {named!r} failed: {type(error).__name__}: {error}") from error
     return target
+
+
+def _download(fs: Any, root: str, files: list[str], target: Path) -> None:
+    """Download ``files`` below ``root`` into the folder ``target``, which appears when it is complete."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the caller holds the lock
+    try:
+        for file in files:
+            name = file.removeprefix(root).lstrip("/")
+            if ".." in PurePosixPath(name).parts:  # an object store takes any name; a local path would lead outside
+                raise CheckpointError(f"{file!r} has a '..' in its name and is not downloaded; rename or remove it")
+            to = partial / name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(file, str(to))
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _missing(named: str) -> CheckpointError:
+    """The error for a local folder that is not there, with the name that was probably meant."""
+    parent, name = os.path.split(named.rstrip("/"))
+    try:
+        near = difflib.get_close_matches(name, [e.name for e in os.scandir(parent or ".") if e.is_dir()], n=1)
+    except OSError:
+        near = []
+    hint = f"; did you mean {os.path.join(parent, near[0])!r}?" if near else ""
+    return CheckpointError(f"no checkpoint at {named!r}: the folder does not exist{hint}")
 
 
 def _hub_copy(name: str) -> Path:

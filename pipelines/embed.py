@@ -106,7 +106,8 @@ def load_model(model: str, threads: int) -> Any:
     import crem
 
     torch.set_num_threads(threads)
-    return crem.load(model)
+    # a worker without a reserved GPU sees all of them, and must not crowd onto the first
+    return crem.load(model, device="cuda" if ray.get_gpu_ids() else "cpu")
 
 
 def _claim(target: Folder, plan: dict[str, Any], *, fresh: bool) -> None:

@@ -54,6 +54,12 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     target = Folder.at(out)
     target.claim(KIND)
     session.connect()
+    session.require(
+        f"evaluating with {config.embed.min_actors} actors",
+        cpus=config.embed.min_actors * config.embed.cpus_per_actor,
+        gpus=config.embed.min_actors * config.embed.gpus_per_actor,
+        remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
+    )
     retrieval = _Retrieval.of(rows)
     questions = _questions(rows, config.evaluate.max_answers)
     log.info("%d contents to embed, %d questions to answer in two modes", len(retrieval.contents), len(questions))
@@ -126,7 +132,7 @@ class _Retrieval:
                 scores = vectors[queries[start : start + 1024]] @ vectors[pool].T
                 here = own[start : start + 1024]
                 best = scores[np.arange(len(here)), here][:, None]
-                ranks[start : start + 1024] = (scores >= best).sum(1) - 1
+                ranks[start : start + 1024] = (~(scores < best)).sum(1) - 1  # NaN counts against the model
             out[task] = ranks
         return out
 

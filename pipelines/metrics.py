@@ -1,7 +1,7 @@
 """Metrics of a training run: ``metrics.jsonl`` and TensorBoard event files in its output folder.
 
-Both are written on the driver's disk; for a run on an object store they are copied there after every entry, which is
-cheap at one entry per log interval.
+For a run on an object store the JSON lines are written there after every entry; the event files lie on the driver's
+disk and are copied when the run ends.
 """
 
 from __future__ import annotations

@@ -11,59 +11,89 @@ as much as the training. Pictures are decoded in the worker, in a thread beside 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+import ray.data
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
-from crem.data.collator import Batch, Collator, Pair
-from crem.data.items import Item
+from crem.data.items import Item, Pair
 from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
 from pipelines import schema
 from pipelines.prepare import read_manifest
 from pipelines.storage import Folder
 
+if TYPE_CHECKING:  # data workers carry rows and need neither torch nor transformers
+    from crem.data.collator import Batch, Collator
+
 _WINDOW_ROWS = 4096
 """Rows of one rank that are gathered ahead; two windows are held at once."""
 _BATCHES_AHEAD = 2
 
-__all__ = ["Rows", "item_of", "read_rows", "step_batches", "texts_of"]
+__all__ = ["Rows", "item_of", "read_rows", "share_rows", "step_batches", "texts_of"]
+
+
+@dataclass
+class Pictures:
+    """Encoded pictures by id, in parts; a part is a table (id, bytes) or the reference of one in the object store."""
+
+    ids: NDArray[np.int64]
+    """sorted"""
+    places: NDArray[np.int64]
+    """[N, 2] part and row of each id"""
+    parts: list[Any]
+    _opened: dict[int, pa.Table] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> Pictures:
+        """Pictures of parts, whose ids are given in the order of their rows."""
+        counts = [len(ids) for ids in ids_of_parts]
+        ids = np.concatenate([np.empty(0, np.int64), *ids_of_parts])
+        places = np.stack(
+            [
+                np.repeat(np.arange(len(parts)), counts),
+                np.concatenate([np.empty(0, np.int64), *map(np.arange, counts)]),
+            ],
+            axis=1,
+        )
+        order = np.argsort(ids, kind="stable")
+        return cls(ids[order], places[order], parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ids": self.ids, "places": self.places, "parts": self.parts, "_opened": {}}
+
+    def read(self, image_id: int) -> bytes:
+        """Encoded bytes of a picture."""
+        at = int(np.searchsorted(self.ids, image_id))
+        assert at < len(self.ids) and self.ids[at] == image_id, f"image {image_id} is not in the image table"
+        part, row = self.places[at].tolist()
+        if part not in self._opened:
+            held = self.parts[part]
+            self._opened[part] = ray.get(held) if isinstance(held, ray.ObjectRef) else held  # mapped, not copied
+        data: bytes = self._opened[part].column("bytes")[row].as_py()
+        return data
 
 
 @dataclass
 class Rows:
-    """Rows of some splits and the pictures that they name; pickles by reference through Ray's object store."""
+    """Rows of some splits, and the pictures that they name."""
 
     table: pa.Table
     """``schema.ROWS``"""
-    images: pa.Table
-    """columns ``id`` and ``bytes``, sorted by id"""
-
-    def __post_init__(self) -> None:
-        self._image_ids = self.images.column("id").to_numpy()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"table": self.table, "images": self.images}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    pictures: Pictures
 
     def image(self, image_id: int) -> bytes:
         """Encoded bytes of a picture."""
-        at = int(np.searchsorted(self._image_ids, image_id))
-        assert self._image_ids[at] == image_id, f"image {image_id} is not in the image table"
-        data: bytes = self.images.column("bytes")[at].as_py()
-        return data
+        return self.pictures.read(image_id)
 
     def pairs(self, numbers: NDArray[np.int64], z: NDArray[np.bool_], seed: tuple[int, ...] = ()) -> list[Pair]:
         """Training rows by number, each with its compression bit; ``seed`` is that of the run and step."""
@@ -97,7 +127,7 @@ class Rows:
         )
 
 
-def item_of(side: dict[str, Any], image: Any) -> Item:
+def item_of(side: dict[str, Any], image: Callable[[int], bytes]) -> Item:
     """The ``Item`` of one side of a row; ``image`` maps an id to encoded bytes."""
     return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
 
@@ -113,41 +143,53 @@ def texts_of(rows: Rows) -> list[str]:
 
 
 def read_rows(prepared: str, *, split_prefix: str) -> Rows:
-    """Rows whose split starts with ``split_prefix``, and their pictures.
+    """Rows whose split starts with ``split_prefix``, and their pictures, in this process.
 
     Raises:
         ConfigError: no completed prepared tables there, or none of these rows.
     """
+    table, wanted = _read_table(prepared, split_prefix)
+    images = Folder.at(prepared).child("images")
+    parts = [_read_part(images, name, wanted) for name in images.files(".parquet")]
+    return Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
+
+
+def share_rows(prepared: str, *, split_prefix: str) -> Rows:
+    """As ``read_rows``, with the pictures in Ray's object store: the driver holds only their ids."""
+    table, wanted = _read_table(prepared, split_prefix)
+    images = Folder.at(prepared).child("images")
+    reference = ray.put(wanted)
+    read = ray.remote(num_cpus=0.25, num_returns=2)(_read_part)
+    parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
+    return Rows(table, Pictures.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
+
+
+def _read_table(prepared: str, split_prefix: str) -> tuple[pa.Table, pa.Array]:
+    """The rows, in the order of their ids, and the ids of the pictures that they name."""
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
-    table = _read(folder.child("rows"), schema.ROWS.names)
-    table = table.filter(pc.starts_with(table.column("split"), split_prefix)).sort_by("id")
+    rows = folder.child("rows")
+    tables = [pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in rows.files(".parquet")]
+    table = pa.concat_tables([t.filter(pc.starts_with(t.column("split"), split_prefix)) for t in tables])
     if not table.num_rows:
         raise ConfigError(
             f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
             f"{sorted(manifest.get('by_split_task', {}))}"
         )
-    wanted = pa.chunked_array(
-        [
-            pc.list_flatten(pc.struct_field(table.column(side).combine_chunks(), "images"))
-            for side in ("query", "target")
-        ]
-        + [_negative_images(table)],
-        type=pa.int64(),
-    )
-    images = _read(folder.child("images"), ["id", "bytes"])
-    images = images.filter(pc.is_in(images.column("id"), value_set=wanted.unique())).sort_by("id")
-    return Rows(table.combine_chunks(), images)
+    table = table.sort_by("id").combine_chunks()
+    named = [pc.list_flatten(pc.struct_field(table.column(s).combine_chunks(), "images")) for s in ("query", "target")]
+    return table, pa.chunked_array([*named, _negative_images(table)], type=pa.int64()).unique()
+
+
+def _read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
+    part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
+    part = part.filter(pc.is_in(part.column("id"), value_set=wanted))
+    return part.column("id").to_numpy(), part
 
 
 def _negative_images(table: pa.Table) -> pa.Array:
     flat = pc.list_flatten(table.column("negatives")).combine_chunks()
     return pc.list_flatten(pc.struct_field(flat, "images"))
-
-
-def _read(folder: Folder, columns: list[str]) -> pa.Table:
-    paths = [folder.path(name) for name in folder.files(".parquet")]
-    return pa.concat_tables([pq.read_table(path, columns=columns, filesystem=folder.fs) for path in paths])
 
 
 def _content_key(side: dict[str, Any] | None) -> int:
@@ -187,7 +229,7 @@ def _window(start: int, stop: int, size: int, spec: dict[str, Any]) -> ray.data.
     steps = range(start, min(stop, start + size))
     if not steps:
         return None
-    numbered = ray.data.range(len(steps), override_num_blocks=min(4, len(steps)))
+    numbered = ray.data.range(len(steps), override_num_blocks=min(2, len(steps)))
     return numbered.map_batches(
         _fetch, batch_size=None, fn_kwargs={"start": start, **spec}, num_cpus=0.25
     ).materialize()

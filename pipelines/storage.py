@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from crem.errors import ConfigError
 
@@ -24,6 +27,10 @@ __all__ = ["CLAIM", "Folder"]
 
 CLAIM = "_crem.json"
 """Written first into every output folder: which kind of job owns it. Removed by nobody."""
+_CREDENTIALS = (
+    "for s3:// set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION "
+    "and, for another S3 than Amazon's, AWS_ENDPOINT_URL"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,13 @@ class Folder:
         return Folder(f"{self.uri.rstrip('/')}/{name}")
 
     def exists(self, *parts: str) -> bool:
-        return bool(self.fs.exists(self.path(*parts)))
+        """Whether the file or folder is there.
+
+        Raises:
+            ConfigError: it may not be looked at.
+        """
+        with self._refusal_explained():
+            return bool(self.fs.exists(self.path(*parts)))
 
     def files(self, *suffixes: str) -> list[str]:
         """Names of the files directly in this folder that end in one of ``suffixes``, sorted."""
@@ -90,13 +103,13 @@ class Folder:
         """Open a file; writing creates the folders above it."""
         path = self.path(*parts)
         if "w" in mode:
-            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._make_parents(path)
         return self.fs.open(path, mode)  # type: ignore[no-any-return]
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a whole file so that a reader sees all of it or nothing."""
         path = self.path(*parts)
-        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._make_parents(path)
         if not self.is_local:
             self.fs.pipe_file(path, data)  # one PUT, or a multipart upload that appears when it is completed
             return
@@ -113,9 +126,14 @@ class Folder:
         self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
 
     def read_json(self, *parts: str) -> Any | None:
-        """The parsed file, or ``None`` where there is none or it is not JSON."""
+        """The parsed file, or ``None`` where there is none or it is not JSON.
+
+        Raises:
+            ConfigError: it may not be read.
+        """
         try:
-            return json.loads(self.fs.cat_file(self.path(*parts)))
+            with self._refusal_explained():
+                return json.loads(self.fs.cat_file(self.path(*parts)))
         except FileNotFoundError:
             return None
         except (ValueError, IsADirectoryError):
@@ -131,8 +149,23 @@ class Folder:
         """Rename within this folder (a server-side copy on an object store); done twice, it is still done."""
         if not self.exists(source) and self.exists(target):
             return
-        self.fs.makedirs(self.path(target).rpartition("/")[0], exist_ok=True)
+        self._make_parents(self.path(target))
         self.fs.mv(self.path(source), self.path(target))
+
+    def _make_parents(self, path: str) -> None:
+        """Folders above a local file; an object store needs none, and s3fs would make a missing bucket."""
+        if isinstance(self.fs, LocalFileSystem):
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    @contextmanager
+    def _refusal_explained(self) -> Iterator[None]:
+        """Turn missing or refused credentials, of whichever store, into an error with the remedy."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, PermissionError) and "Credential" not in type(error).__name__:
+                raise
+            raise ConfigError(f"{self.uri} may not be read: {error}; {_CREDENTIALS}") from error
 
     def claim(self, kind: str) -> None:
         """Make this folder the output of a job of ``kind``.
@@ -152,7 +185,9 @@ class Folder:
         except ConfigError:
             raise
         except Exception as error:  # botocore's and the operating system's alike
-            raise ConfigError(f"{self.uri} cannot be read: {error}; choose an output folder of yours") from error
+            raise ConfigError(
+                f"{self.uri} cannot be read: {error}; choose an output folder of yours, and {_CREDENTIALS}"
+            ) from error
         held = [name for name in held if name]
         if held:
             what = f"output of crem {owner['kind']}" if isinstance(owner, dict) and "kind" in owner else "files"
@@ -163,4 +198,6 @@ class Folder:
         try:
             self.write_json({"kind": kind}, CLAIM)
         except Exception as error:
-            raise ConfigError(f"{self.uri} cannot be written: {error}; choose a folder of yours") from error
+            raise ConfigError(
+                f"{self.uri} cannot be written: {error}; choose a folder of yours, and {_CREDENTIALS}"
+            ) from error

@@ -3,7 +3,7 @@
 The driver reads the rows and starts the workers; a worker is ``_worker`` below, and the step that it repeats is
 ``crem.train.step``. What stays in the output folder:
 
-    config.yaml      the complete configuration          metrics.jsonl, tensorboard/    one entry per log interval
+    config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
     model/           the trained checkpoint              run/                           Ray Train's checkpoints
 
 A run that was killed continues with ``resume``: Ray Train hands the newest complete checkpoint to the workers, and the
@@ -12,6 +12,7 @@ order of rows is a pure function of seed and step (``crem.data.mixing``), so the
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -26,12 +27,15 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, TrainingError
-from pipelines import session
+from crem.fetch import local_copy
+from pipelines import schema, session
 from pipelines.metrics import MetricsLog
-from pipelines.rows import read_rows, step_batches, texts_of
+from pipelines.prepare import read_manifest
+from pipelines.rows import share_rows, step_batches, texts_of
 from pipelines.storage import Folder
 
 __all__ = ["train"]
@@ -40,6 +44,9 @@ log = logging.getLogger(__name__)
 
 KIND = "train"
 _DONE = "done.json"
+_DATA = "data.json"
+_DATA_CPUS = 1
+"""Kept free beside the workers, or no row would ever reach them."""
 _RUN = "run"
 
 
@@ -59,10 +66,9 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         ConfigError: no training rows, or ``out`` holds a run and neither ``resume`` nor ``fresh`` is given, or a
             resumed run's configuration differs.
     """
-    rows = read_rows(prepared, split_prefix="train")
-    plan = rows.plan(config)
-    target = Folder.at(out)
-    _claim(target, config, resume=resume, fresh=fresh)
+    source, target = Folder.at(prepared), Folder.at(out)
+    stamp = {"prepared": source.uri, "manifest": schema.content_id(json.dumps(read_manifest(source)).encode())}
+    _claim(target, config, stamp, resume=resume, fresh=fresh)
     finished = target.read_json(_DONE)
     if finished is not None:
         log.info("the run in %s is complete; nothing to do", target.uri)
@@ -70,10 +76,16 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     session.connect()
     session.require(
         f"training with {config.train.workers} workers",
-        cpus=config.train.workers * config.train.cpus_per_worker,
+        cpus=config.train.workers * config.train.cpus_per_worker + _DATA_CPUS,
         gpus=config.train.workers * config.train.gpus_per_worker,
-        remedy="lower train.workers (a divisor of train.global_batch), train.cpus_per_worker or train.gpus_per_worker",
+        remedy="lower train.workers (a divisor of train.global_batch), train.cpus_per_worker or "
+        f"train.gpus_per_worker; {_DATA_CPUS} CPU is for the tasks that gather rows",
     )
+    with session.remote_errors():
+        if config.model.backbone is not None:
+            ray.get(ray.remote(num_cpus=_DATA_CPUS)(local_copy).remote(config.model.backbone))  # a wrong one fails here
+        rows = share_rows(prepared, split_prefix="train")
+    plan = rows.plan(config)
     log.info(
         "%d retrieval rows, %d heterogeneous rows; %d steps of %d rows (%.1f epochs of the retrieval rows)",
         len(plan.retrieval),
@@ -82,7 +94,9 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         config.train.global_batch,
         config.train.steps * plan.retrieval_per_step / max(1, len(plan.retrieval)),
     )
-    queue = Queue(actor_options={"num_cpus": 0})
+    # on this node: where the driver lives, progress can be told
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     spec = {
         "config": config.model_dump(mode="json"),
         "texts": texts_of(rows) if config.model.scratch is not None else None,
@@ -92,12 +106,14 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     }
     with session.remote_errors(), _Listener(queue, MetricsLog(target, fresh=not resume), config.train.steps) as heard:
         _fit(_trainer(spec, target, config), target)
-    result = {**(heard.result or {}), "rows": rows.table.num_rows, "metrics": heard.last}
+    if heard.result is None:
+        raise TrainingError(f"the run in {target.uri} ended without saying its result; run again with --resume")
+    result = {**heard.result, "rows": rows.table.num_rows, "metrics": heard.last}
     target.write_json(result, _DONE)
     return result
 
 
-def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> None:
+def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: bool, fresh: bool) -> None:
     target.claim(KIND)
     held = target.exists("config.yaml")
     if held and not (resume or fresh):
@@ -106,11 +122,25 @@ def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> N
             "another --out"
         )
     if resume and held:
+        if (trained_on := target.read_json(_DATA)) != stamp:
+            raise ConfigError(
+                f"the run in {target.uri} was begun on {trained_on}, and now the data is {stamp}: rows, their order "
+                "and the tokenizer would change under it; resume with the same prepared tables, or start anew"
+            )
         with target.open("config.yaml") as file:
-            before = RunConfig.model_validate(yaml.safe_load(file))
+            try:
+                before = RunConfig.model_validate(yaml.safe_load(file))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{target.uri}/config.yaml is of another version of crem ({error}); resume with that version"
+                ) from error
         for section in ("model", "data", "loss", "optim", "train"):
             old, new = getattr(before, section), getattr(config, section)
-            changed = [k for k in type(old).model_fields if getattr(old, k) != getattr(new, k) and k not in _MAY_CHANGE]
+            changed = [
+                k
+                for k in type(old).model_fields
+                if getattr(old, k) != getattr(new, k) and f"{section}.{k}" not in _MAY_CHANGE
+            ]
             if changed:
                 key = changed[0]
                 raise ConfigError(
@@ -118,35 +148,37 @@ def _claim(target: Folder, config: RunConfig, *, resume: bool, fresh: bool) -> N
                     f"{getattr(new, key)!r}; resume with the same settings ({target.uri}/config.yaml) or start anew"
                 )
         return
-    for name in ("model", _RUN, "metrics.jsonl", "tensorboard", _DONE):
+    for name in (_DONE, "config.yaml", "model", _RUN, "metrics.jsonl", "tensorboard"):
         target.remove(name)
+    target.write_json(stamp, _DATA)
     target.write_bytes(config.to_yaml().encode(), "config.yaml")
 
 
 _MAY_CHANGE = {
-    "log_every",
-    "keep_checkpoints",
-    "max_failures",
-    "cpus_per_worker",
-    "threads_per_worker",
-    "checkpoint_every",
-    "workers",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.max_failures",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.checkpoint_every",
 }
-"""Settings of a run that do not change its result."""
+"""Settings of a run that do not change its result. The number of workers does not belong here: a ZeRO checkpoint is
+read by as many ranks as wrote it."""
 
 
 def _fit(trainer: TorchTrainer, target: Folder) -> None:
     """Run to the end; a failed run raises the worker's own error, or says which worker failed and how to go on."""
     try:
         trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        rank, failure = min(error.worker_failures.items())
-        ours = [f for f in error.worker_failures.values() if isinstance(f, CremError)]
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {"controller": error}
+        ours = [f for f in failures.values() if isinstance(f, CremError)]
         if ours:
             raise ours[0] from error
+        rank, failure = next(iter(failures.items()))
         raise TrainingError(
-            f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its "
-            "checkpoints are kept: continue with --resume, and see the cause with --verbose"
+            f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its checkpoints "
+            "are kept: continue with --resume, and see the cause with --verbose"
         ) from error
 
 
@@ -155,7 +187,9 @@ def _trainer(spec: dict[str, Any], target: Folder, config: RunConfig) -> TorchTr
     environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not on_gpu:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(target.uri if not target.is_local else f"file://{target.uri}")
+    filesystem, path = (
+        (pyarrow.fs.LocalFileSystem(), target.uri) if target.is_local else pyarrow.fs.FileSystem.from_uri(target.uri)
+    )
     resources = {"CPU": config.train.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = config.train.gpus_per_worker
@@ -190,7 +224,6 @@ def _worker(spec: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.train.threads_per_worker)
-    torch.manual_seed(config.train.seed * 1000 + rank)
     model, collator = build_model(config.model, texts=spec["texts"], seed=config.train.seed)
     engine = initialise(model.to(device), config, device)
     start_step = 0
@@ -280,7 +313,10 @@ class _Listener:
                 self.result = message["result"]
                 continue
             p = self.last = message["progress"]
-            self._metrics.write(p)
+            try:
+                self._metrics.write(p)
+            except Exception:  # a run does not end because a metric could not be written down
+                log.warning("the metrics of step %d could not be written", p["step"], exc_info=True)
             log.info(
                 "step %d/%d  loss %.3f (retrieval %.3f, generation %.3f)  lr %.1e  %.0f samples/s  %d s left",
                 p["step"],

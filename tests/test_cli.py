@@ -38,9 +38,14 @@ def test_print_config_needs_no_folders(job: str, capsys: pytest.CaptureFixture[s
     assert yaml.safe_load(capsys.readouterr().out)["preset"] == "7b"
 
 
-def test_overrides_may_stand_anywhere_but_not_after_the_dashes() -> None:
-    args = build_parser().parse_args(["submit", "train.steps=1", "--", "train", "a", "--out", "b", "train.steps=2"])
-    assert args.overrides == ["train.steps=1"] and args.command[-1] == "train.steps=2"
+def test_overrides_of_a_submitted_job_stand_behind_the_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["train", "a", "--out", "b", "train.steps=2"]
+    args = build_parser().parse_args(["submit", "--", *job])
+    assert args.overrides == [] and args.command == job
+    assert main(["submit", "train.steps=1", "--", *job]) == 2
+    assert "put it behind" in capsys.readouterr().err
+    assert main(["submit", "--", *job, "train.stepz=1"]) == 2
+    assert "train.steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,8 @@ def test_overrides_may_stand_anywhere_but_not_after_the_dashes() -> None:
         (["index", "/nowhere/vectors", "--out", "y"], "/nowhere/vectors"),
         (["search", "apple", "--index", "/nowhere/index"], "crem index"),
         (["search"], "nothing to look for"),
+        (["search", "apple", "index.probez=1"], "index.probes"),
+        (["doctor", "foo.bar=1"], "foo"),
         (["evaluate", "/nowhere/prepared", "--model", "m", "--out", "y"], "crem prepare"),
         (["serve", "/nowhere/model", "serve.port=0"], "/nowhere/model"),
         (["demo", "--preset", "2b"], "pretrained"),

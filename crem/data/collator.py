@@ -23,12 +23,12 @@ from torch import Tensor
 from crem.config import ModelConfig
 from crem.data.augment import augmented
 from crem.data.images import load_image
-from crem.data.items import Item
+from crem.data.items import Item, Pair
 from crem.data.prompts import Prompt, PromptBuilder, Segment
 from crem.errors import ItemError
 from crem.model.backbone import rope_positions
 
-__all__ = ["Batch", "Collator", "Pair", "Sequence"]
+__all__ = ["Batch", "Collator", "Sequence"]
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,6 @@ class Sequence:
     """[P, channels * temporal * patch * patch]; P may be 0."""
     grids: tuple[tuple[int, int, int], ...]
     z: bool = False
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One training row, ready to collate: a query, and optionally its target, negatives and generation turn.
-
-    ``z`` is the row's compression bit; it is drawn by the plan (``crem.data.mixing``) and stays with the row.
-    """
-
-    query: Item
-    target: Item | None = None
-    negatives: tuple[Item, ...] = ()
-    question: str | None = None
-    answer: str | None = None
-    z: bool = False
-    seed: tuple[int, ...] = ()
-    """run, step and row: what the random changes of its pictures are drawn from"""
-    target_key: int = 0
-    """Content hash of the target: equal keys are false negatives of each other."""
 
 
 @dataclass

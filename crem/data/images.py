@@ -1,7 +1,9 @@
 """Reading pictures safely: bytes are bounded before they are read, pixels before they are decoded.
 
-``http(s)`` URLs are refused: a server that fetches what a client names can be turned against its own network, and a
-batch job that does so depends on machines it does not know. ``data:`` URLs, paths and object-store URIs are read.
+Only the schemes of ``_SCHEMES`` are read: a server that fetches what a client names (``http``, ``webhdfs``, ``sftp``,
+…) can be turned against its own network, and a batch job that does so depends on machines it does not know. ``data:``
+URLs, paths, object-store URIs and files inside of their archives are read. fsspec's caching schemes are not: they
+copy the whole file to disk before its size is known.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import binascii
 import io
 import math
 import os
+import re
 import warnings
 
 import fsspec
@@ -23,6 +26,7 @@ from crem.errors import ItemError
 __all__ = ["encode_image", "load_image", "read_bytes"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_SCHEMES = frozenset({"file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "zip", "tar", "memory"})
 _LOSSLESS_PIXELS = 256 * 256
 """Pictures up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
 
@@ -76,12 +80,12 @@ def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> byt
     """Read an encoded image from a path, an fsspec URI or a data URL, never more than ``limits.max_source_bytes``."""
     if uri.startswith("data:"):
         return _decode_data_url(uri, limits)
-    # fsspec chains file systems with "::", as in zip://inside.png::https://host/images.zip
-    schemes = {part.partition("://")[0].lower() for part in uri.split("::") if "://" in part}
-    if refused := schemes & {"http", "https", "ftp"}:
+    schemes = _schemes(uri)
+    if refused := sorted(schemes - _SCHEMES):
         raise ItemError(
             "uri_refused",
-            f"{refused.pop()} URLs are not fetched ({uri[:80]!r}); download it, or send it as a data: URL",
+            f"{refused[0]} URIs are not fetched ({uri[:80]!r}), only {', '.join(sorted(_SCHEMES))}; "
+            "download it, or send it as a data: URL",
         )
     if not schemes and base is not None and not os.path.isabs(uri):
         uri = base.replace("*", uri) if "*" in base else f"{base.rstrip('/')}/{uri}"
@@ -95,6 +99,15 @@ def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> byt
     if len(data) > limits.max_source_bytes:
         raise _too_many_bytes(len(data), limits)
     return data
+
+
+def _schemes(uri: str) -> set[str]:
+    """The scheme of every part of a chain such as ``zip://a.png::s3://bucket/images.zip``; none of a plain path."""
+    parts = uri.split("::")
+    schemes = {part.partition("://")[0].lower() for part in parts if "://" in part}
+    if len(parts) > 1:  # fsspec takes a bare word in a chain for a scheme, as in simplecache::s3://bucket/a.png
+        schemes |= {part.lower() for part in parts if re.fullmatch(r"[\w+-]+", part)}
+    return schemes
 
 
 def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:

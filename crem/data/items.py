@@ -1,4 +1,7 @@
-"""What the model embeds and talks about: an item is a text, one or more images, or both."""
+"""What the model embeds and talks about: an item is a text, one or more images, or both; a pair is a training row.
+
+Light on purpose: data workers that only carry items import neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from PIL import Image
 
 from crem.errors import ItemError
 
-__all__ = ["ImageSource", "Item", "as_item"]
+__all__ = ["ImageSource", "Item", "Pair", "as_item"]
 
 ImageSource = Image.Image | bytes | str | Path
 """A decoded picture, an encoded file's bytes, or a path, ``file://``/``s3://`` URI or ``data:`` URL."""
@@ -31,8 +34,29 @@ class Item:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, tuple):  # a list is what people write
+        if isinstance(self.images, ImageSource):  # one picture without the list around it
+            object.__setattr__(self, "images", (self.images,))
+        elif not isinstance(self.images, tuple):  # a list is what people write
             object.__setattr__(self, "images", tuple(self.images))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training row, ready to collate: a query, and optionally its target, negatives and generation turn.
+
+    ``z`` is the row's compression bit; it is drawn by the plan (``crem.data.mixing``) and stays with the row.
+    """
+
+    query: Item
+    target: Item | None = None
+    negatives: tuple[Item, ...] = ()
+    question: str | None = None
+    answer: str | None = None
+    z: bool = False
+    seed: tuple[int, ...] = ()
+    """run, step and row: what the random changes of its pictures are drawn from"""
+    target_key: int = 0
+    """Content hash of the target: equal keys are false negatives of each other."""
 
 
 def as_item(value: Any) -> Item:

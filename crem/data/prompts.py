@@ -27,6 +27,8 @@ __all__ = ["Prompt", "PromptBuilder", "Segment"]
 
 logger = logging.getLogger(__name__)
 
+_KNOWN_TEXTS = 50_000
+
 
 class Segment(IntEnum):
     """Part of the prompt that a token belongs to."""
@@ -73,6 +75,7 @@ class PromptBuilder:
         self._turn = self._template("<|im_end|>\n<|im_start|>assistant\n")
         self._end = self._template("<|im_end|>")
         self._cut_warned = False
+        self._known: dict[tuple[str, int], list[int]] = {}
 
     def prefix(self, text: str | None, instruction: str | None, image_tokens: Sequence[int]) -> Prompt:
         """``[S V T U]`` of one item; ``image_tokens`` holds the number of vision tokens of each image."""
@@ -103,6 +106,9 @@ class PromptBuilder:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _text(self, text: str, limit: int) -> list[int]:
+        # instructions, questions and labels come again and again
+        if (known := self._known.get((text, limit))) is not None:
+            return known
         ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
         if len(ids) > limit and not self._cut_warned:
             self._cut_warned = True
@@ -112,6 +118,9 @@ class PromptBuilder:
                 len(ids),
                 limit,
             )
+        if len(self._known) >= _KNOWN_TEXTS:
+            self._known.clear()
+        self._known[text, limit] = ids[:limit]
         return ids[:limit]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from crem.config import RunConfig
 from crem.data.collator import Batch
-from crem.distributed import sum_over_ranks
+from crem.distributed import rank, sum_over_ranks
 from crem.errors import TrainingError
 from crem.train.step import train_step
 
@@ -61,6 +61,8 @@ def train_loop(
     engine.train()
     last_time, last_step = time.perf_counter(), start_step
     for step in range(start_step, config.train.steps):
+        # dropout is a function of seed, step and rank, so a resumed run draws what it would have drawn
+        torch.manual_seed(((config.train.seed * 1_000_003 + step) * 4096 + rank()) % 2**63)
         batch = next(batches).to(device)
         result = train_step(engine, batch, config.loss)
         if not torch.isfinite(torch.tensor(result.loss)):

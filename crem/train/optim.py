@@ -22,9 +22,10 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
     """DeepSpeed's configuration for ``ranks`` workers on ``device`` ("cpu" or "cuda")."""
     optim, train = config.optim, config.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
+    # torch's AdamW everywhere: DeepSpeed's own is compiled at the first start, with a CUDA toolkit of torch's version
     adamw: dict[str, Any] = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0}
+    adamw["torch_adam"] = True
     if device == "cpu":
-        adamw["torch_adam"] = True
         # the buckets' defaults reserve gigabytes, which a small machine does not have
         zero |= {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
         if train.zero_stage == 3:

@@ -18,8 +18,7 @@ from PIL import Image
 
 from crem.checkpoint import build_model
 from crem.config import load_config
-from crem.data.collator import Pair
-from crem.data.items import Item
+from crem.data.items import Item, Pair
 from crem.train.optim import parameter_groups
 from crem.train.step import crem_losses
 from tests.bench.timing import environment, interleaved, table

@@ -15,6 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from crem.config import load_config
+from crem.fetch import MODELS
 from tests.cluster.crd import PLURALS, definition, problems, strict, with_defaults
 
 MANIFESTS = sorted((Path(__file__).parents[2] / "cluster" / "manifests").glob("*.yaml"))
@@ -146,6 +147,10 @@ def test_credentials_are_references_and_the_ray_is_ours(path: Path) -> None:
         assert literal == {"RAY_USAGE_STATS_ENABLED", "HF_HOME"}
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert "/dev/shm" in mounts
+        (cache,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "cache")
+        assert (Path("/home/ray") / MODELS).is_relative_to(cache), "where crem.fetch downloads to"
+        (hub,) = (entry["value"] for entry in container["env"] if entry["name"] == "HF_HOME")
+        assert Path(hub).is_relative_to(cache)
         assert container["readinessProbe"]
         assert container["livenessProbe"]
     for group in groups(manifest):

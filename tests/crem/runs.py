@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
 from crem.config import ModelConfig, RunConfig, load_config
-from crem.data.collator import Batch, Collator, Pair
-from crem.data.items import Item
+from crem.data.collator import Batch, Collator
+from crem.data.items import Item, Pair
 from crem.model.backbone import CHAT_TEMPLATE, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.crem import CremModel, CremOutput
 from crem.train.optim import parameter_groups

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -181,13 +185,30 @@ def test_no_checkpoint_there(tmp_path: Path) -> None:
         crem.load("nosuch://x")
 
 
-def test_too_little_memory_is_said_before_loading(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Memory:
-        available = 1000
+def test_a_missing_folder_is_no_hub_name_where_its_parent_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crem.fetch._hub_copy", lambda name: pytest.fail(f"the hub was asked for {name}"))
+    for named, meant in (("out/modle", "out/model"), ("./out/modle", "./out/model"), ("./uot", "./out")):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at '{named}'.* did you mean '{meant}'"):
+            local_copy(named)
+    with pytest.raises(CheckpointError, match="the folder does not exist$"):
+        local_copy("out/something-else-entirely")
 
-    monkeypatch.setattr("crem.checkpoint.psutil.virtual_memory", Memory)
-    with pytest.raises(ResourceError, match="more memory or a smaller checkpoint"):
-        crem.load(copied)
+
+def test_too_little_memory_is_said_before_loading(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the size in the dtype that is loaded, not that of the files."""
+    weights = load_file(copied / "model.safetensors")
+    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, copied / "model.safetensors", {"format": "pt"})
+    size = sum(v.numel() for v in weights.values()) * 4
+    for free, dtype in ((size - 1, torch.float32), (size // 2 - 1, torch.bfloat16)):
+        monkeypatch.setattr("crem.checkpoint.available_bytes", lambda free=free: free)
+        with pytest.raises(ResourceError, match=f"in {dtype} .*more memory, or a smaller checkpoint"):
+            crem.load(copied, dtype=dtype)
+    monkeypatch.setattr("crem.checkpoint.available_bytes", lambda: size)
+    assert crem.load(copied, dtype=torch.float32).dim > 0
 
 
 def test_scratch_needs_texts() -> None:
@@ -208,8 +229,63 @@ def test_checkpoint_at_a_uri(tiny_model_dir: str, tmp_path: Path) -> None:
     memory.pipe_file("/bucket/model/crem.json", description.replace(b'"Represent."', b'"Find it again."'))
     changed = local_copy("memory://bucket/model", cache=cache)
     assert changed != first and b"Find it again." in (changed / "crem.json").read_bytes()
-    assert sorted(p.name for p in cache.iterdir()) == sorted([first.name, changed.name]), "nothing partial is left"
+    assert folders(cache) == sorted([first.name, changed.name]), "nothing partial is left"
     assert crem.load(f"file://{tiny_model_dir}").fingerprint == here.fingerprint
+
+
+def folders(cache: Path) -> list[str]:
+    return sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
+
+
+@pytest.fixture
+def got(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A checkpoint at ``memory://store/model``; the names that were downloaded from there."""
+    names: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def counted(self: MemoryFileSystem, name: str, to: str) -> None:
+        names.append(name)
+        time.sleep(0.02)  # long enough for others to arrive
+        get_file(self, name, to)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counted)
+    memory = fsspec.filesystem("memory")
+    for name in ("config.json", "crem.json", "deep/c"):
+        memory.pipe_file(f"/store/model/{name}", name.encode())
+    yield names
+    for name in [name for name in memory.store if name.startswith("/store/")]:
+        del memory.store[name]
+
+
+def test_one_of_several_that_ask_at_once_downloads(got: list[str], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        copies = list(pool.map(lambda _: local_copy("memory://store/model", cache=tmp_path), range(4)))
+    assert len(set(copies)) == 1 and folders(tmp_path) == [copies[0].name]
+    assert sorted(got) == ["/store/model/config.json", "/store/model/crem.json", "/store/model/deep/c"]
+    assert (copies[0] / "deep" / "c").read_bytes() == b"deep/c"
+
+
+def test_a_download_that_fails_leaves_nothing(got: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(self: MemoryFileSystem, name: str, to: str) -> None:
+        Path(to).write_bytes(b"half")
+        raise ValueError("the connection was closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", torn)
+        with pytest.raises(CheckpointError, match="downloading 'memory://store/model' failed: ValueError: the connect"):
+            local_copy("memory://store/model", cache=tmp_path)
+    assert folders(tmp_path) == []
+    again = local_copy("memory://store/model", cache=tmp_path)
+    assert (again / "config.json").read_bytes() == b"config.json" and (again / "deep" / "c").is_file()
+
+
+@pytest.mark.parametrize("name", ["../../evil", "deep/../../../evil", "deep/.."])
+def test_an_object_name_does_not_lead_outside_the_cache(got: list[str], tmp_path: Path, name: str) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store[f"/store/model/{name}"] = MemoryFile(memory, f"/store/model/{name}", b"x")
+    with pytest.raises(CheckpointError, match=r"has a '\.\.' in its name"):
+        local_copy("memory://store/model", cache=tmp_path / "a" / "cache")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def pretrained(folder: Path, *, tied: bool, vocab_size: int, lora: bool) -> ModelConfig:

@@ -10,7 +10,8 @@ from PIL import Image
 
 import crem
 from crem import Item
-from crem.data.collator import Batch, Collator, Pair
+from crem.data.collator import Batch, Collator
+from crem.data.items import Pair
 from crem.data.prompts import Segment
 from crem.errors import ItemError
 

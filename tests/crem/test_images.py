@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -133,6 +134,15 @@ def test_unusable_bytes() -> None:
         "ftp://example.org/a.png",
         "simplecache::http://127.0.0.1:1/a.png",
         "zip://a.png::https://example.org/a.zip",
+        "zip://a.png::simplecache::https://example.org/a.zip",
+        "simplecache::s3://bucket/a.png",
+        "webhdfs://127.0.0.1:1/a.png",
+        "github://owner:name@/a.png",
+        "sftp://127.0.0.1/a.png",
+        "smb://127.0.0.1/share/a.png",
+        "jupyter://127.0.0.1:1/a.png",
+        "reference://a.png::s3://bucket/references.json",
+        "nosuchscheme://bucket/a.png",
     ],
 )
 def test_remote_urls_are_refused(url: str) -> None:
@@ -141,10 +151,19 @@ def test_remote_urls_are_refused(url: str) -> None:
     assert error.value.reason == "uri_refused"
 
 
+def test_files_here_are_read_by_path_uri_and_chain(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(RED_PNG)
+    fsspec.filesystem("memory").pipe_file("/pictures/a.png", RED_PNG)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", RED_PNG)
+    inside = f"zip://a.png::file://{tmp_path}/a.zip"
+    for uri in (f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "memory://pictures/a.png", inside):
+        assert read_bytes(uri, LIMITS) == RED_PNG
+
+
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert reason(tmp_path / "none.png") == "image_missing"
     assert reason("none.png") == "image_missing"
-    assert reason("nosuchscheme://bucket/a.png") == "uri_unreadable"
     assert reason(tmp_path) == "uri_unreadable"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import crem
 from crem import Item
 from crem.checkpoint import build_model
-from crem.data.collator import Pair
+from crem.data.items import Pair
 from crem.errors import ItemError
 from crem.inference import Answer, Crem
 from crem.train.step import train_step
@@ -52,6 +52,8 @@ def test_shorthand(model: crem.Crem, tmp_path: Path) -> None:
     path = tmp_path / "noise.png"
     ways = model.embed([NOISE, buffer.getvalue(), path, Item(images=[str(path)]), Item(images=[f"file://{path}"])])
     assert np.abs(ways - ways[0]).max() < 1e-6
+    for one in (NOISE, buffer.getvalue(), str(path), path):
+        assert Item(images=one) == Item(images=[one]), "one picture without the list around it"  # type: ignore[arg-type]
     assert np.abs(np.diff(model.embed(["food", Item("food"), Item(text="food", images=[])]), axis=0)).max() < 1e-6
     assert np.abs(model.embed([str(path)]) - ways[:1]).max() > 1e-3, "a plain string is a text, also one that is a path"
 

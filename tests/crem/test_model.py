@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from crem.checkpoint import build_model
-from crem.data.collator import Batch, Collator, Pair
+from crem.data.collator import Batch, Collator
 from crem.data.collator import Sequence as TokenSequence
-from crem.data.items import Item
+from crem.data.items import Item, Pair
 from crem.data.prompts import Segment
 from crem.model.attention import compression_aware_mask
 from crem.model.chorus import pool
