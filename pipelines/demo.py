@@ -28,6 +28,7 @@ import ray
 
 from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, ResourceError
+from crem.memory import available_bytes
 from pipelines import index as vector_index
 from pipelines import session
 from pipelines.embed import embed
@@ -60,7 +61,7 @@ def demo(out: str, config: RunConfig) -> str:
         raise ConfigError(
             f"crem demo trains from scratch on CPU; preset {config.preset!r} starts from a pretrained model"
         )
-    free = psutil.virtual_memory().available / 2**30
+    free = available_bytes() / 2**30
     if free < _MIN_MEMORY_GIB:
         raise ResourceError(
             f"crem demo needs {_MIN_MEMORY_GIB:g} GiB of free memory and {free:.1f} are free; close something"
