@@ -99,7 +99,8 @@ JSON_ROWS: list[tuple[str, dict[str, Any] | str, str]] = [
     ("small bomb", {"query_text": "q", "target_images": ["small_bomb.png"]}, "image_too_large"),
     ("missing", {"query_text": "q", "target_images": ["nowhere.png"]}, "image_missing"),
     ("http", {"query_text": "q", "target_images": ["https://example.invalid/a.png"]}, "uri_refused"),
-    ("scheme", {"query_text": "q", "target_images": ["nosuch://x/a.png"]}, "uri_unreadable"),
+    ("scheme", {"query_text": "q", "target_images": ["nosuch://x/a.png"]}, "uri_refused"),
+    ("folder", {"query_text": "q", "target_images": ["/"]}, "uri_unreadable"),
     ("negative", {"query_text": "q", "target_text": "t", "negatives": [{"images": ["gone.png"]}]}, "image_missing"),
     ("nothing", {}, "empty_item"),
     ("no query", {"query_text": " \t\n", "target_text": "t"}, "empty_query"),
@@ -114,9 +115,9 @@ JSON_ROWS: list[tuple[str, dict[str, Any] | str, str]] = [
     ("image number", {"query_images": [7], "target_text": "t"}, "bad_row"),
     ("negatives text", {"query_text": "q", "target_text": "t", "negatives": "n"}, "bad_row"),
     ("surrogate", {"query_text": "\ud800", "target_text": "t"}, "bad_row"),
-    ("a.jsonl#37", '{"query_text": "q", "target_text": ', "bad_row"),
-    ("a.jsonl#38", "[1, 2]", "bad_row"),
-    ("a.jsonl#39", '{"query_text": "\x81"}', "bad_row"),
+    ("a.jsonl#38", '{"query_text": "q", "target_text": ', "bad_row"),
+    ("a.jsonl#39", "[1, 2]", "bad_row"),
+    ("a.jsonl#40", '{"query_text": "\x81"}', "bad_row"),
     ("after the bad lines", {"query_text": "q", "target_text": "t"}, ""),
 ]
 """Rows of one JSONL file under limits of 200 characters and 4 images."""
