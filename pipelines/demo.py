@@ -11,8 +11,8 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -168,17 +168,13 @@ def _save_untrained(rows: Rows, folder: str, config: RunConfig) -> None:
 
 def _serve_and_ask(model: str, index: str, prepared: str, log_file: Path) -> dict[str, Any]:
     """Start ``crem serve`` as a process and use it over HTTP."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "crem.cli", "serve", model, "--preset", "micro", f"serve.port={port}"]
+    command = [sys.executable, "-m", "crem.cli", "serve", model, "--preset", "micro", "serve.port=0"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     began = time.monotonic()
     with open(log_file, "wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
-        _wait_until_healthy(server, url, log_file)
+        url = _address(server, log_file)
         ready = time.monotonic() - began
         log.info("server ready at %s", url)
         return {"seconds_until_ready": round(ready, 1), **_queries(url, index, prepared)}
@@ -186,23 +182,21 @@ def _serve_and_ask(model: str, index: str, prepared: str, log_file: Path) -> dic
         _stop(server)
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
+def _address(server: subprocess.Popen[bytes], log_file: Path) -> str:
+    """The URL that the server tells once it answers."""
     deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.5)
+    while time.monotonic() < deadline and server.poll() is None:
+        if told := re.search(r"serving \S+ at (http://\S+)\n", log_file.read_text(errors="replace")):
+            return told[1]
+        time.sleep(0.2)
     tail = log_file.read_text(errors="replace").strip().splitlines()[-3:]
     raise CremError(f"the server did not start within {_START_S:.0f} s; the end of {log_file}: {' | '.join(tail)}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Interrupt the server, which shuts its Ray down, and end it if it does not."""
+    """End the server, which shuts its Ray down; by force if it does not."""
     if server.poll() is None:
-        server.send_signal(2)
+        server.terminate()
         try:
             server.wait(timeout=30)
         except subprocess.TimeoutExpired:

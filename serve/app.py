@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import time
 import urllib.request
@@ -102,9 +103,8 @@ def run(model: str, config: RunConfig, *, blocking: bool = False) -> str:
         CremError: the model could not be loaded.
     """
     settings = config.serve
-    port = settings.port or _free_port(settings.host)
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
-        _check_port(settings.host, port)
+        _check_port(settings.host, settings.port)
         describe(model)  # a wrong checkpoint is refused now, not after Serve's three attempts
     _connect(settings)
     runs_already = bool(serve.status().proxies)
@@ -113,6 +113,7 @@ def run(model: str, config: RunConfig, *, blocking: bool = False) -> str:
             "Ray Serve already runs on this cluster and keeps its own port; name that one with serve.port=…, or shut "
             "that Serve down first"
         )
+    port = settings.port or _free_port(settings.host)  # looked for now: Ray's own processes have taken theirs
     serve.start(http_options=HTTPOptions(host=settings.host, port=port))
     try:
         serve.run(build(model, config), name=APPLICATION)
@@ -197,6 +198,8 @@ def _wait_until_reached(url: str) -> None:
 
 
 def _wait_for_interrupt() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell started us with interrupts ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         while True:
             time.sleep(3600)

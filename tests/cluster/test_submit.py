@@ -84,6 +84,7 @@ def test_interrupting_the_client_leaves_the_job_and_says_how_to_stop_it(
     with subprocess.Popen(
         client(argv=argv, address=local_cluster.job_server), cwd=ROOT, env=local_cluster.env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     ) as process:  # fmt: skip
         assert process.stdout is not None
         while process.stdout.readline() != "started\n":
