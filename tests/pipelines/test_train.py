@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,8 +21,10 @@ from crem.config import load_config
 from crem.errors import ConfigError
 from pipelines import session
 from pipelines.evaluate import evaluate, table
+from pipelines.metrics import read_metrics
 from pipelines.prepare import prepare
 from pipelines.rows import read_rows
+from pipelines.storage import Folder
 from pipelines.train import train
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
@@ -114,6 +117,23 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert 0 < report["cache"]["ratio"] < 0.5
     assert "P@1" in table(report)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result["fingerprint"]
+
+
+def test_a_run_on_object_storage(prepared: str, s3_server: Any, s3_env: Any) -> None:
+    """Checkpoints by Ray Train, model and metrics by us, resumed when complete: all on a real S3 server."""
+    out = f"s3://{s3_server.bucket}/runs/shapes"
+    overrides = [*RUN, "train.zero_stage=2", "train.steps=4", "train.checkpoint_every=2"]
+    command = [sys.executable, "-m", "crem.cli", "train", prepared, "--out", out, "--preset", "micro", *overrides]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Folder.at(out)
+    assert [entry["step"] for entry in read_metrics(run)] == [1, 2, 3, 4]
+    assert run.child("tensorboard").files() and run.exists("run")
+    assert crem.load(f"{out}/model").embed(["red circle"]).shape == (1, 48)
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "complete" in again.stderr
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == 2
 
 
 def test_rows_and_the_plan_read_each_row_once_per_epoch(prepared: str) -> None:
