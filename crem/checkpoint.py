@@ -33,7 +33,7 @@ from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, 
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
-__all__ = ["CREM_FILE", "build_model", "describe", "fingerprint", "read_model", "save_model"]
+__all__ = ["CREM_FILE", "build_model", "check_chorus_tokens", "describe", "fingerprint", "read_model", "save_model"]
 
 CREM_FILE = "crem.json"
 FORMAT = 1
@@ -53,7 +53,8 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
     if config.scratch is not None:
         if not texts:
             raise ConfigError("a model from scratch trains its tokenizer and needs texts; give the prepared rows")
-        room = config.scratch.vocab_size - config.chorus_tokens
+        # spare rows, as Qwen2-VL's matrix has: chorus tokens can be added to the trained backbone without growing it
+        room = config.scratch.vocab_size - max(config.chorus_tokens, config.scratch.vocab_size // 32)
         tokenizer = tokenizer_from_texts(texts, room)
         tokenizer.chat_template = CHAT_TEMPLATE
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
@@ -65,12 +66,14 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         # what is trained is trained in float32; frozen weights stay in the inference dtype
         backbone = _read_backbone(folder, torch.float32 if config.lora is None else _dtype(config.dtype))
         tokenizer, processor = _read_processors(folder, config)
+        known = len(tokenizer)
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
         embedding = backbone.get_input_embeddings().weight
         if max(chorus_ids) >= embedding.shape[0]:
             with _seeded(seed):
                 backbone.resize_token_embeddings(max(chorus_ids) + 1)
-        initialise_rows(backbone.get_input_embeddings().weight.data, chorus_ids, seed=seed)
+        # a CREM checkpoint taken as backbone brings trained chorus rows, which stay
+        initialise_rows(backbone.get_input_embeddings().weight.data, [i for i in chorus_ids if i >= known], seed=seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     with _seeded(seed):
@@ -96,7 +99,7 @@ def _with_lora(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int],
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=rf".*language_model.*\.({names})",
-        trainable_token_indices=chorus_ids,  # the chorus rows are new: they are trained in full
+        trainable_token_indices=chorus_ids if config.chorus_tokens else None,  # the new rows are trained in full
     )
     adapted = get_peft_model(backbone, lora)
     for parameter in adapted.parameters():
@@ -129,7 +132,7 @@ def save_model(
     config = model.config.model_copy(update={"lora": None, "gradient_checkpointing": False})
     description = {
         "format": FORMAT,
-        "chorus_tokens": len(model.chorus_ids),
+        "chorus_tokens": config.chorus_tokens,
         "pooling": _POOLING,
         "model": config.model_dump(mode="json"),
     }
@@ -166,12 +169,20 @@ def _plain(
 
 
 def read_model(
-    path_or_uri: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path_or_uri: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    chorus_tokens: int | None = None,
 ) -> tuple[CremModel, Collator, str]:
     """Read a CREM checkpoint: model in evaluation mode on ``device``, its collator, and its fingerprint.
 
+    Args:
+        chorus_tokens: K' of a nested checkpoint, which is part of the fingerprint; K where None.
+
     Raises:
-        CheckpointError: missing, damaged or of another kind. ResourceError: too little memory.
+        CheckpointError: missing, damaged or of another kind. ResourceError: too little memory. ConfigError: the model
+            was not trained with so many chorus tokens.
     """
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
@@ -185,22 +196,23 @@ def read_model(
     except AssertionError as error:
         raise CheckpointError(f"{folder} does not fit its {CREM_FILE} ({error}); copy the checkpoint again") from error
     model = CremModel(backbone, chorus_ids, config).to(device).eval()
-    return model, Collator(tokenizer, processor, chorus_ids, config), fingerprint(folder, str(dtype).split(".")[1])
+    mark = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
+    return model, Collator(tokenizer, processor, chorus_ids, config), mark
 
 
-def describe(path_or_uri: str | Path) -> dict[str, Any]:
+def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> dict[str, Any]:
     """What a CREM checkpoint is, without loading its weights: ``fingerprint``, ``dim``, ``chorus_tokens``.
 
     Raises:
-        CheckpointError: missing, damaged or of another kind.
+        CheckpointError: missing, damaged or of another kind. ConfigError: not trained with so many chorus tokens.
     """
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {
-        "fingerprint": fingerprint(folder, description["model"]["dtype"]),
+        "fingerprint": fingerprint(folder, description["model"]["dtype"], chorus_tokens),
         "dim": int(config.get("text_config", config)["hidden_size"]),
-        "chorus_tokens": description["chorus_tokens"],
+        "chorus_tokens": description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
     }
 
 
@@ -287,10 +299,14 @@ def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     return tokenizer, processor
 
 
-def fingerprint(folder: str | Path, dtype: str) -> str:
+def fingerprint(folder: str | Path, dtype: str, chorus_tokens: int | None = None) -> str:
     """16 hex digits over the contents of the checkpoint folder, K, prompt and image settings, dtype and pooling.
 
-    Not over where the checkpoint lies, nor over where the backbone lay that it was trained from.
+    Not over where the checkpoint lies, nor over where the backbone lay that it was trained from. ``chorus_tokens`` is
+    the number in use, K where None.
+
+    Raises:
+        ConfigError: the model was not trained with so many chorus tokens.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
@@ -299,9 +315,27 @@ def fingerprint(folder: str | Path, dtype: str) -> str:
             with open(file, "rb") as handle:
                 digest.update(f"{file.name}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
     description = json.loads((folder / CREM_FILE).read_text(encoding="utf-8"))
+    used = check_chorus_tokens(ModelConfig.model_validate(description["model"]), chorus_tokens)
     description["model"] |= {"backbone": None, "scratch": None}
-    digest.update(json.dumps([description, dtype, _POOLING], sort_keys=True).encode())
+    settings = [description, dtype, _POOLING] + [used] * (used != description["chorus_tokens"])
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def check_chorus_tokens(config: ModelConfig, chorus_tokens: int | None) -> int:
+    """The number of chorus tokens to use: ``chorus_tokens`` where the model was trained for it, K where None.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if chorus_tokens is None:
+        return config.chorus_tokens
+    if chorus_tokens not in config.chorus_counts:
+        raise ConfigError(
+            f"this model works with {', '.join(map(str, config.chorus_counts))} chorus tokens, not with "
+            f"{chorus_tokens}; other counts are trained with model.nested_chorus"
+        )
+    return chorus_tokens
 
 
 def _dtype(name: str) -> torch.dtype:

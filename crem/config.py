@@ -132,8 +132,12 @@ class ModelConfig(_Section):
     """Checkpoint directory, URI or hub name of a Qwen2-VL; ``null`` builds ``scratch``. Source: paper."""
     scratch: BackboneShape | None = None
     """Shape of a backbone trained from scratch; used where ``backbone`` is null."""
-    chorus_tokens: int = Field(16, ge=1, le=256)
-    """K. Source: paper, main results."""
+    chorus_tokens: int = Field(16, ge=0, le=256)
+    """K. Source: paper, main results. 0 is the baseline without them: the state of an end-of-text token is the
+    embedding, as in VLM2Vec."""
+    nested_chorus: tuple[int, ...] = ()
+    """Chorus counts K' that training draws from, one for each step; any of them can then be chosen at run time. Empty
+    is only K, as in the paper. Source: ours, after Matryoshka representations (arXiv 2205.13147)."""
     lora: LoraSettings | None = LoraSettings()
     """``null`` means full fine-tuning. Source: VLM2Vec-V2."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -148,6 +152,21 @@ class ModelConfig(_Section):
         if (self.backbone is None) == (self.scratch is None):
             raise ValueError("set exactly one of model.backbone (pretrained) and model.scratch (from scratch)")
         return self
+
+    @model_validator(mode="after")
+    def _nested_counts(self) -> ModelConfig:
+        wrong = [k for k in self.nested_chorus if not 1 <= k <= self.chorus_tokens]
+        if wrong or (self.nested_chorus and max(self.nested_chorus) != self.chorus_tokens):
+            raise ValueError(
+                f"model.nested_chorus={list(self.nested_chorus)} must lie between 1 and model.chorus_tokens="
+                f"{self.chorus_tokens} and include it"
+            )
+        return self
+
+    @property
+    def chorus_counts(self) -> tuple[int, ...]:
+        """The chorus counts that a model of this configuration can be used with, ascending."""
+        return tuple(sorted(set(self.nested_chorus))) or (self.chorus_tokens,)
 
 
 class PrepareConfig(_Section):
@@ -172,6 +191,9 @@ class DataConfig(_Section):
     and VLM2Vec-V2 have none."""
     sub_batch: int = Field(0, ge=0)
     """Consecutive rows of one task within a batch (source-homogeneous); 0 mixes freely. VLM2Vec-V2 uses 64."""
+    source_temperature: float = Field(1.0, gt=0)
+    """Tasks are sampled in proportion to their size to the power of 1 / T: 1 is by size, large T is evenly. Source:
+    multilingual BERT's exponential smoothing; 1 leaves the paper's data as it is."""
 
 
 class LossConfig(_Section):
@@ -185,6 +207,9 @@ class LossConfig(_Section):
     """Source: open in the paper; 1."""
     alpha_g: float = Field(1.0, ge=0)
     """Source: open in the paper; 1."""
+    false_negative_margin: float | None = Field(None, ge=0)
+    """A negative whose cosine exceeds that of the own target by more than this is taken for a false negative and left
+    out. ``null`` keeps it. Source: Qwen3-Embedding (arXiv 2506.05176) uses 0.1."""
     compression_probability: float = Field(0.5, ge=0, le=1)
     """p of z ~ Bernoulli(p): how often answers must come from the chorus tokens alone. Source: open; 0.5."""
 
@@ -213,6 +238,9 @@ class TrainConfig(_Section):
     """Source: VLM2Vec-V2."""
     global_batch: int = Field(1024, ge=2)
     """Rows per optimizer step over all workers. Source: VLM2Vec-V2."""
+    chunk_rows: int = Field(0, ge=0)
+    """Rows of a worker that are in memory with their activations at once (gradient caching, arXiv 2101.06983); 0 is its
+    whole share of the batch, without caching. Source: ours."""
     workers: int = Field(8, ge=1)
     """Ray Train workers, one device each. Source: VLM2Vec-V2 (8 H100)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -242,7 +270,17 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"train.global_batch={self.global_batch} must be a multiple of train.workers={self.workers}"
             )
+        share = self.global_batch // self.workers
+        if self.chunk_rows and share % self.chunk_rows:
+            raise ValueError(
+                f"train.chunk_rows={self.chunk_rows} must divide a worker's share of the batch, train.global_batch / "
+                f"train.workers = {share}"
+            )
         return self
+
+    def chunks(self, workers: int) -> int:
+        """Chunks in which one of ``workers`` goes through its share of a batch."""
+        return self.global_batch // workers // self.chunk_rows if self.chunk_rows else 1
 
 
 class EmbedConfig(_Section):

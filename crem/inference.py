@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crem.checkpoint import read_model
+from crem.checkpoint import check_chorus_tokens, read_model
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.data.collator import Sequence as TokenSequence
@@ -45,27 +45,35 @@ class Answer:
 
 
 def load(
-    path_or_uri: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path_or_uri: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    chorus_tokens: int | None = None,
 ) -> Crem:
     """Load a CREM checkpoint from a folder, an fsspec URI (``s3://…``) or a hub name.
 
     Args:
         device: a GPU if there is one, else the CPU.
         dtype: of the weights; the checkpoint's own by default. It is part of the fingerprint.
+        chorus_tokens: how many chorus tokens a nested checkpoint uses, K by default. Part of the fingerprint.
 
     Raises:
-        CheckpointError: missing, damaged, or not a CREM checkpoint. ResourceError: too little memory.
+        CheckpointError: missing, damaged, or not a CREM checkpoint. ResourceError: too little memory. ConfigError: the
+            model was not trained with so many chorus tokens.
     """
-    return Crem(*read_model(path_or_uri, device=device, dtype=dtype))
+    model = read_model(path_or_uri, device=device, dtype=dtype, chorus_tokens=chorus_tokens)
+    return Crem(*model, chorus_tokens=chorus_tokens)
 
 
 class Crem:
     """A loaded model with its tokenizer and processor. Not thread-safe: one call at a time."""
 
-    def __init__(self, model: CremModel, collator: Collator, fingerprint: str):
+    def __init__(self, model: CremModel, collator: Collator, fingerprint: str, *, chorus_tokens: int | None = None):
         self.model = model
         self.collator = collator
         self.fingerprint = fingerprint
+        self.chorus_tokens = check_chorus_tokens(model.config, chorus_tokens)
 
     @property
     def config(self) -> ModelConfig:
@@ -88,11 +96,17 @@ class Crem:
 
     def count_tokens(self, item: Any, prompt: str | None = None) -> int:
         """Tokens of the item's prompt, vision and chorus tokens included, and of ``prompt`` where one is given."""
-        return len(self.collator.sequence(as_item(item), question=prompt).prompt.input_ids)
+        count = self.chorus_tokens or None
+        return len(self.collator.sequence(as_item(item), question=prompt, chorus_tokens=count).prompt.input_ids)
 
     @torch.inference_mode()
     def embed(
-        self, items: Sequence[Any], *, batch_size: int = 64, instruction: str | None = None
+        self,
+        items: Sequence[Any],
+        *,
+        batch_size: int = 64,
+        instruction: str | None = None,
+        chorus_tokens: int | None = None,
     ) -> NDArray[np.float32]:
         """Embeddings of items, float32 [N, D], each of unit length, in the order given.
 
@@ -100,20 +114,22 @@ class Crem:
             items: ``crem.Item``, or a plain text, picture, image bytes or ``Path``.
             batch_size: items per forward; the result does not depend on it.
             instruction: embedding instruction of the items that bring none.
+            chorus_tokens: K' of a nested checkpoint for this call; vectors of different K' do not compare.
 
         Raises:
-            ItemError: the first item that cannot be used.
+            ItemError: the first item that cannot be used. ConfigError: not trained with so many chorus tokens.
         """
+        count = self._count(chorus_tokens)
         out = np.zeros((len(items), self.dim), dtype=np.float32)
         window = batch_size * 8  # sorted by length within a window: little padding, bounded memory
         for start in range(0, len(items), window):
-            sequences = [self._sequence(item, instruction) for item in items[start : start + window]]
+            sequences = [self._sequence(item, count, instruction) for item in items[start : start + window]]
             order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt.input_ids))
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
                 batch = self.collator.pad([sequences[i] for i in rows]).to(self.device)
                 hidden_BTD, _ = self.model.encode(batch)
-                embeddings_BD = pool(hidden_BTD, batch.segments, len(self.model.chorus_ids))
+                embeddings_BD = pool(hidden_BTD, batch.segments, batch.chorus_tokens)
                 out[[start + i for i in rows]] = embeddings_BD.cpu().numpy()
         return out
 
@@ -138,23 +154,27 @@ class Crem:
         top_p: float = 1.0,
         seed: int | None = None,
         batch_size: int = 32,
+        chorus_tokens: int | None = None,
     ) -> list[Answer]:
         """Answer one prompt about every item, or one prompt each, with token counts and cache sizes.
 
         Args:
             prompt: the generation instruction; the checkpoint's own where None.
             temperature: 0 takes the most likely token.
+            chorus_tokens: K' of a nested checkpoint for this call.
 
         Raises:
             ItemError: the first item that cannot be used. ValueError: as many prompts as items are needed.
+            ConfigError: not trained with so many chorus tokens.
         """
+        count = self._count(chorus_tokens)
         prompts = [prompt] * len(items) if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(items):
             raise ValueError(f"{len(items)} items and {len(prompts)} prompts; give one prompt, or one for each item")
         sampling = Sampling(temperature, top_p, seed)
         answers: list[Answer] = []
         for start in range(0, len(items), batch_size):
-            sequences = [self._sequence(item) for item in items[start : start + batch_size]]
+            sequences = [self._sequence(item, count) for item in items[start : start + batch_size]]
             questions = [self.collator.prompts.question(p) for p in prompts[start : start + batch_size]]
             tokens, sizes = self._decode(sequences, questions, compressed, max_new_tokens, sampling)
             for row, (sequence, question) in enumerate(zip(sequences, questions, strict=True)):
@@ -175,7 +195,7 @@ class Crem:
         seed: int | None = None,
     ) -> Iterator[str | Answer]:
         """A piece of text for every decoded token, "" where it completes no character; last, the whole ``Answer``."""
-        sequence, question = self._sequence(item), self.collator.prompts.question(prompt)
+        sequence, question = self._sequence(item, self.chorus_tokens), self.collator.prompts.question(prompt)
         context = prefill(self.model, self.collator.pad([sequence]).to(self.device))
         if compressed:
             context = context.compressed(template_visible=self.config.prompt.template_visible)
@@ -240,8 +260,11 @@ class Crem:
         text: str = self.collator.prompts.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return text
 
-    def _sequence(self, item: Any, instruction: str | None = None) -> TokenSequence:
+    def _count(self, chorus_tokens: int | None) -> int:
+        return self.chorus_tokens if chorus_tokens is None else check_chorus_tokens(self.config, chorus_tokens)
+
+    def _sequence(self, item: Any, chorus_tokens: int, instruction: str | None = None) -> TokenSequence:
         item = as_item(item)
         if item.instruction is None and instruction is not None:
             item = replace(item, instruction=instruction)
-        return self.collator.sequence(item)
+        return self.collator.sequence(item, chorus_tokens=chorus_tokens or None)

@@ -95,26 +95,38 @@ class Rows:
         """Encoded bytes of a picture."""
         return self.pictures.read(image_id)
 
-    def pairs(self, numbers: NDArray[np.int64], z: NDArray[np.bool_], seed: tuple[int, ...] = ()) -> list[Pair]:
-        """Training rows by number, each with its compression bit; ``seed`` is that of the run and step."""
+    def pairs(
+        self,
+        numbers: NDArray[np.int64],
+        z: NDArray[np.bool_],
+        seed: tuple[int, ...] = (),
+        *,
+        retrieval: bool = True,
+        generation: bool = True,
+    ) -> list[Pair]:
+        """Training rows by number, each with its compression bit; ``seed`` is that of the run and step.
+
+        Without ``retrieval`` they have no targets, without ``generation`` no questions and answers.
+        """
         return [
             Pair(
                 query=item_of(row["query"], self.image),
-                target=None if row["target"] is None else item_of(row["target"], self.image),
-                negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()),
-                question=row["question"],
-                answer=row["answer"],
+                target=item_of(row["target"], self.image) if row["target"] is not None and retrieval else None,
+                negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()) if retrieval else (),
+                question=row["question"] if generation else None,
+                answer=row["answer"] if generation else None,
                 z=bool(bit),
                 seed=(*seed, int(number)),
+                query_key=_content_key(row["query"]),
                 target_key=_content_key(row["target"]),
             )
             for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
         ]
 
     def plan(self, config: RunConfig) -> MixingPlan:
-        """The order of a training run over these rows."""
-        paired = self.table.column("target").is_valid().to_numpy()
-        answered = self.table.column("answer").is_valid().to_numpy()
+        """The order of a training run over these rows; a loss that weighs nothing takes no rows of its own."""
+        paired = self.table.column("target").is_valid().to_numpy() & (config.loss.alpha_r > 0)
+        answered = self.table.column("answer").is_valid().to_numpy() & (config.loss.alpha_g > 0)
         tasks = self.table.column("task").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
         return MixingPlan(
             retrieval=np.flatnonzero(paired),
@@ -124,6 +136,7 @@ class Rows:
             seed=config.train.seed,
             compression_probability=config.loss.compression_probability,
             config=config.data,
+            chorus_counts=config.model.chorus_counts,
         )
 
 
@@ -193,14 +206,14 @@ def _negative_images(table: pa.Table) -> pa.Array:
 
 
 def _content_key(side: dict[str, Any] | None) -> int:
-    """Equal for targets of equal content; never negative, because negative keys match nothing."""
-    return 0 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)
+    """Equal for sides of equal content; never negative but for no side at all, because negative keys match nothing."""
+    return -1 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)
 
 
 def step_batches(
     rows_ref: Any, config: RunConfig, collator: Collator, *, start_step: int, rank: int, ranks: int
-) -> Iterator[Batch]:
-    """This rank's batches from ``start_step`` to the end of the run."""
+) -> Iterator[list[Batch]]:
+    """This rank's share of each step from ``start_step`` to the end of the run, in chunks of ``train.chunk_rows``."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -209,15 +222,13 @@ def step_batches(
     spec = {"rows_ref": [rows_ref], "config": config, "rank": rank, "ranks": ranks}
     with ThreadPoolExecutor(1) as windows, ThreadPoolExecutor(1) as collating:
         following = windows.submit(_window, starts[0], config.train.steps, size, spec) if starts else None
-        ready: list[Future[Batch]] = []
+        ready: list[Future[list[Batch]]] = []
         for start in starts:
             assert following is not None
             window = following.result()
             following = windows.submit(_window, start + size, config.train.steps, size, spec)
             for block in window.iter_batches(batch_size=1, batch_format="pyarrow"):
-                ready.append(
-                    collating.submit(_collate, block.column("pairs")[0].as_py(), collator, config.data.augment)
-                )
+                ready.append(collating.submit(_collate, block.column("pairs")[0].as_py(), collator, config, ranks))
                 if len(ready) > _BATCHES_AHEAD:
                     yield ready.pop(0).result()
         for future in ready:
@@ -249,11 +260,21 @@ def _fetch(
     out = []
     for number in batch["id"].tolist():
         step = _held["plan"].step(start + number, rank=rank, ranks=ranks)
-        out.append(
-            pickle.dumps(_held["rows"].pairs(step.rows, step.z, (config.train.seed, start + number)), protocol=5)
+        pairs = _held["rows"].pairs(
+            step.rows,
+            step.z,
+            (config.train.seed, start + number),
+            retrieval=config.loss.alpha_r > 0,
+            generation=config.loss.alpha_g > 0,
         )
+        out.append(pickle.dumps((pairs, step.chorus_tokens), protocol=5))
     return {"pairs": out}
 
 
-def _collate(pairs: bytes, collator: Collator, augment: float) -> Batch:
-    return collator.pairs(pickle.loads(pairs), augment=augment)
+def _collate(share: bytes, collator: Collator, config: RunConfig, ranks: int) -> list[Batch]:
+    pairs, chorus_tokens = pickle.loads(share)
+    size = len(pairs) // config.train.chunks(ranks)
+    return [
+        collator.pairs(pairs[at : at + size], chorus_tokens=chorus_tokens, augment=config.data.augment)
+        for at in range(0, len(pairs), size)
+    ]

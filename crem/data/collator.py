@@ -1,13 +1,16 @@
 """From items and rows to the tensors of one forward.
 
 A ``Sequence`` is one prompt with its pixels. A ``Batch`` holds N of them in B rows of T tokens: for inference one
-sequence per row, padded on the right, where causal attention never looks; for training several sequences packed into a
-row, which leaves almost no padding (a joint batch mixes captions, pictures and questions of very different lengths).
-Neither padding nor neighbours can change a result. Shape suffixes: N sequences, B rows, T tokens, P patches, I images.
+sequence per row, padded on the right, where causal attention never looks; for training all sequences in one row
+without padding (a joint batch mixes captions, pictures and questions of very different lengths), with the plan of its
+attention. Neither padding nor neighbours can change a result. A picture that comes several times is held once, and goes
+through the vision tower once. Shape suffixes: N sequences, B rows, T tokens, P patches, I distinct images, J places of
+images.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +29,7 @@ from crem.data.images import load_image
 from crem.data.items import Item, Pair
 from crem.data.prompts import Prompt, PromptBuilder, Segment
 from crem.errors import ItemError
+from crem.model.attention import TwoPart, two_part
 from crem.model.backbone import rope_positions
 
 __all__ = ["Batch", "Collator", "Sequence"]
@@ -61,17 +65,26 @@ class Batch:
     """float32 [P, patch length]"""
     image_grid_thw: Tensor | None = None
     """int64 [I, 3]"""
+    image_index: Tensor | None = None
+    """int64 [J]: which of the I images stands at each place, in the order of the tokens"""
+    chorus_tokens: int = 1
+    """tokens that each embedding is pooled over"""
+    two_part: TwoPart | None = None
+    """how attention falls into calls, where all sequences stand in one row"""
     queries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """int64 [Q]: sequences that are retrieval queries"""
     candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """int64 [Q + negatives]: sequence of each query's target in the order of ``queries``, then hard negatives"""
+    query_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """int64 [Q]: content of each query, -1 matches nothing"""
     candidate_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q + negatives]: content of each candidate"""
+    """int64 [Q + negatives]: content of each candidate, -1 matches nothing"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **moved, two_part=self.two_part.to(device) if self.two_part else None)
 
     @property
     def packed(self) -> bool:
@@ -79,9 +92,21 @@ class Batch:
         return self.z.shape[0] != self.input_ids.shape[0]
 
     @property
+    def answer_tokens(self) -> Tensor:
+        """int64 scalar: tokens of answers, all of which are predicted."""
+        return (self.segments == Segment.A).sum()
+
+    @property
+    def tokens(self) -> int:
+        """Token positions that hold no padding."""
+        return int((self.segments != Segment.PAD).sum())
+
+    @property
     def padding_share(self) -> float:
-        """Share of the token positions that hold padding."""
-        return float((self.segments == Segment.PAD).float().mean())
+        """Share of the work that goes into padding: of all layers, or of attention alone where nothing else has any."""
+        if self.two_part is not None:
+            return self.two_part.padding_share
+        return 1 - self.tokens / self.segments.numel()
 
 
 class Collator:
@@ -91,6 +116,7 @@ class Collator:
         self.prompts = PromptBuilder(tokenizer, chorus_ids, config.prompt)
         self.processor = processor
         self.limits = config.image
+        self.template_visible = config.prompt.template_visible
         self.pad_id = tokenizer.pad_token_id
         self._empty = np.empty((0, 3 * processor.temporal_patch_size * processor.patch_size**2), dtype=np.float32)
 
@@ -101,6 +127,7 @@ class Collator:
         question: str | None = None,
         answer: str | None = None,
         z: bool = False,
+        chorus_tokens: int | None = None,
         augment: Callable[[Image.Image], Image.Image] | None = None,
     ) -> Sequence:
         """``[S V T U]`` of an item, followed by ``[Q]`` and ``[A]`` where a question and an answer are given.
@@ -110,7 +137,8 @@ class Collator:
         """
         patches, grids = self._pixels(item, augment)
         merge = self.processor.merge_size
-        prompt = self.prompts.prefix(item.text, item.instruction, [t * h * w // merge**2 for t, h, w in grids])
+        vision = [t * h * w // merge**2 for t, h, w in grids]
+        prompt = self.prompts.prefix(item.text, item.instruction, vision, chorus_tokens)
         if question is not None:
             prompt = prompt + self.prompts.question(question)
         if answer is not None:
@@ -118,45 +146,50 @@ class Collator:
         positions = rope_positions(prompt.input_ids == self.prompts.image_id, grids, merge)
         return Sequence(prompt, positions, patches, grids, z)
 
-    def items(self, items: SequenceOf[Item]) -> Batch:
+    def items(self, items: SequenceOf[Item], *, chorus_tokens: int | None = None) -> Batch:
         """A batch of prefixes ``[S V T U]``."""
-        return self.pad([self.sequence(item) for item in items])
+        return self.pad([self.sequence(item, chorus_tokens=chorus_tokens) for item in items])
 
-    def pairs(self, pairs: SequenceOf[Pair], *, augment: float = 0.0) -> Batch:
-        """A training batch, packed: the queries with their generation turns, their targets and hard negatives.
+    def pairs(
+        self, pairs: SequenceOf[Pair], *, chorus_tokens: int | None = None, augment: float = 0.0, flat: bool = True
+    ) -> Batch:
+        """A training batch: the queries with their generation turns, their targets, their hard negatives.
 
-        ``augment`` is the strength of the random changes of pictures (``crem.data.augment``).
+        Args:
+            chorus_tokens: how many of the K chorus tokens; all of them where None.
+            augment: strength of the random changes of pictures (``crem.data.augment``).
+            flat: all sequences in one row without padding; else one per row, padded.
         """
-        sequences: list[Sequence] = []
-        queries: list[int] = []
-        targets: list[tuple[Sequence, int]] = []
-        negatives: list[tuple[Sequence, int]] = []
+        queries: list[Sequence] = []
+        paired: list[int] = []
+        targets: list[Sequence] = []
+        negatives: list[Sequence] = []
         for number, p in enumerate(pairs):
             draw = np.random.default_rng(p.seed)
             change = partial(augmented, strength=augment, draw=draw) if augment else None
-            question = p.question if p.answer is not None else None
-            sequences.append(
-                self.sequence(
-                    p.query, question=question, answer=p.answer, z=p.z and p.answer is not None, augment=change
-                )
-            )
+            make = partial(self.sequence, chorus_tokens=chorus_tokens, augment=change)
+            answered = p.answer is not None
+            question = p.question if answered else None
+            queries.append(make(p.query, question=question, answer=p.answer, z=p.z and answered))
             if p.target is not None:
-                queries.append(number)
-                targets.append((self.sequence(p.target, augment=change), p.target_key))
-                negatives += [(self.sequence(n, augment=change), -1) for n in p.negatives]
-        candidates = list(range(len(sequences), len(sequences) + len(targets) + len(negatives)))
-        sequences += [sequence for sequence, _ in targets + negatives]
-        layout = _packed(sequences)
-        placed = {sequence: at for at, sequence in enumerate(i for row in layout for i in row)}
+                paired.append(number)
+                targets.append(make(p.target))
+                negatives += [make(n) for n in p.negatives]
+        sequences = queries + targets + negatives
+        keys = [pairs[i].target_key for i in paired] + [-1] * len(negatives)
         return replace(
-            self.pad(sequences, layout),
-            queries=torch.tensor([placed[i] for i in queries], dtype=torch.long),
-            candidates=torch.tensor([placed[i] for i in candidates], dtype=torch.long),
-            candidate_keys=torch.tensor([key for _, key in targets + negatives], dtype=torch.long),
+            self.pad(sequences, [list(range(len(sequences)))] if flat else None),
+            queries=torch.tensor(paired, dtype=torch.long),
+            candidates=torch.arange(len(queries), len(sequences)),
+            query_keys=torch.tensor([pairs[i].query_key for i in paired], dtype=torch.long),
+            candidate_keys=torch.tensor(keys, dtype=torch.long),
         )
 
     def pad(self, sequences: SequenceOf[Sequence], layout: list[list[int]] | None = None) -> Batch:
-        """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default)."""
+        """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default).
+
+        A single row of several sequences gets the plan of its attention with it.
+        """
         layout = layout or [[i] for i in range(len(sequences))]
         size = len(layout), max(sum(len(sequences[i].prompt.input_ids) for i in row) for row in layout)
         input_ids = np.full(size, self.pad_id, dtype=np.int64)
@@ -174,15 +207,23 @@ class Collator:
                 positions[:, row, here] = sequence.positions_3T
                 placed.append(sequence)
                 at = here.stop
-        grids = [grid for s in placed for grid in s.grids]
+        pixel_values, grids, image_index = _distinct(placed)
+        flat = len(layout) == 1 and len(placed) > 1
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             segments=torch.from_numpy(segments),
             sequence_ids=torch.from_numpy(sequence_ids),
             position_ids=torch.from_numpy(positions),
             z=torch.tensor([s.z for s in placed]),
-            pixel_values=torch.from_numpy(np.concatenate([s.patches for s in placed if s.grids])) if grids else None,
-            image_grid_thw=torch.tensor(grids, dtype=torch.long) if grids else None,
+            pixel_values=pixel_values,
+            image_grid_thw=grids,
+            image_index=image_index,
+            chorus_tokens=int((placed[0].prompt.segments == Segment.U).sum()),
+            two_part=two_part(
+                [s.prompt.segments for s in placed], [s.z for s in placed], template_visible=self.template_visible
+            )
+            if flat
+            else None,
         )
 
     def _pixels(
@@ -207,21 +248,24 @@ class Collator:
         return out["pixel_values"].astype(np.float32, copy=False), grids
 
 
-def _packed(sequences: SequenceOf[Sequence]) -> list[list[int]]:
-    """First-fit decreasing: rows as long as the longest sequence, each filled with sequences that fit."""
-    lengths = [len(s.prompt.input_ids) for s in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
-        if row is None:
-            rows.append([])
-            room.append(lengths[order[0]])
-            row = len(rows) - 1
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows
+def _distinct(sequences: SequenceOf[Sequence]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Patches [P, …] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
+    known: dict[tuple[Any, bytes], int] = {}
+    patches: list[NDArray[np.float32]] = []
+    index: list[int] = []
+    for sequence in sequences:
+        at = 0
+        for grid in sequence.grids:
+            image = sequence.patches[at : (at := at + grid[0] * grid[1] * grid[2])]
+            key = (grid, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+            if key not in known:
+                known[key] = len(patches)
+                patches.append(image)
+            index.append(known[key])
+    if not index:
+        return None, None, None
+    grids = torch.tensor([grid for grid, _ in known], dtype=torch.long)
+    return torch.from_numpy(np.concatenate(patches)), grids, torch.tensor(index, dtype=torch.long)
 
 
 def _within_aspect(image: Any, limit: int = 190) -> Any:

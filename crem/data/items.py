@@ -55,8 +55,10 @@ class Pair:
     z: bool = False
     seed: tuple[int, ...] = ()
     """run, step and row: what the random changes of its pictures are drawn from"""
-    target_key: int = 0
-    """Content hash of the target: equal keys are false negatives of each other."""
+    query_key: int = -1
+    """Content hash of the query: the targets of equal queries are no negatives of each other. -1 matches nothing."""
+    target_key: int = -1
+    """Content hash of the target: equal targets are no negatives of each other's queries. -1 matches nothing."""
 
 
 def as_item(value: Any) -> Item:

@@ -2,8 +2,10 @@
 
 A batch mixes retrieval rows (with their homogeneous generation turns) and heterogeneous generation rows in fixed
 shares. Each of the two streams is the concatenation of its epochs, every epoch a permutation of its rows, so no row
-is skipped or seen twice within an epoch. Nothing depends on the number of workers or on what was read before: a
-resumed run starts at its step, and rank r of W takes the r-th of W equal slices of the same global batch.
+is skipped or seen twice within an epoch. Where tasks are not sampled by their size (``data.source_temperature``), every
+task is such a stream of its own. Nothing depends on the number of workers or on what was read before: a resumed run
+starts at its step, and rank r of W takes the r-th of W equal slices of the same global batch. The number of chorus
+tokens of a step, for nested training, is drawn here too.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ class StepRows:
     """[n] row numbers in the prepared table"""
     z: NDArray[np.bool_]
     """[n] compression bit of each row"""
+    chorus_tokens: int | None = None
+    """K' of the step, the same on every rank; None is all K"""
 
 
 @dataclass
@@ -36,7 +40,8 @@ class MixingPlan:
     Args:
         retrieval: row numbers with a query and a target.
         heterogeneous: row numbers with a generation turn only.
-        tasks: task number of every row, for source-homogeneous sub-batches.
+        tasks: task number of every row, for source-homogeneous sub-batches and sampling by task.
+        chorus_counts: the numbers of chorus tokens that steps draw from, evenly.
     """
 
     retrieval: NDArray[np.int64]
@@ -46,7 +51,9 @@ class MixingPlan:
     seed: int
     compression_probability: float
     config: DataConfig
+    chorus_counts: tuple[int, ...] = ()
     _epochs: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    _taken: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.retrieval) + len(self.heterogeneous) == 0:
@@ -64,8 +71,8 @@ class MixingPlan:
         paired = self.retrieval_per_step
         rows = np.concatenate(
             [
-                self._take(self.retrieval, 0, step * paired, paired),
-                self._take(self.heterogeneous, 1, step * (self.global_batch - paired), self.global_batch - paired),
+                self._stream(self.retrieval, 0, step, paired),
+                self._stream(self.heterogeneous, 1, step, self.global_batch - paired),
             ]
         )
         draw = np.random.default_rng([self.seed, 7, step])
@@ -75,7 +82,12 @@ class MixingPlan:
         z = draw.random(len(rows)) < self.compression_probability
         share = len(rows) // ranks
         mine = slice(rank * share, (rank + 1) * share)
-        return StepRows(rows[order][mine], z[order][mine])
+        return StepRows(rows[order][mine], z[order][mine], self._chorus_tokens(step))
+
+    def _chorus_tokens(self, step: int) -> int | None:
+        if len(self.chorus_counts) <= 1:
+            return None
+        return int(np.random.default_rng([self.seed, 11, step]).choice(self.chorus_counts))
 
     def _in_runs(
         self, order: NDArray[np.int64], task_of_row: NDArray[np.int64], draw: np.random.Generator
@@ -91,6 +103,30 @@ class MixingPlan:
             rest += [run for run in runs if len(run) < size]
         return np.concatenate([runs[i] for runs in (whole, rest) for i in draw.permutation(len(runs))])
 
+    def _stream(self, rows: NDArray[np.int64], number: int, step: int, count: int) -> NDArray[np.int64]:
+        """``count`` rows of a step: by size from all rows, or from each task the number that the step draws for it."""
+        if self.config.source_temperature == 1 or not count:
+            return self._take(rows, number, step * count, count)
+        tasks, sizes = np.unique(self.tasks[rows], return_counts=True)
+        weights = sizes ** (1 / self.config.source_temperature)
+        taken = self._taken_before(number, step + 1, count, weights / weights.sum())
+        parts = [
+            self._take(rows[self.tasks[rows] == task], 2 + 2 * int(task) + number, int(before), int(after - before))
+            for task, before, after in zip(tasks, taken[step], taken[step + 1], strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def _taken_before(self, number: int, steps: int, count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+        """[steps + 1 or more, tasks]: rows of each task taken before each step."""
+        known = self._taken.get(number, np.zeros((1, len(shares)), dtype=np.int64))
+        if len(known) <= steps:
+            more = [
+                np.random.default_rng([self.seed, 13, number, s]).multinomial(count, shares)
+                for s in range(len(known) - 1, max(steps, 2 * len(known)))
+            ]
+            known = self._taken[number] = np.concatenate([known, known[-1] + np.cumsum(more, axis=0)])
+        return known
+
     def _take(self, stream: NDArray[np.int64], number: int, start: int, count: int) -> NDArray[np.int64]:
         """``count`` rows from position ``start`` of the endless sequence of epochs."""
         out = np.empty(count, dtype=np.int64)
@@ -105,7 +141,7 @@ class MixingPlan:
     def _epoch(self, stream: NDArray[np.int64], number: int, epoch: int) -> NDArray[np.int64]:
         key = (number, epoch)
         if key not in self._epochs:
-            if len(self._epochs) > 8:
+            if len(self._epochs) > 256:
                 self._epochs.clear()
             self._epochs[key] = np.random.default_rng([self.seed, number, epoch]).permutation(stream)
         return self._epochs[key]

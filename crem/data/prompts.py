@@ -77,8 +77,15 @@ class PromptBuilder:
         self._cut_warned = False
         self._known: dict[tuple[str, int], list[int]] = {}
 
-    def prefix(self, text: str | None, instruction: str | None, image_tokens: Sequence[int]) -> Prompt:
-        """``[S V T U]`` of one item; ``image_tokens`` holds the number of vision tokens of each image."""
+    def prefix(
+        self, text: str | None, instruction: str | None, image_tokens: Sequence[int], chorus_tokens: int | None = None
+    ) -> Prompt:
+        """``[S V T U]`` of one item.
+
+        Args:
+            image_tokens: the number of vision tokens of each image.
+            chorus_tokens: how many of the K chorus tokens; all of them where None.
+        """
         instruction = self.config.embedding_instruction if instruction is None else instruction
         vision: list[int] = []
         for count in image_tokens:
@@ -86,7 +93,8 @@ class PromptBuilder:
         content = self._text(text, self.config.max_text_tokens) if text else []
         # the instruction starts a line of its own after a text, as in VLM2Vec's prompts
         content = content + self._text(("\n" if text else "") + instruction, self.config.max_text_tokens)
-        return _joined((self._head, Segment.S), (vision, Segment.V), (content, Segment.T), (self.chorus_ids, Segment.U))
+        chorus = self.chorus_ids[:chorus_tokens]
+        return _joined((self._head, Segment.S), (vision, Segment.V), (content, Segment.T), (chorus, Segment.U))
 
     def question(self, text: str | None) -> Prompt:
         """``[Q]``: the generation instruction and the template up to the answer."""

@@ -1,25 +1,47 @@
-"""Compression-aware attention (method.md section 3).
+"""Compression-aware attention (method.md section 3), as a dense mask and without any mask.
 
 For query position i and key position j of one sequence, with the per-sample bit z:
 
     M[i,j] = 0           if z = 1 and i in Q or A and j in V or T
     M[i,j] = 1(j <= i)   otherwise
 
-Padding and, where sequences are packed, the other sequences of the row are never visible. The dense mask here is exact
-for every layout; for one sequence per row with padding on the right and no z = 1, plain causal attention is the same
-thing and needs no mask.
+Padding and, where sequences share a row, the other sequences of the row are never visible.
 
-Shape suffixes: N sequences, B rows, T tokens.
+Two forms, tested to agree:
+
+- ``compression_aware_mask``: the dense mask, exact for every layout; quadratic in the length of a row. The oracle.
+- ``two_part``: for training. All sequences stand in one row without padding, so every other layer of the model sees
+  real tokens only. Attention falls into causal calls over whole sequences (z = 0) or their prefixes (z = 1), and causal
+  calls of [Q A] over [S U Q A] aligned at the end (z = 1). Sequences of similar length share a call: PyTorch's fused
+  causal kernel for the first kind, its memory-efficient one with a triangle of the few [Q A] for the second. The
+  padding of that grouping is the only one.
+
+Shape suffixes: N sequences, B rows, T tokens, H heads, G sequences of a group, Q and K queries and keys of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from crem.data.prompts import Segment
 
-__all__ = ["compression_aware_mask", "hidden_from_answer"]
+__all__ = ["TWO_PART", "Group", "TwoPart", "compression_aware_mask", "hidden_from_answer", "two_part"]
+
+TWO_PART = "crem_two_part"
+"""Name under which transformers finds the attention function."""
+_SHORTEST = 0.75
+"""A sequence joins a call whose longest is at most 1 / 0.75 of its own length. Source: ours, bench_attention."""
 
 
 def hidden_from_answer(segments_BT: Tensor, template_visible: bool) -> Tensor:
@@ -47,3 +69,133 @@ def compression_aware_mask(
     visible_BTT = causal_TT & same_BTT & ~(z_BT[:, :, None] & hidden_BT[:, None, :])
     # padding has the number -1 and sees only padding, so that softmax has something to normalise; nobody reads it
     return visible_BTT[:, None]
+
+
+class Group(NamedTuple):
+    """One call: each of G sequences' queries over its keys, causal, the last query seeing the last key."""
+
+    queries_GQ: Tensor
+    """int64 places in the row; short sequences repeat their last one, behind what any real query sees"""
+    keys_GK: Tensor
+    triangle_QK: Tensor | None
+    """bool; None where there are as many queries as keys, which is plain causal attention"""
+
+
+@dataclass(frozen=True)
+class TwoPart:
+    """How the attention of one row falls into calls; the same for every layer."""
+
+    groups: tuple[Group, ...]
+    order_T: Tensor
+    """int64: where each token's result stands among the results of all groups"""
+
+    def to(self, device: torch.device | str) -> TwoPart:
+        """The same on ``device``."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        groups = tuple(Group(moved(q), moved(k), None if mask is None else moved(mask)) for q, k, mask in self.groups)
+        return TwoPart(groups, moved(self.order_T))
+
+    def with_token(self) -> TwoPart:
+        """The same with one more token at the end of the row, which sees itself alone."""
+        place = self.order_T.new_full((1, 1), self.order_T.shape[0])
+        done = sum(group.queries_GQ.numel() for group in self.groups)
+        return TwoPart((*self.groups, Group(place, place, None)), F.pad(self.order_T, (0, 1), value=done))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the queries that are padding."""
+        return 1 - self.order_T.shape[0] / max(1, sum(g.queries_GQ.numel() for g in self.groups))
+
+
+def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, template_visible: bool = True) -> TwoPart:
+    """The calls for sequences that stand one behind the other in a single row.
+
+    Args:
+        segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md section 2).
+        z: for each sequence, whether its answer must come from the chorus tokens alone.
+    """
+    spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    at = 0
+    for segments_T, bit in zip(segments, z, strict=True):
+        places = np.arange(at, at + len(segments_T))
+        at += len(segments_T)
+        prefix = int(np.searchsorted(segments_T, Segment.Q)) if bit else len(segments_T)
+        spans.append((places[:prefix], places[:prefix]))
+        if prefix < len(segments_T):
+            kept = (segments_T >= Segment.U) | ((segments_T == Segment.S) & template_visible)
+            spans.append((places[prefix:], places[kept]))
+    # what precedes the queries among the keys is the same for all members of a group, or their ends would not align
+    spans.sort(key=lambda span: (len(span[1]) - len(span[0]), -len(span[0])))
+    groups: list[Group] = []
+    order_T = np.empty(at, dtype=np.int64)
+    done = start = 0
+    while start < len(spans):
+        ahead, longest = len(spans[start][1]) - len(spans[start][0]), len(spans[start][0])
+        stop = start
+        while (
+            stop < len(spans)
+            and len(spans[stop][1]) - len(spans[stop][0]) == ahead
+            and len(spans[stop][0]) >= _SHORTEST * longest
+        ):
+            stop += 1
+        members = spans[start:stop]
+        queries_GQ, keys_GK = (np.stack([_filled(m[i], longest + i * ahead) for m in members]) for i in (0, 1))
+        triangle = torch.ones(longest, longest + ahead, dtype=torch.bool).tril(ahead) if ahead else None
+        groups.append(Group(torch.from_numpy(queries_GQ), torch.from_numpy(keys_GK), triangle))
+        for number, (queries, _) in enumerate(members):
+            order_T[queries] = done + number * longest + np.arange(len(queries))
+        done += len(members) * longest
+        start = stop
+    return TwoPart(tuple(groups), torch.from_numpy(order_T))
+
+
+def _filled(places: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    return np.pad(places, (0, length - len(places)), mode="edge")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    two_part: TwoPart | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: by ``two_part`` where the batch brings one, else by the mask or causally.
+
+    ``query`` is [B, H, T, width], ``key`` and ``value`` have the key-value heads; returns [B, T, H, width].
+    """
+    if two_part is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query_TH, key_TH, value_TH = (t[0].transpose(0, 1) for t in (query, key, value))
+    repeats = query.shape[1] // key.shape[1]
+    results = []
+    for queries_GQ, keys_GK, triangle_QK in two_part.groups:
+        q, k, v = (
+            rows.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+            for rows, places in ((query_TH, queries_GQ), (key_TH, keys_GK), (value_TH, keys_GK))
+        )
+        causal = triangle_QK is None
+        if not causal:  # with a mask, grouped heads would fall to the unfused kernel on GPUs
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=triangle_QK,
+            is_causal=causal,
+            dropout_p=kwargs.get("dropout", 0.0),
+            scale=kwargs["scaling"],
+            enable_gqa=causal,
+        )
+        results.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results).index_select(0, two_part.order_T)[None], None
+
+
+AttentionInterface.register(TWO_PART, _attention)
+AttentionMaskInterface.register(TWO_PART, sdpa_mask)

@@ -24,20 +24,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crem.config import BackboneShape, ImageConfig
+from crem.model.attention import TWO_PART
 
 __all__ = [
     "CHAT_TEMPLATE",
     "SPECIAL_TOKENS",
     "Qwen2VLForConditionalGeneration",
     "blank_image",
+    "image_features",
     "image_processor",
     "model_from_shape",
     "rope_positions",
     "tokenizer_from_texts",
-    "use_fast_vision",
+    "use_fast_attention",
 ]
 
 SPECIAL_TOKENS = (
@@ -108,19 +111,25 @@ class _PatchProjection(torch.nn.Conv3d):
         return F.linear(input.flatten(1), self.weight.flatten(1))
 
 
-def use_fast_vision(model: Qwen2VLForConditionalGeneration) -> None:
-    """Speed the vision tower up without changing its results, its parameters or the saved configuration.
+def use_fast_attention(model: Qwen2VLForConditionalGeneration) -> None:
+    """Speed the model up without changing its results, its parameters or the saved configuration.
 
-    Attention is batched over images of equal size, and patches are projected by one matrix product.
+    In the vision tower, attention is batched over images of equal size, and patches are projected by one matrix
+    product. In the language model, attention takes a batch's two-part form where it has one.
     """
+    _attend_by(model.model.visual, _GROUPED)
+    _attend_by(model.model.language_model, TWO_PART)
     visual = model.model.visual
-    config = deepcopy(visual.config)  # the model's own stays as it was, for whoever builds or saves from it
-    config._attn_implementation = _GROUPED
-    for module in visual.modules():
-        if hasattr(module, "config"):
-            module.config = config
     if not isinstance(visual.patch_embed.proj, _PatchProjection):
         visual.patch_embed.proj = _PatchProjection(visual.patch_embed.proj)
+
+
+def _attend_by(tower: Any, name: str) -> None:
+    config = deepcopy(tower.config)  # the model's own stays as it was, for whoever builds or saves from it
+    config._attn_implementation = name
+    for module in tower.modules():
+        if hasattr(module, "config"):
+            module.config = config
 
 
 def image_processor(shape: BackboneShape | None, source: str | Path | None, bounds: ImageConfig) -> Any:
@@ -244,6 +253,16 @@ def rope_positions(
     assert not is_image_T[at:].any(), "more vision tokens than image grids"
     positions[:, at:] = here + np.arange(len(is_image_T) - at)
     return positions
+
+
+def image_features(
+    model: Qwen2VLForConditionalGeneration, pixel_values: Tensor | None, grids: Tensor | None, index: Tensor | None
+) -> dict[str, BaseModelOutputWithPooling] | None:
+    """Output of the vision tower for every place [J] of an image, from one pass over the distinct images [I]."""
+    if pixel_values is None or grids is None or index is None:
+        return None
+    out = model.model.get_image_features(pixel_values, grids, return_dict=True)
+    return {"image": BaseModelOutputWithPooling(pooler_output=tuple(out.pooler_output[i] for i in index.tolist()))}  # type: ignore[arg-type]
 
 
 def blank_image(model: Qwen2VLForConditionalGeneration) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,12 @@ def chorus_token(index: int) -> str:
 
 
 def chorus_token_ids(tokenizer: Any, count: int) -> list[int]:
-    """Ids of the first ``count`` chorus tokens; an assertion fails where the tokenizer has no such tokens."""
+    """Ids of the first ``count`` chorus tokens; an assertion fails where the tokenizer has no such tokens.
+
+    Without chorus tokens (``count`` 0, the baseline) the one id is that of ``<|endoftext|>``, whose state is pooled.
+    """
+    if count == 0:
+        return [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     ids = tokenizer.convert_tokens_to_ids([chorus_token(i) for i in range(count)])
     assert len(set(ids)) == count and None not in ids, f"tokenizer has no {count} chorus tokens: {ids}"
     return list(ids)
@@ -31,7 +36,8 @@ def chorus_token_ids(tokenizer: Any, count: int) -> list[int]:
 
 def add_chorus_tokens(tokenizer: Any, count: int) -> list[int]:
     """Add ``count`` chorus tokens to the tokenizer; returns their ids."""
-    tokenizer.add_tokens([chorus_token(i) for i in range(count)], special_tokens=True)
+    if count:
+        tokenizer.add_tokens([chorus_token(i) for i in range(count)], special_tokens=True)
     return chorus_token_ids(tokenizer, count)
 
 
@@ -42,6 +48,8 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
     Source: transformers' initialisation of added tokens (mean and covariance of the old rows), with a diagonal
     covariance. Reserved rows of a pretrained matrix are close to zero and would start as one token.
     """
+    if not chorus_ids:
+        return
     rest = embedding_ND[: min(chorus_ids)].float()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(chorus_ids), rest.shape[1], generator=generator).to(rest.device)
@@ -52,7 +60,7 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
 def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
     """The embedding: L2-normalised mean of the last-layer chorus states (method.md section 4).
 
-    Every sequence carries exactly ``count`` = K chorus tokens, so they come in groups of K, sequence by sequence.
+    Every sequence carries exactly ``count`` chorus tokens, so they come in groups of as many, sequence by sequence.
 
     Returns:
         float32 [N, D], in the order of the batch's sequence numbers.

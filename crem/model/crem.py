@@ -29,7 +29,7 @@ from crem.config import ModelConfig
 from crem.data.collator import Batch
 from crem.data.prompts import Segment
 from crem.model.attention import compression_aware_mask
-from crem.model.backbone import blank_image, use_fast_vision
+from crem.model.backbone import blank_image, image_features, use_fast_attention
 from crem.model.chorus import pool
 
 __all__ = ["CremModel", "CremOutput"]
@@ -60,7 +60,7 @@ class CremModel(nn.Module):
         self.backbone = backbone
         self.chorus_ids = chorus_ids
         self.config = config
-        use_fast_vision(self.core)
+        use_fast_attention(self.core)
 
     @property
     def core(self) -> Qwen2VLForConditionalGeneration:
@@ -73,38 +73,43 @@ class CremModel(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def forward(self, batch: Batch) -> CremOutput:
-        """Embeddings of all sequences and the LM loss of those with an answer, from one pass."""
+    def forward(self, batch: Batch, *, embed_only: bool = False) -> CremOutput:
+        """Embeddings of all sequences and the LM loss of those with an answer, from one pass.
+
+        ``embed_only`` leaves the LM head out; the loss is then 0.
+        """
         if self.training and batch.pixel_values is None:
             batch = self._with_blank_image(batch)
         hidden_BTD, _ = self.encode(batch)
-        lm_loss_sum, answer_tokens = self._lm_loss(hidden_BTD, batch)
-        embeddings_ND = pool(hidden_BTD, batch.segments, len(self.chorus_ids))
-        return CremOutput(embeddings_ND, lm_loss_sum, answer_tokens)
+        embeddings_ND = pool(hidden_BTD, batch.segments, batch.chorus_tokens)
+        if embed_only:
+            return CremOutput(embeddings_ND, hidden_BTD.new_zeros(()), batch.answer_tokens)
+        return CremOutput(embeddings_ND, self._lm_loss(hidden_BTD, batch), batch.answer_tokens)
 
     def encode(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """Last-layer states [B, T, D]; fills ``cache`` where one is given (one sequence per row)."""
         mask = None
-        if batch.packed or bool(batch.z.any()):
+        if batch.two_part is None and (batch.packed or bool(batch.z.any())):
             visible = self.config.prompt.template_visible
             mask = compression_aware_mask(batch.segments, batch.sequence_ids, batch.z, template_visible=visible)
         out = self.core.model(
             input_ids=batch.input_ids,
             attention_mask={"full_attention": mask},
             position_ids=batch.position_ids,
-            pixel_values=batch.pixel_values,
-            image_grid_thw=batch.image_grid_thw,
+            mm_encoder_outputs=image_features(self.core, batch.pixel_values, batch.image_grid_thw, batch.image_index),
             past_key_values=cache,
             use_cache=cache is not None,
+            two_part=batch.two_part,
         )
         return out.last_hidden_state, cache
 
     def _with_blank_image(self, batch: Batch) -> Batch:
-        """The batch with one vision token in a column of padding, where nothing sees it.
+        """The batch with one vision token behind the last sequence, where nothing sees it.
 
         Under ZeRO-3 every rank must run the same modules in the same order, also a rank without an image.
         """
         pixels, grids = blank_image(self.core)
+        device = batch.input_ids.device
         ids = F.pad(batch.input_ids, (0, 1))
         ids[0, -1] = self.core.config.image_token_id
         return replace(
@@ -113,14 +118,16 @@ class CremModel(nn.Module):
             segments=F.pad(batch.segments, (0, 1), value=int(Segment.PAD)),
             sequence_ids=F.pad(batch.sequence_ids, (0, 1), value=-1),
             position_ids=F.pad(batch.position_ids, (0, 1)),
-            pixel_values=pixels.to(ids.device),
-            image_grid_thw=grids.to(ids.device),
+            pixel_values=pixels.to(device),
+            image_grid_thw=grids.to(device),
+            image_index=torch.zeros(1, dtype=torch.long, device=device),
+            two_part=batch.two_part and batch.two_part.with_token(),
         )
 
-    def _lm_loss(self, hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _lm_loss(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        """Sum of -log p over the answer tokens; only the positions before them reach the LM head."""
         before_answer_BT = batch.segments[:, 1:] == Segment.A
-        answer_tokens = before_answer_BT.sum()
-        if answer_tokens == 0:  # a rank without answers still takes part in the LM head's collectives (ZeRO-3)
-            return 0.0 * self.core.lm_head(hidden_BTD[:, :1]).float().sum(), answer_tokens
+        if batch.answer_tokens == 0:  # a rank without answers still takes part in the LM head's collectives (ZeRO-3)
+            return 0.0 * self.core.lm_head(hidden_BTD[:, :1]).float().sum()
         logits_AV = self.core.lm_head(hidden_BTD[:, :-1][before_answer_BT]).float()
-        return F.cross_entropy(logits_AV, batch.input_ids[:, 1:][before_answer_BT], reduction="sum"), answer_tokens
+        return F.cross_entropy(logits_AV, batch.input_ids[:, 1:][before_answer_BT], reduction="sum")

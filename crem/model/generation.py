@@ -94,7 +94,7 @@ def prefill(model: CremModel, batch: Batch) -> Context:
         visible_BC=visible_BC,
         segments_BC=batch.segments,
         next_position_B=last_B + 1,
-        embeddings_BD=pool(hidden_BTD, batch.segments, len(model.chorus_ids)),
+        embeddings_BD=pool(hidden_BTD, batch.segments, batch.chorus_tokens),
     )
 
 

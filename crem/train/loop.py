@@ -11,7 +11,7 @@ import torch
 
 from crem.config import RunConfig
 from crem.data.collator import Batch
-from crem.distributed import rank, sum_over_ranks
+from crem.distributed import rank, sum_over_ranks, world_size
 from crem.errors import TrainingError
 from crem.train.step import train_step
 
@@ -27,6 +27,8 @@ class Progress:
     retrieval: float
     generation: float
     answer_tokens: int
+    alignment: float
+    uniformity: float
     lr: float
     grad_norm: float
     samples_per_s: float
@@ -40,7 +42,7 @@ class Progress:
 
 def train_loop(
     engine: Any,
-    batches: Iterator[Batch],
+    batches: Iterator[list[Batch]],
     config: RunConfig,
     *,
     start_step: int,
@@ -51,7 +53,7 @@ def train_loop(
     """Run steps ``start_step`` … ``config.train.steps`` - 1.
 
     Args:
-        batches: this rank's batches, the first being that of ``start_step``.
+        batches: this rank's share of each step in its chunks, the first being that of ``start_step``.
         on_progress: called every ``train.log_every`` steps and at the last.
         on_checkpoint: called with the number of finished steps every ``train.checkpoint_every`` steps and at the last.
 
@@ -62,9 +64,9 @@ def train_loop(
     last_time, last_step = time.perf_counter(), start_step
     for step in range(start_step, config.train.steps):
         # dropout is a function of seed, step and rank, so a resumed run draws what it would have drawn
-        torch.manual_seed(((config.train.seed * 1_000_003 + step) * 4096 + rank()) % 2**63)
-        batch = next(batches).to(device)
-        result = train_step(engine, batch, config.loss)
+        seed = ((config.train.seed * 1_000_003 + step) * world_size() + rank()) * 65_536 % 2**63
+        chunks = [chunk.to(device) for chunk in next(batches)]
+        result = train_step(engine, chunks, config.loss, seed=seed)
         if not torch.isfinite(torch.tensor(result.loss)):
             raise TrainingError(
                 f"the loss of step {step} is {result.loss} (retrieval {result.retrieval}, generation "
@@ -84,10 +86,12 @@ def train_loop(
             retrieval=result.retrieval,
             generation=result.generation,
             answer_tokens=result.answer_tokens,
+            alignment=result.alignment,
+            uniformity=result.uniformity,
             lr=float(engine.get_lr()[0]),
             grad_norm=_norm(engine),
             samples_per_s=config.train.global_batch / per_step,
-            padding_share=batch.padding_share,
+            padding_share=sum(chunk.padding_share for chunk in chunks) / len(chunks),
             seconds_left=per_step * (config.train.steps - done),
         )
         on_progress(progress)

@@ -32,8 +32,8 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
             zero |= {"stage3_prefetch_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 10_000}
     return {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.global_batch // ranks,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": train.global_batch // ranks // train.chunks(ranks),
+        "gradient_accumulation_steps": train.chunks(ranks),
         "gradient_clipping": optim.max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

@@ -73,10 +73,11 @@ def pairs(case: str, step: int = 0) -> list[Pair]:
     return rows
 
 
-def share(collator: Collator, case: str, step: int, rank: int, ranks: int) -> Batch:
-    """This rank's batch of a step."""
-    size = ROWS // ranks
-    return collator.pairs(pairs(case, step)[rank * size : (rank + 1) * size])
+def share(collator: Collator, case: str, step: int, rank: int, ranks: int, chunks: int = 1) -> list[Batch]:
+    """This rank's share of a step, in chunks."""
+    size = ROWS // ranks // chunks
+    first = rank * chunks
+    return [collator.pairs(pairs(case, step)[i * size : (i + 1) * size]) for i in range(first, first + chunks)]
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -86,10 +87,10 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 class PlainEngine:
-    """PyTorch alone, with the interface of ``crem.train.step.Engine``."""
+    """PyTorch alone, with the interface of ``crem.train.step.Engine``; it steps once in ``chunks`` times."""
 
-    def __init__(self, model: CremModel, config: RunConfig):
-        self.model, self.config = model, config
+    def __init__(self, model: CremModel, config: RunConfig, chunks: int = 1):
+        self.model, self.config, self.chunks, self.held = model, config, chunks, 0
         groups = parameter_groups(model, config.optim.weight_decay)
         self.parameters = [p for g in groups for p in g["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
@@ -97,19 +98,23 @@ class PlainEngine:
         self.norms: list[float] = []
         self.gradients: dict[str, Tensor] = {}
 
-    def __call__(self, batch: Batch) -> CremOutput:
-        return self.model(batch)
+    def __call__(self, batch: Batch, *, embed_only: bool = False) -> CremOutput:
+        return self.model(batch, embed_only=embed_only)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self.chunks).backward()
+        self.held += 1
+
+    def step(self) -> None:
+        if self.held < self.chunks:
+            return
+        self.held = 0
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if dist.is_initialized():
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
-
-    def step(self) -> None:
         self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
         self.norms.append(float(norm))

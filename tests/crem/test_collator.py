@@ -70,9 +70,9 @@ def tokens_of(batch: Batch, number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_packing_keeps_every_sequence_exactly_once(collator: Collator, seed: int) -> None:
+def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int) -> None:
     pairs = random_pairs(seed)
-    batch = collator.pairs(pairs)
+    batch = collator.pairs(pairs, flat=seed % 2 == 0)
     asked = [
         collator.sequence(p.query, question=p.question if p.answer else None, answer=p.answer, z=p.z) for p in pairs
     ]
@@ -88,20 +88,28 @@ def test_packing_keeps_every_sequence_exactly_once(collator: Collator, seed: int
     assert [held[n] for n in batch.queries] == [asked[i].prompt.input_ids.tolist() for i in paired]
     assert [held[n] for n in batch.candidates] == [s.prompt.input_ids.tolist() for s in targets + negatives]
     assert batch.candidate_keys.tolist() == [pairs[i].target_key for i in paired] + [-1] * len(negatives)
-    images = (batch.input_ids == collator.prompts.image_id).sum()
-    assert images == (0 if batch.image_grid_thw is None else batch.image_grid_thw.prod(1).sum() // 4)
-    if batch.pixel_values is not None:
+    images = int((batch.input_ids == collator.prompts.image_id).sum())
+    if batch.pixel_values is None:
+        assert images == 0
+    else:
+        assert batch.image_grid_thw is not None and batch.image_index is not None
+        assert images == int(batch.image_grid_thw[batch.image_index].prod(1).sum()) // 4
         by_tokens = {tuple(s.prompt.input_ids.tolist()): s for s in expected}
-        pixels = [by_tokens[tuple(h)].patches for h in held if by_tokens[tuple(h)].grids]
-        assert torch.equal(batch.pixel_values.sum(1), torch.cat([torch.from_numpy(p) for p in pixels]).sum(1))
+        pixels = torch.cat([torch.from_numpy(by_tokens[tuple(h)].patches) for h in held])
+        distinct = batch.pixel_values.split(batch.image_grid_thw.prod(1).tolist())
+        assert torch.equal(torch.cat([distinct[i] for i in batch.image_index.tolist()]), pixels)
+        assert len({image.numpy().tobytes() for image in distinct}) == len(distinct)
 
     # a row holds its sequences one after the other, and its padding at the end
     for ids, segments in zip(batch.sequence_ids, batch.segments, strict=True):
         real = ids[ids >= 0]
         assert (real[1:] >= real[:-1]).all() and (ids[len(real) :] == -1).all()
         assert torch.equal(ids == -1, segments == Segment.PAD)
-    longest = max(len(s.prompt.input_ids) for s in expected)
-    assert batch.input_ids.shape[1] == longest
+    lengths = [len(s.prompt.input_ids) for s in expected]
+    if seed % 2 == 0:
+        assert batch.input_ids.shape == (1, sum(lengths)), "no padding"
+    else:
+        assert batch.input_ids.shape == (len(lengths), max(lengths)) and batch.two_part is None
 
 
 def test_z_stays_with_its_row(collator: Collator) -> None:
