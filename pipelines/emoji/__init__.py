@@ -1,4 +1,4 @@
-"""The embedded corpus: about 1,600 emoji concepts, each drawn by three vendors, in the raw corpus format.
+"""The embedded corpus: about 1,600 emoji concepts, each drawn by three to seven vendors, in the raw format.
 
 ``build.py`` made it, ``corpus/LICENSES.md`` names the sources, ``corpus/concepts.csv`` lists the concepts.
 """

@@ -1,4 +1,4 @@
-"""Build the embedded corpus from four npm packages; how ``corpus/`` was made, and how to make it again.
+"""Build the embedded corpus from eight npm packages; how ``corpus/`` was made, and how to make it again.
 
     python -m pipelines.emoji.build --out pipelines/emoji/corpus [--npm-dir DIR]
 
@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,14 +27,23 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from crem.errors import CremError
-from pipelines.emoji.concepts import PACKAGES, VENDORS, Concept, hold_out, read_concepts, read_drawings, unpacked
-from pipelines.emoji.rows import Row, evaluation_rows, image_name, training_rows
+from pipelines.emoji.concepts import (
+    ADDED_VENDORS,
+    CORE_VENDORS,
+    PACKAGES,
+    Concept,
+    hold_out,
+    read_concepts,
+    read_drawings,
+    unpacked,
+)
+from pipelines.emoji.rows import TRAIN_VENDORS, Row, evaluation_rows, image_name, training_rows
 
 __all__ = ["build", "fetch", "render"]
 
 log = logging.getLogger(__name__)
 
-SIDE_PIXELS = 96  # with WEBP_QUALITY: the largest that keeps all drawings within about 6.5 MB
+SIDE_PIXELS = 96  # with WEBP_QUALITY: the largest that keeps all drawings within about 15 MB
 WEBP_QUALITY = 78
 HELD_OUT_SHARE = 0.1
 SEED = 0
@@ -43,6 +52,10 @@ SHA256 = {
     "@iconify-json/noto": "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
     "@iconify-json/fluent-emoji-flat": "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
     "@iconify-json/twemoji": "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+    "@iconify-json/fluent-emoji": "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+    "@iconify-json/noto-v1": "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    "@iconify-json/emojione": "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+    "@iconify-json/fxemoji": "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
     "emojibase-data": "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 }
 """npm package -> hash of its archive at the pinned version."""
@@ -67,7 +80,7 @@ def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
     """Write ``images.zip``, ``rows/`` and ``concepts.csv`` into ``out``.
 
     Args:
-        npm_dir: folder with the four packages, each unpacked as ``<name>-<version>/package``.
+        npm_dir: folder with the packages, each unpacked as ``<name>-<version>/package``.
         out: the corpus folder, made if missing.
         seed: fixes the held-out concepts and the choice of texts and questions.
 
@@ -84,12 +97,18 @@ def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
                 f"{package} is not unpacked at {folder}; leave --npm-dir out to download it, or run "
                 f"`npm pack {package}@{version}` and extract the archive there"
             )
-    drawings = {vendor: read_drawings(npm_dir, vendor) for vendor in VENDORS}
+    drawings = {vendor: read_drawings(npm_dir, vendor) for vendor in CORE_VENDORS}
     concepts = read_concepts(npm_dir, set.intersection(*(set(d) for d in drawings.values())))
-    log.info("rendering %d concepts x %d vendors", len(concepts), len(VENDORS))
-    images = {image_name(v, c): render(drawings[v][c.hexcode]) for v in VENDORS for c in concepts}
+    log.info("rendering %d concepts x %d vendors, and what %s have", len(concepts), len(CORE_VENDORS), [*ADDED_VENDORS])
+    images = {image_name(v, c): render(drawings[v][c.hexcode]) for v in CORE_VENDORS for c in concepts}
     held_out = hold_out(concepts, HELD_OUT_SHARE, seed, kept=_drawn_alike(concepts, images))
-    train, test = list(training_rows(concepts, held_out, seed)), list(evaluation_rows(concepts, held_out))
+    drawn = {vendor: {c.hexcode for c in concepts} for vendor in CORE_VENDORS}
+    for vendor in ADDED_VENDORS:
+        added = _added_images(read_drawings(npm_dir, vendor), concepts, held_out)
+        drawn[vendor] = {c.hexcode for c in added}
+        images.update({image_name(vendor, c): data for c, data in added.items()})
+    train = list(training_rows(concepts, held_out, seed, {vendor: drawn[vendor] for vendor in TRAIN_VENDORS}))
+    test = list(evaluation_rows(concepts, held_out))
 
     (out / "rows").mkdir(parents=True, exist_ok=True)
     _write_zip(out / "images.zip", images)
@@ -139,10 +158,22 @@ def fetch(npm_dir: Path) -> None:
             tar.extractall(target, filter="data")
 
 
+def _added_images(
+    drawings: Mapping[str, str], concepts: Sequence[Concept], held_out: Collection[str]
+) -> dict[Concept, bytes]:
+    """An added vendor's renderings for training: none of a held-out concept, and none that stands for two concepts.
+
+    A drawing that the vendor uses twice would teach training a concept that it must not see, or a wrong word.
+    """
+    rendered = {c: render(drawings[c.hexcode]) for c in concepts if c.hexcode in drawings}
+    used = Counter(rendered.values())
+    return {c: data for c, data in rendered.items() if c.hexcode not in held_out and used[data] == 1}
+
+
 def _drawn_alike(concepts: Sequence[Concept], images: Mapping[str, bytes]) -> set[str]:
     """Concepts that share a drawing with another one; held out, they would be seen in training all the same."""
     used = Counter(images.values())
-    return {c.hexcode for c in concepts if any(used[images[image_name(v, c)]] > 1 for v in VENDORS)}
+    return {c.hexcode for c in concepts if any(used[images[image_name(v, c)]] > 1 for v in CORE_VENDORS)}
 
 
 def _write_zip(path: Path, images: Mapping[str, bytes]) -> None:

@@ -1,12 +1,17 @@
-"""Concepts of the embedded corpus: emoji with words for them, drawn by all three vendors.
+"""Concepts of the embedded corpus: emoji with words for them, and the drawings of them by the vendors.
 
 A concept is one base emoji of emojibase (no skin tones, which emojibase nests below their base) for which each of the
-three icon sets has a drawing. Codes are compared in lower case without the variation selector ``fe0f``, because the
-sources disagree on it. One concept in ten is held out of all training, the same share of every group.
+three core vendors has a drawing; added vendors draw what they have of these, and define nothing. Codes are compared in
+lower case without the variation selector ``fe0f``, because the sources disagree on it. One concept in ten is held out
+of all training, the same share of every group.
+
+The packages of the added vendors name their drawings but do not give codes. Most names are those of the core sets;
+``names.csv`` has the others (emojione's older names; all of fxemoji's, with the codes in its source's file names).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -16,19 +21,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "VENDORS", "Concept", "hold_out", "normal_code", "read_concepts", "read_drawings"]
+__all__ = [
+    "ADDED_VENDORS",
+    "CORE_VENDORS",
+    "PACKAGES",
+    "VENDORS",
+    "Concept",
+    "hold_out",
+    "normal_code",
+    "read_concepts",
+    "read_drawings",
+]
 
-VENDORS = {
+CORE_VENDORS = {
     "noto": "@iconify-json/noto",
     "fluent": "@iconify-json/fluent-emoji-flat",
     "twemoji": "@iconify-json/twemoji",
 }
-"""Vendor as it is named in the corpus -> npm package of its drawings."""
+"""Vendors that draw every concept; vendor as it is named in the corpus -> npm package of its drawings."""
+
+ADDED_VENDORS = {
+    "fluent_color": "@iconify-json/fluent-emoji",
+    "noto_v1": "@iconify-json/noto-v1",
+    "emojione": "@iconify-json/emojione",
+    "fxemoji": "@iconify-json/fxemoji",
+}
+"""Vendors of further training drawings of the concepts that they have."""
+
+VENDORS = {**CORE_VENDORS, **ADDED_VENDORS}
 
 PACKAGES = {
     "@iconify-json/noto": "1.2.9",
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/twemoji": "1.2.5",
+    "@iconify-json/fluent-emoji": "1.2.7",
+    "@iconify-json/noto-v1": "1.2.5",
+    "@iconify-json/emojione": "1.2.3",
+    "@iconify-json/fxemoji": "1.2.2",
     "emojibase-data": "17.0.0",
 }
 """npm package -> pinned version."""
@@ -63,15 +92,14 @@ def normal_code(hexcode: str) -> str:
 
 def read_drawings(npm_dir: Path, vendor: str) -> dict[str, str]:
     """SVG documents of one vendor by normal code."""
-    folder = unpacked(npm_dir, VENDORS[vendor])
-    icon_set = _read_json(folder / "icons.json")
+    icon_set = _read_json(unpacked(npm_dir, VENDORS[vendor]) / "icons.json")
     drawings = {}
-    for code, name in _read_json(folder / "chars.json").items():
+    for code, name in _names(npm_dir, vendor):
         icon = icon_set["icons"].get(name)
-        if icon is None:  # an alias: a mirrored or renamed drawing of another code
+        if icon is None:  # not drawn, or an alias: a mirrored or renamed drawing of another code
             continue
         width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))  # 16: iconify's own
-        drawings[normal_code(code)] = (
+        drawings[code] = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
         )
@@ -112,6 +140,18 @@ def hold_out(concepts: Sequence[Concept], share: float, seed: int, kept: Collect
         free = sorted(set(codes) - set(kept))
         held_out.update(random.Random(f"{seed}/{group}").sample(free, min(len(free), round(share * len(codes)))))
     return frozenset(held_out)
+
+
+def _names(npm_dir: Path, vendor: str) -> list[tuple[str, str]]:
+    """Normal codes and the names of their drawings; an added vendor may have no drawing of that name."""
+    if vendor in CORE_VENDORS:
+        chars = _read_json(unpacked(npm_dir, VENDORS[vendor]) / "chars.json")
+        return [(normal_code(code), name) for code, name in chars.items()]
+    with (Path(__file__).parent / "names.csv").open(encoding="utf-8", newline="") as file:
+        own = [(line["hexcode"], line["name"]) for line in csv.DictReader(file) if line["vendor"] == vendor]
+    if vendor == "fxemoji":  # its words are its own: "dog" is a dog's face there, and a whole dog in the others
+        return own
+    return [pair for core in CORE_VENDORS for pair in _names(npm_dir, core)] + own
 
 
 def _numbered_words(folder: Path, kind: str) -> dict[int, str]:

@@ -2,9 +2,10 @@
 
 Choices, all ours, made for a small model that is trained from scratch in minutes:
 
-- Pairs run text -> image, image -> text, and image -> image across the two training vendors. A query text is the label,
-  the label with tags, or tags alone where no other concept has them all, so that words are learnt and not strings; the
-  test always asks with the plain label. A target text is mostly the label.
+- Pairs run text -> image, image -> text, and image -> image across the training vendors: every drawing asks for up to
+  three others of its concept, chosen at random. Many hands teach what a concept looks like rather than how two vendors
+  draw it. A query text is the label, the label with tags, or tags alone where no other concept has them all, so that
+  words are learnt and not strings; the test always asks with the plain label. A target text is mostly the label.
 - Training pairs carry a question about their query (homogeneous turn): every one that asks with a drawing, and one text
   in four, because a question is half of a row's tokens. The question after the group, the one that is evaluated, is
   half of all; the rest ask for label, subgroup, a tag or a description.
@@ -16,10 +17,10 @@ Choices, all ours, made for a small model that is trained from scratch in minute
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.emoji.concepts import Concept
+from pipelines.emoji.concepts import VENDORS, Concept
 
 __all__ = [
     "CAPTION_QUESTION",
@@ -31,8 +32,9 @@ __all__ = [
     "training_rows",
 ]
 
-TRAIN_VENDORS = ("noto", "fluent")
 UNSEEN_VENDOR = "twemoji"
+ASKED_VENDOR = "noto"  # whose drawings ask for those of the unseen vendor
+TRAIN_VENDORS = tuple(vendor for vendor in VENDORS if vendor != UNSEEN_VENDOR)
 SOURCE = "emoji"
 
 GROUP_QUESTION = "Which group does it belong to?"
@@ -61,7 +63,7 @@ IMAGE_TO_TEXT = (
     ("label", None),
     ("label and tags", "group"),
 )
-IMAGE_TO_IMAGE = ("group", None, "group")
+IMAGE_TO_IMAGE = ("group", None, "group")  # one each for the other drawings of the concept that are asked for
 OTHER_KINDS = ("label", "subgroup", "tag", "describe")
 
 MAX_TAGS = 3  # in one text: keeps every text within about 20 tokens
@@ -69,27 +71,30 @@ MAX_TAGS = 3  # in one text: keeps every text within about 20 tokens
 Row = dict[str, Any]
 
 
-def training_rows(concepts: Sequence[Concept], held_out: Collection[str], seed: int) -> Iterator[Row]:
-    """Pairs and captions of the concepts that are not held out, drawn by the training vendors."""
+def training_rows(
+    concepts: Sequence[Concept], held_out: Collection[str], seed: int, drawn: Mapping[str, Collection[str]]
+) -> Iterator[Row]:
+    """Pairs and captions of the concepts that are not held out, drawn by the training vendors.
+
+    Args:
+        concepts: all of the corpus, held out or not: tags alone must name one among all of them.
+        held_out: codes of the concepts that training must not see.
+        seed: fixes the choice of texts, questions and paired drawings.
+        drawn: training vendor -> codes of the concepts that it draws.
+    """
     words = [frozenset((c.label, *c.tags)) for c in concepts]
     for concept in concepts:
         if concept.hexcode in held_out:
             continue
-        for vendor, other_vendor in (TRAIN_VENDORS, TRAIN_VENDORS[::-1]):
-            image = image_name(vendor, concept)
+        vendors = [vendor for vendor in TRAIN_VENDORS if concept.hexcode in drawn[vendor]]
+        for vendor in vendors:
             yield from _text_pairs(concept, vendor, words, seed)
-            for number, kind in enumerate(IMAGE_TO_IMAGE, start=1):
-                key = f"image_to_image/{vendor}-{other_vendor}/{concept.hexcode}/{number}"
-                turn = _turn(concept, kind, random.Random(f"{seed}/{key}"))
-                yield _row(
-                    key, query_images=[image], target_images=[image_name(other_vendor, concept)], question_answer=turn
-                )
+            yield from _image_pairs(concept, vendor, [other for other in vendors if other != vendor], seed)
             yield from _captions(concept, vendor, seed)
 
 
 def evaluation_rows(concepts: Sequence[Concept], held_out: Collection[str]) -> Iterator[Row]:
     """One row per concept and task on the unseen vendor; held-out concepts are a split of their own."""
-    asked_vendor = TRAIN_VENDORS[0]
     for concept in concepts:
         split = "test_concept" if concept.hexcode in held_out else "test_vendor"
         code, image = concept.hexcode, image_name(UNSEEN_VENDOR, concept)
@@ -104,9 +109,9 @@ def evaluation_rows(concepts: Sequence[Concept], held_out: Collection[str]) -> I
             question_answer=(GROUP_QUESTION, concept.group),
         )
         yield _row(
-            f"image_to_image/{asked_vendor}-{UNSEEN_VENDOR}/{code}",
+            f"image_to_image/{ASKED_VENDOR}-{UNSEEN_VENDOR}/{code}",
             split,
-            query_images=[image_name(asked_vendor, concept)],
+            query_images=[image_name(ASKED_VENDOR, concept)],
             target_images=[image],
         )
 
@@ -130,6 +135,16 @@ def _text_pairs(concept: Concept, vendor: str, words: Sequence[frozenset[str]], 
                 yield _row(key, query_text=text, target_images=image, question_answer=turn)
             else:
                 yield _row(key, query_images=image, target_text=text, question_answer=turn)
+
+
+def _image_pairs(concept: Concept, vendor: str, others: Sequence[str], seed: int) -> Iterator[Row]:
+    image = [image_name(vendor, concept)]
+    rng = random.Random(f"{seed}/image_to_image/{vendor}/{concept.hexcode}")
+    chosen = rng.sample(others, min(len(IMAGE_TO_IMAGE), len(others)))
+    for number, (other, kind) in enumerate(zip(chosen, IMAGE_TO_IMAGE, strict=False), start=1):
+        key = f"image_to_image/{vendor}-{other}/{concept.hexcode}/{number}"
+        turn = _turn(concept, kind, random.Random(f"{seed}/{key}"))
+        yield _row(key, query_images=image, target_images=[image_name(other, concept)], question_answer=turn)
 
 
 def _captions(concept: Concept, vendor: str, seed: int) -> Iterator[Row]:
