@@ -124,9 +124,14 @@ class Rows:
         ]
 
     def plan(self, config: RunConfig) -> MixingPlan:
-        """The order of a training run over these rows; a loss that weighs nothing takes no rows of its own."""
-        paired = self.table.column("target").is_valid().to_numpy() & (config.loss.alpha_r > 0)
-        answered = self.table.column("answer").is_valid().to_numpy() & (config.loss.alpha_g > 0)
+        """The order of a training run over these rows. A loss that weighs nothing takes no rows of its own: without
+        L_r, pairs count for their questions alone; without L_g, only pairs count."""
+        paired = self.table.column("target").is_valid().to_numpy()
+        answered = self.table.column("answer").is_valid().to_numpy()
+        if config.loss.alpha_r == 0:
+            paired = paired & answered
+        if config.loss.alpha_g == 0:
+            answered = paired
         tasks = self.table.column("task").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
         return MixingPlan(
             retrieval=np.flatnonzero(paired),
