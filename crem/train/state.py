@@ -9,8 +9,9 @@ when the marks of all its ranks are there, and good when the files are what the 
 
 Another number of ranks. ZeRO partitions the optimizer over the ranks, so such a checkpoint is first made whole with
 DeepSpeed's own ``ds_to_universal`` (``convert``, one process per copy of the files) and then read by each rank. Without
-ZeRO (stage 0) nothing is partitioned. What the universal format does not carry is set right here: in stage 3 it gives
-every parameter group the settings of the first, and weight decay would reach the gains and biases.
+ZeRO (stage 0) nothing is partitioned. DeepSpeed 0.19.8 does two things wrong when it reads a converted checkpoint in
+stage 3, which are set right here: every parameter group gets the settings of the first (weight decay would reach gains
+and biases), and all groups share one counter of steps (each step would count once per group).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from crem.distributed import rank, world_size
 from crem.errors import CheckpointError
@@ -189,7 +192,8 @@ def load_state(engine: Any, folder: str | Path, *, run: str = "") -> int:
     universal = _partitioned_otherwise(marks, world_size())
     if universal and not (folder / _UNIVERSAL / "zero").exists():
         raise CheckpointError(f"{folder} is of {first.ranks} ranks and was not converted for {world_size()}")
-    groups = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # below ZeRO's
+    groups = optimizer.param_groups
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
     before = engine._config.load_universal_checkpoint
     engine._config.load_universal_checkpoint = universal  # DeepSpeed knows it as an engine's setting, not as a load's
@@ -201,6 +205,9 @@ def load_state(engine: Any, folder: str | Path, *, run: str = "") -> int:
         raise CheckpointError(f"DeepSpeed did not read the checkpoint in {folder}")
     for group, held in zip(groups, settings, strict=True):
         group.update(held)
+    for moments in optimizer.state.values():
+        if isinstance(moments.get("step"), torch.Tensor):
+            moments["step"] = moments["step"].clone()
     return first.step
 
 
