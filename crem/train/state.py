@@ -134,7 +134,9 @@ def verify(folder: str | Path, files: Iterable[str] | None = None) -> Mark:
     marks = read_marks(folder)
     first = common_mark(marks)
     if first is None:
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has the marks of ranks {[m.rank for m in marks]}")
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint: it has the marks of ranks {[m.rank for m in marks]}"
+        )
     wanted = {path: facts for mark in marks for path, facts in mark.files.items()}
     for name in wanted if files is None else files:
         path, facts = folder / name, wanted[name]

@@ -104,7 +104,9 @@ def uninterrupted(folder: Path, name: str, out: Path) -> tuple[list[float], dict
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_with_another_number_of_ranks(legs: Path, tmp_path: Path, name: str) -> None:
     expected, before, weights = uninterrupted(legs, name, tmp_path)
-    losses = [x for number in range(len(RANKS)) for x in json.loads((legs / f"{name} losses {number}.json").read_text())]
+    losses = [
+        x for number in range(len(RANKS)) for x in json.loads((legs / f"{name} losses {number}.json").read_text())
+    ]
     for number, wanted in enumerate(weights):
         got = load_file(legs / f"{name} model {number}" / "model.safetensors")
         assert max(float((wanted[key] - before[key]).abs().max()) for key in wanted) > 3e-3
