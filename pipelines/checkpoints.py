@@ -1,10 +1,10 @@
 """The checkpoints of a run in storage: written in the background, complete or absent, checked before they are used.
 
-``ray.train.report(checkpoint=…)`` is not used. Its controller writes an index beside the checkpoints: not atomically, so
-that a kill leaves an index which no later run can read; and any failure of the storage during that write, or during an
-asynchronous upload, ends the controller or the workers. Here there is no index. Each rank uploads its own files and then
-its mark (``crem.train.state``); a checkpoint is complete when the marks of all of its ranks are there. Folders are named
-by step and by attempt (one start of the workers), so parts of two attempts never meet:
+``ray.train.report(checkpoint=…)`` is not used. Its controller writes an index beside the checkpoints: not atomically,
+so that a kill leaves an index which no later run can read; and any failure of the storage during that write, or during
+an asynchronous upload, ends the controller or the workers. Here there is no index. Each rank uploads its own files and
+then its mark (``crem.train.state``); a checkpoint is complete when the marks of all of its ranks are there. Folders are
+named by step and by attempt (one start of the workers), so parts of two attempts never meet:
 
     checkpoints/step-00000500-1f0c9a2e/state/…  rank-0.json  rank-1.json      (damaged.json: never read again)
 
@@ -256,29 +256,36 @@ def fetch_newest(
     candidates = patiently("looking for checkpoints", checkpoints.complete) if rank == 0 else []
     begun = bool(candidates)
     while name := from_rank_zero(candidates.pop(0).name if candidates else ""):
-        problem, shared, folder = "", False, place / f"resume-{rank}"
+        ready, problem = None, ""
         try:
-            marks = patiently(name, lambda name=name: checkpoints.marks(name))
-            first = common_mark(marks)
-            if first is None:
-                raise CheckpointError(f"{name} has lost a mark")
-            shared = first.zero_stage > 0 and first.ranks != ranks
-            if shared:
-                folder = place / "resume"
-            if leader or not shared:
-                found, files = Found(name, first.step, marks), files_needed(marks, rank, ranks)
-                patiently(name, lambda found=found, files=files: checkpoints.fetch(found, files, folder))
-                verify(folder, files)
-                convert(folder, ranks)
+            ready = _fetched(checkpoints, name, place, rank=rank, ranks=ranks, leader=leader)
         except (CheckpointError, FileNotFoundError) as error:
             problem = str(error)
             tell(f"the checkpoint {checkpoints.folder.uri}/{name} is damaged and not used: {problem}")
         if not anywhere(bool(problem)):
-            return folder, first.step
-        if leader or not shared:
-            shutil.rmtree(folder, ignore_errors=True)
+            return ready
+        for left in (place / f"resume-{rank}", *([place / "resume"] if leader else [])):
+            shutil.rmtree(left, ignore_errors=True)
         if rank == 0:
-            checkpoints.condemn(name, problem or "found by another rank")
+            checkpoints.condemn(name, problem or "damage that another rank found")
     if begun:
         tell("no checkpoint of the run is good; it starts again from step 0")
     return None
+
+
+def _fetched(
+    checkpoints: Checkpoints, name: str, place: Path, *, rank: int, ranks: int, leader: bool
+) -> tuple[Path, int]:
+    """What this rank reads of a checkpoint, in a folder of its own, or of its node where it has to be converted."""
+    marks = patiently(name, lambda: checkpoints.marks(name))
+    first = common_mark(marks)
+    if first is None:
+        raise CheckpointError(f"{name} has lost a mark")
+    shared = first.zero_stage > 0 and first.ranks != ranks
+    folder = place / ("resume" if shared else f"resume-{rank}")
+    if leader or not shared:
+        files = files_needed(marks, rank, ranks)
+        patiently(name, lambda: checkpoints.fetch(Found(name, first.step, marks), files, folder))
+        verify(folder, files)
+        convert(folder, ranks)
+    return folder, first.step

@@ -7,8 +7,8 @@ The driver reads the rows and starts the workers; a worker is ``_worker`` below,
     model/           the trained checkpoint              checkpoints/                   ``pipelines.checkpoints``
 
 A run whose workers died is started again by Ray Train, and one that was killed as a whole with ``resume``: the workers
-take the newest good checkpoint, and the order of rows is a pure function of seed and step (``crem.data.mixing``), so the
-run goes on as if it had not stopped. The number of workers may change from one start to the next.
+take the newest good checkpoint, and the order of rows is a pure function of seed and step (``crem.data.mixing``), so
+the run goes on as if it had not stopped. The number of workers may change from one start to the next.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ _MAY_CHANGE = {
     "train.min_workers",
     "train.resize_every_s",
 }
-"""Settings of a run that do not change its result. The number of workers belongs here: the order of rows does not depend
-on it, and a ZeRO checkpoint is converted. (Dropout does: with LoRA's, another number of workers draws otherwise.)"""
+"""Settings of a run that do not change its result. The number of workers belongs here: the order of rows does not
+depend on it, and a ZeRO checkpoint is converted. (LoRA's dropout does: another number of workers draws otherwise.)"""
 
 
 def _identity(config: RunConfig, stamp: dict[str, Any]) -> str:
@@ -202,8 +202,8 @@ def _fit(spec: dict[str, Any], target: Folder, config: RunConfig) -> None:
                 raise ours[0] from error
             rank, failure = next(iter(failures.items()))
             raise TrainingError(
-                f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its checkpoints "
-                "are kept: continue with --resume, and see the cause with --verbose"
+                f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its "
+                "checkpoints are kept: continue with --resume, and see the cause with --verbose"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The state of a run on disk: weights, optimizer, schedule and step, written by every rank, read on any number of ranks.
+"""The state of a run on disk: weights, optimizer, schedule, step; written by every rank, read by any number of ranks.
 
 Layout. Each rank writes into a folder of its own; put together, the folders of all ranks are one checkpoint:
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the training state: read on another number of ranks, for every ZeRO stage, and told apart when damaged.
+"""Checkpoints of the training state: read on another number of ranks, for every ZeRO stage; damage is found.
 
 Bound: the run goes on as one process would that never stopped, within 2e-5 of its weights (they move by 1e-2) and 2e-5
 of its losses: the sums over ranks are taken in another order, as in ``test_zero``.
