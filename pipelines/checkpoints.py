@@ -15,6 +15,7 @@ checkpoint that one of them gave up lacks a mark.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -218,8 +219,13 @@ class Uploads:
 
 
 def scratch(run: str, node: str, attempt: str) -> Path:
-    """This node's folder on local disk for one start of the workers; what earlier, killed ones left is removed."""
-    root = Path(tempfile.gettempdir()) / f"crem-train-{os.getuid()}-{run[:16]}" / node[:16]
+    """This node's folder on local disk for one start of the workers; what earlier, killed ones left is removed.
+
+    Args:
+        run: names the run and its output, which no two processes write at a time.
+    """
+    key = hashlib.sha256(run.encode()).hexdigest()[:16]
+    root = Path(tempfile.gettempdir()) / f"crem-train-{os.getuid()}-{key}" / node[:16]
     root.mkdir(parents=True, exist_ok=True)
     for left in root.iterdir():
         if left.name != attempt:

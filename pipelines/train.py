@@ -37,7 +37,7 @@ from crem.errors import ConfigError, CremError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
 from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
-from pipelines.metrics import MetricsLog
+from pipelines.metrics import MetricsLog, read_metrics
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches, texts_of
 from pipelines.storage import Folder
@@ -116,8 +116,9 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         _fit(spec, target, config)
     if heard.result is None:
         raise TrainingError(f"the run in {target.uri} ended without saying its result; run again with --resume")
-    result = {**heard.result, "rows": rows.table.num_rows, "metrics": heard.last}
-    target.write_json(result, _DONE)
+    last = heard.last or next(iter(read_metrics(target)[-1:]), {})  # a run that only wrote its model this time
+    result = {**heard.result, "rows": rows.table.num_rows, "metrics": last}
+    patiently("writing the result", lambda: target.write_json(result, _DONE))
     return result
 
 
@@ -274,7 +275,7 @@ def _worker(spec: dict[str, Any]) -> None:
     out = Folder.at(spec["out"])
     checkpoints = Checkpoints(out.child(_CHECKPOINTS))
     attempt = broadcast_from_rank_zero(uuid.uuid4().hex[:8])
-    place = scratch(spec["run"], ray.get_runtime_context().get_node_id(), attempt)
+    place = scratch(f"{out.uri} {spec['run']}", ray.get_runtime_context().get_node_id(), attempt)
     newest = fetch_newest(
         checkpoints,
         place,
@@ -302,8 +303,6 @@ def _worker(spec: dict[str, Any]) -> None:
             spec["queue"].put({"progress": progress.as_dict()})
 
     def on_checkpoint(step: int, progress: Progress) -> None:
-        if step == start_step:
-            return
         uploads.make_room()
         local = place / f"save-{rank}"
         save_state(engine, local, step=step, run=spec["run"])
