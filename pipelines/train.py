@@ -13,6 +13,7 @@ the run goes on as if it had not stopped. The number of workers may change from 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -320,6 +321,9 @@ def _worker(spec: dict[str, Any]) -> None:
         on_checkpoint=on_checkpoint,
     )
     uploads.finish()
+    for empty in (place, *place.parents[:2]):  # the last rank of the node leaves nothing
+        with contextlib.suppress(OSError):
+            empty.rmdir()
     with tempfile.TemporaryDirectory() as exported:
         fingerprint = export(engine, collator, exported)
         if rank == 0:
@@ -365,7 +369,10 @@ class _Listener:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=30)
-        self._metrics.close()
+        try:
+            self._metrics.close()
+        except Exception:  # as below
+            log.warning("the last metrics could not be written", exc_info=True)
         self._queue.shutdown()
 
     def _listen(self) -> None:
