@@ -387,7 +387,7 @@ class _Listener:
                 log.warning("%s", message["warning"])
                 continue
             if "resumed" in message:
-                log.info("%d workers go on at step %d", message["workers"], message["resumed"])
+                log.info("going on at step %d (%d workers)", message["resumed"], message["workers"])
                 continue
             if "result" in message:
                 self.result = message["result"]
