@@ -37,7 +37,7 @@ from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
-from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
+from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
 from pipelines.metrics import MetricsLog, read_metrics
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches, texts_of
@@ -261,7 +261,7 @@ def _worker(spec: dict[str, Any]) -> None:
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])
     context = ray.train.get_context()
-    rank, ranks, leader = context.get_world_rank(), context.get_world_size(), context.get_local_rank() == 0
+    rank, ranks = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.train.threads_per_worker)
@@ -282,7 +282,7 @@ def _worker(spec: dict[str, Any]) -> None:
         place,
         rank=rank,
         ranks=ranks,
-        leader=leader,
+        leader=leads(place),
         from_rank_zero=broadcast_from_rank_zero,
         anywhere=anywhere,
         tell=tell,
@@ -321,7 +321,7 @@ def _worker(spec: dict[str, Any]) -> None:
         on_checkpoint=on_checkpoint,
     )
     uploads.finish()
-    for empty in (place, *place.parents[:2]):  # the last rank of the node leaves nothing
+    for empty in (place / "leader", place, *place.parents[:2]):  # the last rank of the node leaves nothing
         with contextlib.suppress(OSError):
             empty.rmdir()
     with tempfile.TemporaryDirectory() as exported:
