@@ -72,7 +72,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def initialise(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
     """A ``deepspeed.DeepSpeedEngine`` around the model, with optimizer and learning-rate schedule."""
     import deepspeed
+    import deepspeed.ops
 
+    # On CPU DeepSpeed would compile a shared-memory reduction that only its inference calls. A process that is killed
+    # while it compiles leaves torch's lock file behind, and every later start on that machine waits for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warmup_steps, steps = config.optim.warmup_steps, config.train.steps
     engine, _, _, _ = deepspeed.initialize(
         model=model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def configured(overrides: list[str], backbone: str) -> RunConfig:
 
 
 def leg(number: int, folder: Path, backbone: str, leg: int) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     from crem.train.export import export
     from crem.train.optim import initialise
 
@@ -114,6 +116,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(legs: Path, tmp_path: Path, 
             difference = float((got[key] - wanted[key]).abs().max())
             assert difference < 2e-5, (number, key, difference)
     assert losses == pytest.approx(expected, rel=2e-5)
+
+
+def test_nothing_is_compiled(legs: Path) -> None:
+    """A process killed while it compiles would leave a lock that every later one waits for."""
+    assert not (legs / "extensions").exists()
 
 
 @pytest.fixture(scope="module")
