@@ -207,14 +207,15 @@ class Uploads:
             if failures:
                 self._tell(f"rank {self._rank} wrote its part of the checkpoint of step {step} after all")
             if self._rank == 0:
-                self._tidy()
+                self.tidy()
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
+        """Remove old checkpoints and abandoned parts; what fails is left to the next call."""
         try:
             self._checkpoints.tidy(keep=self._keep, attempt=self._attempt)
-        except Exception as error:  # the next one removes what this one left
+        except Exception as error:
             log.warning("old checkpoints could not be removed: %s", error)
 
 

@@ -321,6 +321,9 @@ def _worker(spec: dict[str, Any]) -> None:
         on_checkpoint=on_checkpoint,
     )
     uploads.finish()
+    anywhere(False)  # now the last checkpoint is complete, if it ever will be
+    if rank == 0:
+        uploads.tidy()
     for empty in (place / "leader", place, *place.parents[:2]):  # the last rank of the node leaves nothing
         with contextlib.suppress(OSError):
             empty.rmdir()
