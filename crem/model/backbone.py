@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crem.config import BackboneShape, ImageConfig
-from crem.model.attention import TWO_PART
+from crem.model.attention import TWO_PART, attend
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -79,12 +79,12 @@ def _grouped_attention(
     for length in sorted(set(lengths)):
         if out is None:
             q, k, v = (t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-            whole = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
+            whole = attend(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
             return whole.transpose(1, 2).flatten(0, 1)[None], None
         starts = torch.tensor([b for b, n in zip(bounds, lengths, strict=False) if n == length], device=query.device)
         index = (starts[:, None] + torch.arange(length, device=query.device)).flatten()
         q, k, v = (t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-        some = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])
+        some = attend(q, k, v, scale=kwargs["scaling"])
         out = out.index_copy(2, index, some.transpose(0, 1).flatten(1, 2)[None])
     assert out is not None
     return out.transpose(1, 2), None
