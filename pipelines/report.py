@@ -30,7 +30,7 @@ def write_report(report: dict[str, Any], rows: Rows, path: Path) -> None:
     template = environment.from_string((resources.files("pipelines") / "report.html.j2").read_text(encoding="utf-8"))
     charts = {
         "curves": _curves(report["curves"]),
-        "retrieval": _precision(report["evaluation"], report["untrained"]),
+        "retrieval": _precision(report["evaluation"], report["short"], report["untrained"]),
         "answers": _answers(report["evaluation"], report["untrained"]),
     }
     path.write_text(template.render(r=report, charts=charts), encoding="utf-8")
@@ -75,18 +75,19 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _precision(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
-    tasks = list(trained["retrieval"])
+def _precision(shipped: dict[str, Any], short: dict[str, Any], untrained: dict[str, Any]) -> str:
+    tasks = list(shipped["retrieval"])
     figure, axes = _axes(max(1, len(tasks)), 10)
     for axis, task in zip(axes, tasks, strict=False):
-        splits = list(trained["retrieval"][task])
+        splits = list(shipped["retrieval"][task])
         places = range(len(splits))
         for shift, source, colour, label in (
-            (-0.2, trained, _BLUE, "CREM"),
-            (0.2, untrained, _GREY, "untrained"),
+            (-0.28, shipped, _BLUE, "crem-micro"),
+            (0, short, _ORANGE, "this run"),
+            (0.28, untrained, _GREY, "untrained"),
         ):
             values = [100 * source["retrieval"][task][s]["precision_at_1"] for s in splits]
-            bars = axis.bar([p + shift for p in places], values, 0.38, color=colour, label=label)
+            bars = axis.bar([p + shift for p in places], values, 0.26, color=colour, label=label)
             axis.bar_label(bars, fmt="%.1f", fontsize=7, color=_INK)
         axis.set_xticks(list(places), [s.replace("_", "\n") for s in splits], fontsize=7)
         axis.set_title(f"{task.replace('_', ' ')}: Precision@1, %", fontsize=9, color=_INK, loc="left")

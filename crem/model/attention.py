@@ -157,7 +157,7 @@ def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, templat
 
 
 def _filled(places: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    return np.pad(places, (0, length - len(places)), mode="edge")
+    return places[np.minimum(np.arange(length), len(places) - 1)]
 
 
 def attend(
