@@ -9,8 +9,8 @@ candidates are the distinct targets of both splits, and one that scores as high 
 
 The network reads 224 x 224 pixels. The corpus' drawings are enlarged to that; with ``--npm-dir`` (the vendors'
 packages, unpacked as ``pipelines/emoji/build.py`` wants them) they are also drawn at that size from the SVG files,
-which is the better chance for the network. Both ways of scaling pixels that are in use for it are tried: that of its authors
-(TensorFlow's ``efficientnet/lite``) and that in the package's own example.
+which is the better chance for the network. Both ways of scaling pixels that are in use for it are tried: that of its
+authors (TensorFlow's ``efficientnet/lite``) and that in the package's own example.
 """
 
 from __future__ import annotations
