@@ -5,9 +5,7 @@ One process, fp32, bound 1e-5 (``assert_same``); ranks are in ``test_distributed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from crem.model.crem import CremModel, CremOutput
 from crem.train.step import retrieval_of, train_step
 from tests.crem.runs import (
     CASES,
-    ROWS,
     PlainEngine,
     assert_same,
     pairs,
