@@ -170,9 +170,14 @@ class PlainEngine:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if dist.is_initialized():
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+        if dist.is_initialized():
+            together = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+            dist.all_reduce(together)
+            together /= dist.get_world_size()
+            for parameter, part in zip(
+                self.parameters, together.split([p.numel() for p in self.parameters]), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
         self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
         self.norms.append(float(norm))
