@@ -8,8 +8,8 @@ from crem.config import RunConfig, load_config, preset_names
 from crem.errors import ConfigError
 
 
-def test_presets_are_the_three_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    assert preset_names() == ["2b", "7b", "micro"]
+def test_presets_are_these_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    assert preset_names() == ["2b", "7b", "micro", "micro-base"]
     for name in preset_names():
         config = load_config(name)
         assert config.preset == name

@@ -1,8 +1,9 @@
 """DeepSpeed on two ranks, every ZeRO stage: the weights are those of plain PyTorch AdamW in one process.
 
-One pair of processes runs all stages. What is compared is the exported checkpoint, so gathering and merging are tested
-with the same stroke. Bound: fp32, 3 steps at up to 1e-2 with clipping move weights by about 1e-2; the sums over ranks
-are taken in another order, which leaves differences below 2e-5.
+One pair of processes runs all stages, with and without gradient caching; the reference takes the whole batch at once.
+What is compared is the exported checkpoint, so gathering and merging are tested with the same stroke. Bounds: in fp32
+1e-5 of a tensor's largest entry, though the sums over ranks and chunks are taken in another order; under bf16 autocast
+2 % of each loss, and weights that are nearer to the reference's than to where they started.
 """
 
 from __future__ import annotations
@@ -17,37 +18,53 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import crem
-from crem.checkpoint import build_model, save_model
+from crem.checkpoint import save_model
 from crem.config import RunConfig
 from crem.train.step import train_step
-from tests.conftest import TEXTS, lively
-from tests.crem.runs import ROWS, STEPS, PlainEngine, run_config, share, spawn, stock_backbone
+from tests.crem.runs import ROWS, STEPS, PlainEngine, run_config, share, spawn, started, stock_backbone
 
-LORA = "model.lora={r: 4, alpha: 8, dropout: 0.0}"
+LORA = ["model.lora={r: 4, alpha: 8, dropout: 0.0}", "model.scratch=null", "model.backbone=BACKBONE"]
+CACHED = "train.chunk_rows=2"
+"""Gradient caching: a rank's four rows in two chunks."""
 RUNS = {
     "zero 0": ["train.zero_stage=0"],
     "zero 1": ["train.zero_stage=1"],
     "zero 2": ["train.zero_stage=2"],
     "zero 3": ["train.zero_stage=3"],
     "zero 3 untied": ["train.zero_stage=3", "model.scratch.tie_word_embeddings=false"],
-    "lora zero 2": ["train.zero_stage=2", LORA, "model.scratch=null", "model.backbone=BACKBONE"],
-    "lora zero 3": ["train.zero_stage=3", LORA, "model.scratch=null", "model.backbone=BACKBONE"],
-}
-RESTARTED = ("zero 1", "zero 3 untied", "lora zero 2")
-"""Runs that are saved, thrown away and loaded before the last step: weights, moments and schedule must come back."""
-AUTOCAST = {
-    "bf16 zero 2": [*RUNS["zero 2"], "train.precision=bfloat16"],
-    "bf16 zero 3": [*RUNS["zero 3"], "train.precision=bfloat16"],
-    # the shipped presets' way: frozen weights in bf16 too, and for 7b recomputed activations
-    "bf16 lora zero 2": [*RUNS["lora zero 2"], "train.precision=bfloat16", "model.dtype=bfloat16"],
-    "bf16 lora zero 3": [
-        *RUNS["lora zero 3"],
-        "train.precision=bfloat16",
-        "model.dtype=bfloat16",
+    "lora zero 2": ["train.zero_stage=2", *LORA],
+    "lora zero 3": ["train.zero_stage=3", *LORA],
+    "cached zero 0": ["train.zero_stage=0", CACHED],
+    "cached zero 1": ["train.zero_stage=1", CACHED],
+    "cached zero 2": ["train.zero_stage=2", CACHED],
+    "cached zero 3": ["train.zero_stage=3", "train.chunk_rows=1"],
+    "cached lora zero 0": ["train.zero_stage=0", *LORA, CACHED],
+    "cached lora zero 1": ["train.zero_stage=1", *LORA, CACHED],
+    "cached lora zero 2": ["train.zero_stage=2", *LORA, CACHED, "model.gradient_checkpointing=true"],
+    "cached lora zero 3": ["train.zero_stage=3", *LORA, CACHED, "model.gradient_checkpointing=true"],
+    # dropout: the reference goes through the same chunks, with the same seeds, in one process
+    "cached lora zero 1 dropout": ["train.zero_stage=1", *LORA, CACHED, "model.lora.dropout=0.2"],
+    "cached lora zero 3 dropout": [
+        "train.zero_stage=3",
+        *LORA,
+        CACHED,
+        "model.lora.dropout=0.2",
         "model.gradient_checkpointing=true",
     ],
 }
-CASES = ("no images", "no answers", "uneven pairs")
+RESTARTED = ("zero 1", "zero 3 untied", "lora zero 2", "cached zero 3")
+"""Runs that are saved, thrown away and loaded before the last step: weights, moments and schedule must come back."""
+BF16 = "train.precision=bfloat16"
+AUTOCAST = {
+    "bf16 zero 2": [*RUNS["zero 2"], BF16],
+    "bf16 zero 3": [*RUNS["zero 3"], BF16],
+    "bf16 cached zero 2": [*RUNS["cached zero 2"], BF16],
+    "bf16 cached zero 3": [*RUNS["cached zero 3"], BF16],
+    # the shipped presets' way: frozen weights in bf16 too, and for 7b recomputed activations
+    "bf16 lora zero 2": [*RUNS["lora zero 2"], BF16, "model.dtype=bfloat16"],
+    "bf16 cached lora zero 3": [*RUNS["cached lora zero 3"], BF16, "model.dtype=bfloat16"],
+}
+CASES = ("no images", "no answers", "uneven pairs", "nested", "duplicates")
 """One for each step: under ZeRO-3 every rank must run every module, also where it has nothing for it."""
 
 
@@ -55,17 +72,9 @@ def configured(overrides: list[str], backbone: str) -> RunConfig:
     return run_config(*[o.replace("BACKBONE", backbone) for o in overrides])
 
 
-def started(config: RunConfig):  # type: ignore[no-untyped-def]
-    """The same weights on every rank and in the reference."""
-    model, collator = build_model(config.model, texts=TEXTS)
-    if config.model.lora is None:
-        lively(model)
-    else:  # adapters start with B = 0, which would hide the gradient of A
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.01)
-    return model.train(), collator
+def seed_of(step: int, rank: int, ranks: int, chunks: int) -> int:
+    """Each chunk of a step has its own seed, whichever rank holds it."""
+    return (step * ranks + rank) * chunks
 
 
 def on_each_rank(number: int, folder: Path, backbone: str) -> None:
@@ -77,6 +86,7 @@ def on_each_rank(number: int, folder: Path, backbone: str) -> None:
         config = configured(overrides, backbone)
         model, collator = started(config)
         engine = initialise(model, config, torch.device("cpu"))
+        chunks = config.train.chunks(2)
         results = []
         for step in range(STEPS):
             if step == STEPS - 1 and name in RESTARTED:
@@ -84,7 +94,8 @@ def on_each_rank(number: int, folder: Path, backbone: str) -> None:
                 engine.destroy()
                 engine = initialise(started(config)[0], config, torch.device("cpu"))
                 engine.load_checkpoint(str(folder / "state"), tag=name)
-            result = train_step(engine, share(collator, CASES[step], step, number, 2), config.loss)
+            rows = share(collator, CASES[step], step, number, 2, chunks)
+            result = train_step(engine, rows, config.loss, seed=seed_of(step, number, 2, chunks))
             norm = engine.get_global_grad_norm()  # stage 0 keeps none
             results.append([result.loss, None if norm is None else float(norm)])
         fingerprint = export(engine, collator, folder / name)
@@ -107,8 +118,13 @@ def plain(
     config = configured(overrides, str(trained / "backbone"))
     model, collator = started(config)
     save_model(model, collator, folder / "before")
-    engine = PlainEngine(model, config)
-    losses = [train_step(engine, share(collator, CASES[s], s, 0, 1), config.loss).loss for s in range(STEPS)]
+    dropout = config.model.lora is not None and config.model.lora.dropout > 0
+    chunks = 2 * config.train.chunks(2) if dropout else 1
+    engine = PlainEngine(model, config, chunks)
+    losses = []
+    for step in range(STEPS):
+        rows = share(collator, CASES[step], step, 0, 1, chunks)
+        losses.append(train_step(engine, rows, config.loss, seed=seed_of(step, 0, 1, chunks)).loss)
     save_model(model, collator, folder / "after")
     before, after = (load_file(folder / part / "model.safetensors") for part in ("before", "after"))
     return before, after, [list(pair) for pair in zip(losses, engine.norms, strict=True)]
@@ -120,15 +136,15 @@ def test_every_stage_trains_as_plain_adamw_does(trained: Path, tmp_path: Path, n
     results = json.loads((trained / name / "results.json").read_text())
     assert max(norm for _, norm in steps) > 1, "clipping takes part"
     for (loss, norm), (plain_loss, plain_norm) in zip(results["steps"], steps, strict=True):
-        assert loss == pytest.approx(plain_loss, rel=2e-5)
-        assert norm is None or norm == pytest.approx(plain_norm, rel=2e-5)
+        assert loss == pytest.approx(plain_loss, rel=1e-5)
+        assert norm is None or norm == pytest.approx(plain_norm, rel=1e-5)
     got = load_file(trained / name / "model.safetensors")
     assert got.keys() == expected.keys()
     moved = max(float((expected[n] - before[n]).abs().max()) for n in expected)
     assert moved > 3e-3
     for key in expected:
-        difference = float((got[key] - expected[key]).abs().max())
-        assert difference < 2e-5, (key, difference, moved)
+        difference = float((got[key] - expected[key]).abs().max()) / max(float(expected[key].abs().max()), 1e-2)
+        assert difference < 1e-5, (key, difference, moved)
 
 
 @pytest.mark.parametrize("name", AUTOCAST)
