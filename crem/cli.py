@@ -158,6 +158,18 @@ def build_parser() -> Parser:
     sub.add_argument("--out", required=True, help="folder or URI for evaluation.json")
 
     sub = job(
+        "ablate",
+        _ablate,
+        "Train and evaluate the paper's ablations with seeds and error bars, beside the paper's figures.",
+        "crem ablate out/prepared --out out/ablation --seeds 0 1 2 model.scratch=null model.backbone=out/base/model",
+        "micro",
+    )
+    sub.add_argument("prepared", help="prepared tables with test splits")
+    sub.add_argument("--out", required=True, help="folder or URI for runs and report; continues what it holds")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (default 0 1 2)")
+    sub.add_argument("--only", choices=["table3", "table4", "figure4"], help="only the variants of one of them")
+
+    sub = job(
         "serve",
         _serve,
         "Serve embeddings and answers over HTTP (OpenAI's API) with Ray Serve.",
@@ -322,6 +334,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pipelines.evaluate import evaluate, table
 
     print(table(evaluate(args.model, args.prepared, args.out, _config(args))))
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from pipelines.ablate import ablate
+    from pipelines.ablation_report import table
+
+    print(table(ablate(args.prepared, args.out, _config(args), seeds=tuple(args.seeds), only=args.only)))
 
 
 def _serve(args: argparse.Namespace) -> None:

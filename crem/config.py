@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crem.errors import ConfigError
 
 __all__ = [
+    "AblateConfig",
     "BackboneShape",
     "DataConfig",
     "EmbedConfig",
@@ -295,6 +296,8 @@ class EmbedConfig(_Section):
     gpus_per_actor: float = Field(0, ge=0)
     """1 on a GPU cluster. Source: ours."""
     threads_per_actor: int = Field(1, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
 
     @model_validator(mode="after")
     def _bounds(self) -> EmbedConfig:
@@ -321,6 +324,32 @@ class EvaluateConfig(_Section):
     """Questions answered per split and mode, an even spread over the rows. Source: ours, for CPU time."""
     max_new_tokens: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
+
+
+class AblateConfig(_Section):
+    """The paper's Tables 3 and 4 and Figure 4 (``crem ablate``)."""
+
+    chorus_tokens: int = Field(16, ge=1, le=256)
+    """K of the model that stands for CREM. Source: paper, main results."""
+    chorus_counts: tuple[int, ...] = (1, 4, 8, 16, 32)
+    """The K of Table 4, each trained apart, and the K' of the nested model. Source: paper, which also has 64."""
+    compression_probability: float = Field(0.5, gt=0, le=1)
+    """p of the variants with compression. Source: as ``loss.compression_probability``."""
+    parallel: int = Field(1, ge=1)
+    """Runs at a time, each a process of its own. Source: ours."""
+    map_pictures: int = Field(200, ge=1)
+    """Test pictures over which coverage and overlap of the attention maps are averaged. Source: ours."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> AblateConfig:
+        counts = list(self.chorus_counts)
+        if len(set(counts)) != len(counts) or not all(1 <= k <= 256 for k in counts):
+            raise ValueError(f"ablate.chorus_counts={counts} must be distinct and between 1 and 256")
+        if self.chorus_tokens not in counts:
+            raise ValueError(f"ablate.chorus_tokens={self.chorus_tokens} must be one of ablate.chorus_counts={counts}")
+        return self
 
 
 class ServeConfig(_Section):
@@ -338,6 +367,8 @@ class ServeConfig(_Section):
     cpus_per_replica: float = Field(1, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
     threads_per_replica: int = Field(1, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
     max_batch_size: int = Field(32, ge=1)
     batch_wait_s: float = Field(0.01, ge=0)
     """Longest wait for a batch to fill. Source: ours."""
@@ -362,6 +393,7 @@ class RunConfig(_Section):
     embed: EmbedConfig = EmbedConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    ablate: AblateConfig = AblateConfig()
     serve: ServeConfig = ServeConfig()
 
     def to_yaml(self) -> str:

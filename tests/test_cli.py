@@ -11,7 +11,7 @@ import yaml
 from crem.cli import build_parser, main
 from crem.config import RunConfig, load_config
 
-JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "serve", "submit", "doctor"]
+JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "ablate", "serve", "submit", "doctor"]
 
 
 @pytest.mark.parametrize("job", JOBS)
