@@ -9,7 +9,7 @@ from crem.errors import ConfigError
 
 
 def test_presets_are_these_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    assert preset_names() == ["2b", "7b", "micro", "micro-base"]
+    assert preset_names() == ["2b", "7b", "micro", "micro-base", "micro-demo"]
     for name in preset_names():
         config = load_config(name)
         assert config.preset == name
