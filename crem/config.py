@@ -1,7 +1,7 @@
 """Typed configuration of every run: one frozen tree, validated once at the edge.
 
 ``load_config("micro", ["train.steps=100"])`` reads ``presets/micro.yaml``, applies the overrides and returns a
-``RunConfig``. Unknown keys are refused with the nearest known name. This module imports neither torch nor Ray,
+``RunConfig``. A preset may be short: ``base: 2b`` lays it over another one. Unknown keys are refused with the nearest known name. This module imports neither torch nor Ray,
 so that ``crem --help`` and ``--print-config`` are immediate.
 
 Sources of defaults, named at each field: *paper* is arXiv 2602.19091; *VLM2Vec-V2* is that project's public
@@ -246,6 +246,9 @@ class TrainConfig(_Section):
     """Ray Train workers, one device each. Source: VLM2Vec-V2 (8 H100)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage. Source: ours."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the host's memory: AdamW's moments, master weights and gradients (``optimizer``, ZeRO 2
+    and 3, arXiv 2101.06840), or the weights as well (``all``, ZeRO 3). Source: ours."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """``bfloat16`` is autocast over float32 master weights. Source: VLM2Vec-V2 (bf16)."""
     seed: int = Field(0, ge=0)
@@ -264,6 +267,15 @@ class TrainConfig(_Section):
     """Logical CPUs that Ray reserves for a worker. Source: ours."""
     threads_per_worker: int = Field(8, ge=1)
     """Torch threads in a worker on CPU. Source: ours."""
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> TrainConfig:
+        least = {"none": 0, "optimizer": 2, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"train.offload={self.offload} needs train.zero_stage={least} or more, and it is {self.zero_stage}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
@@ -436,8 +448,11 @@ def _scientific(value: str) -> str:
         return value
 
 
-def _read_preset(preset: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_preset(preset: str | os.PathLike[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a preset. One that names a ``base`` is laid over it; ``above`` are those that led here."""
     name = os.fspath(preset)
+    if name in above:
+        raise ConfigError(f"preset {name!r} is its own base: {' -> '.join([*above, name])}; remove one base:")
     if name in preset_names():
         text = (resources.files("crem.presets") / f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
@@ -446,14 +461,25 @@ def _read_preset(preset: str | os.PathLike[str]) -> dict[str, Any]:
         known = preset_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file.")
+        asked = f"base of {above[-1]!r}: " if above else ""
+        raise ConfigError(f"{asked}unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file.")
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: a configuration is a mapping of sections, not a {type(tree).__name__}")
-    return tree
+    base = tree.pop("base", None)
+    return tree if base is None else _laid_over(_read_preset(str(base), (*above, name)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; any other value, ``null`` too, replaces what is below it."""
+    merged = dict(below)
+    for key, value in above.items():
+        held = merged.get(key)
+        merged[key] = _laid_over(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

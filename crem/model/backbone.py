@@ -13,7 +13,7 @@ Choices:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "Qwen2VLForConditionalGeneration",
     "blank_image",
+    "config_from_shape",
     "image_features",
     "image_processor",
     "model_from_shape",
@@ -171,11 +172,23 @@ def tokenizer_from_texts(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenize
 def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VLForConditionalGeneration:
     """A randomly initialised Qwen2-VL of the given shape, float32."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    grown = shape.model_copy(update={"vocab_size": max(shape.vocab_size, len(tokenizer))})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config_from_shape(grown, ids))
+        _initialise_by_fan_in(model)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return cast(Qwen2VLForConditionalGeneration, model)
+
+
+def config_from_shape(shape: BackboneShape, ids: Mapping[str, int]) -> Qwen2VLConfig:
+    """transformers' configuration of a shape; ``ids`` are those of ``SPECIAL_TOKENS``."""
     half = shape.hidden_size // shape.num_attention_heads // 2
     spatial = half * 3 // 8  # Qwen2-VL splits 64 frequencies 16 : 24 : 24
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={
-            "vocab_size": max(shape.vocab_size, len(tokenizer)),
+            "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
             "intermediate_size": shape.intermediate_size,
             "num_hidden_layers": shape.num_hidden_layers,
@@ -205,13 +218,6 @@ def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VL
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=shape.tie_word_embeddings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-        _initialise_by_fan_in(model)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return cast(Qwen2VLForConditionalGeneration, model)
 
 
 @torch.no_grad()
