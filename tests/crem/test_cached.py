@@ -114,8 +114,8 @@ def test_dropout_is_replayed(backbone: str, dropped: str, checkpointed: bool) ->
     tokens = sum(int(chunk.answer_tokens) for chunk in chunks)
     generation = lm_loss(torch.stack([o.lm_loss_sum for o in outputs]).sum(), tokens)
     joint_loss(retrieval, generation, config.loss).backward()
-    assert result.retrieval == pytest.approx(float(retrieval), rel=1e-5)
-    assert result.generation == pytest.approx(float(generation), rel=1e-5)
+    assert result.retrieval == pytest.approx(retrieval.item(), rel=1e-5)
+    assert result.generation == pytest.approx(generation.item(), rel=1e-5)
     for name, parameter in oracle.named_parameters():
         if parameter.grad is None:
             assert name not in engine.gradients or not engine.gradients[name].any()
