@@ -33,7 +33,17 @@ from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, 
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
-__all__ = ["CREM_FILE", "adapt", "build_model", "check_chorus_tokens", "describe", "fingerprint", "read_model", "save_model"]
+__all__ = [
+    "CREM_FILE",
+    "adapt",
+    "build_collator",
+    "build_model",
+    "check_chorus_tokens",
+    "describe",
+    "fingerprint",
+    "read_model",
+    "save_model",
+]
 
 CREM_FILE = "crem.json"
 FORMAT = 1
@@ -82,6 +92,14 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         # vision tower would be held, recomputed and gone through backward for nothing. (PEFT, above, would do it too.)
         backbone.disable_input_require_grads()
     return CremModel(adapted, chorus_ids, config), Collator(tokenizer, processor, chorus_ids, config)
+
+
+def build_collator(config: ModelConfig, *, texts: list[str] | None = None) -> Collator:
+    """The collator of ``build_model``, without reading the weights of a pretrained backbone."""
+    if config.backbone is None:
+        return build_model(config, texts=texts)[1]
+    tokenizer, processor = _read_processors(local_copy(config.backbone), config)
+    return Collator(tokenizer, processor, add_chorus_tokens(tokenizer, config.chorus_tokens), config)
 
 
 @contextmanager

@@ -102,8 +102,13 @@ def build_parser() -> Parser:
         "crem train s3://bucket/prepared --out s3://bucket/run --preset 2b train.steps=5000 --resume",
         "2b",
     )
-    sub.add_argument("prepared", help="folder or URI written by crem prepare")
-    sub.add_argument("--out", required=True, help="folder or URI for checkpoints, metrics and the model")
+    sub.add_argument("prepared", nargs="?", help="folder or URI written by crem prepare")
+    sub.add_argument("--out", help="folder or URI for checkpoints, metrics and the model")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print rows, steps, tokens, memory, the GPUs needed and the time, and stop; PREPARED may be left out",
+    )
     start = sub.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in --out, if there is one"
@@ -288,6 +293,14 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        from pipelines.dryrun import dry_run
+
+        print(dry_run(args.prepared, _config(args)).text)
+        return
+    if not args.prepared or not args.out:
+        missing = "PREPARED, the tables" if not args.prepared else "--out, the folder of the run"
+        raise ConfigError(f"{missing}, is missing: crem train PREPARED --out RUN; only --dry-run goes without")
     from pipelines.train import train
 
     result = train(args.prepared, args.out, _config(args), resume=args.resume, fresh=args.fresh)

@@ -22,10 +22,14 @@ __all__ = ["Activations", "Chunk", "DeviceMemory", "Weights", "activations", "de
 
 CONTEXT_BYTES = 1_500_000_000
 """CUDA context, cuBLAS workspaces and NCCL buffers of a process. An estimate."""
+PROCESS_BYTES = 1_000_000_000
+"""A Ray worker's Python with torch and transformers, on CPU. An estimate."""
 FRAGMENTATION = 0.05
 """Share of the allocated memory that PyTorch's allocator holds beside it. An estimate."""
 _BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket (``reduce_bucket_size``, its default)."""
+_CPU_BUCKET = 5_000_000
+"""The same on CPU, as ``crem.train.optim`` sets it."""
 _LIVE = 1_000_000_000
 """Elements of gathered parameters that ZeRO-3 keeps (``stage3_max_live_parameters``, its default)."""
 
@@ -238,8 +242,11 @@ class _Sizes:
         return max(text, vision, logits)
 
 
-def device_memory(config: RunConfig, weights: Weights, acts: Activations, ranks: int) -> DeviceMemory:
+def device_memory(
+    config: RunConfig, weights: Weights, acts: Activations, ranks: int, *, cuda: bool = True
+) -> DeviceMemory:
     """Bytes on each of ``ranks`` devices, laid out as DeepSpeed does."""
+    bucket = _BUCKET if cuda else _CPU_BUCKET
     stage, offload = config.train.zero_stage, config.train.offload
     trained, part = 4 * weights.trained, 4 * -(-weights.trained // ranks)
     held, gradients, master, host = trained + weights.frozen_bytes, trained, 0, 0
@@ -247,12 +254,12 @@ def device_memory(config: RunConfig, weights: Weights, acts: Activations, ranks:
     buffers = 0
     if stage in (1, 2):
         master = part  # a copy beside the weights, which are float32 too
-        buffers = 4 * _BUCKET
+        buffers = 4 * bucket
         gradients = part if stage == 2 else trained
     if stage == 3:
         held, gradients = -(-held // ranks), part
         # one bucket for each dtype that gradients are reduced in: products' and norms'
-        buffers = (4 + 2 * (config.train.precision == "bfloat16")) * _BUCKET
+        buffers = (4 + 2 * (config.train.precision == "bfloat16")) * bucket
         per_weight = 2 if config.train.precision == "bfloat16" else 4
         buffers += per_weight * min(_LIVE, weights.trained + weights.frozen) + 2 * per_weight * weights.largest
     if offload != "none":
@@ -263,5 +270,5 @@ def device_memory(config: RunConfig, weights: Weights, acts: Activations, ranks:
     # torch's AdamW works on all tensors at once and holds as much as two of its own beside; the chunk is gone by then
     update = 0 if offload != "none" else 2 * part
     working = max(acts.peak, update)
-    overhead = CONTEXT_BYTES + int(FRAGMENTATION * (held + gradients + moments + master + buffers + working))
+    overhead = (CONTEXT_BYTES if cuda else PROCESS_BYTES) + int(FRAGMENTATION * (held + gradients + moments + master + buffers + working))
     return DeviceMemory(held, gradients, moments + master, buffers, working, overhead, host)
