@@ -61,6 +61,8 @@ def demo(out: str, config: RunConfig) -> str:
         raise ConfigError(
             f"crem demo trains from scratch on CPU; preset {config.preset!r} starts from a pretrained model"
         )
+    if not config.model.chorus_tokens:
+        raise ConfigError("crem demo shows compressed answers, and model.chorus_tokens=0 has none; set it to 1 or more")
     free = available_bytes() / 2**30
     if free < _MIN_MEMORY_GIB:
         raise ResourceError(
