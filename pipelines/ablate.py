@@ -4,7 +4,8 @@ Every variant (``pipelines.variants``) is trained with every seed by ``pipelines
 ``pipelines.evaluate`` at each of its chorus counts. What stays in the output folder:
 
     runs/<variant>-<seed>/              the training run          ablation.json      all figures, trends and settings
-    evaluations/<variant>-<seed>.json   its figures               report.html, ablation.png
+    evaluations/<variant>-<seed>.json   its figures               report.html, ablation.png, maps.png
+    maps/<variant>-<seed>.json          its attention maps
 
 Choices:
 
@@ -27,7 +28,9 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -36,10 +39,10 @@ from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, TrainingError
 from pipelines.ablation_report import write_ablation_report
 from pipelines.prepare import read_manifest
-from pipelines.rows import read_rows
+from pipelines.rows import Rows, read_rows
 from pipelines.storage import Folder
-from pipelines.trends import NO_SEED, claims, estimate, judge
-from pipelines.variants import BACKBONE, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
+from pipelines.trends import NO_SEED, claims, estimate, judge, map_claims
+from pipelines.variants import BACKBONE, MAP_METRICS, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
 
 __all__ = ["ablate"]
 
@@ -49,7 +52,9 @@ KIND = "ablate"
 RESULT = "ablation.json"
 REPORT = "report.html"
 PICTURE = "ablation.png"
+MAPS_PICTURE = "maps.png"
 _EVALUATIONS = "evaluations"
+_MAPS = "maps"
 _BACKBONE = "backbone"
 _DETERMINES = {"model": None, "data": None, "loss": None, "optim": None, "train": ("steps", "global_batch", "seed")}
 """Settings that a figure depends on: whole sections, or some keys of one."""
@@ -69,6 +74,10 @@ class _Job:
     @property
     def counts(self) -> tuple[int, ...]:
         return self.variant.counts if self.variant else (0,)
+
+    @property
+    def wants_maps(self) -> bool:
+        return self.variant is not None and "figure4" in self.variant.tables
 
     @property
     def determined_by(self) -> dict[str, Any]:
@@ -96,14 +105,16 @@ def ablate(
     """
     source, target = Folder.at(prepared), Folder.at(out)
     read_manifest(source)
-    read_rows(prepared, split_prefix="test")
+    rows = read_rows(prepared, split_prefix="test")
     jobs = _jobs(config, seeds, only)
     target.claim(KIND)
     stamp = {"prepared": source.uri, "backbone": config.model.backbone}
     open_jobs = [job for job in jobs if not _finished(target, job, stamp)]
     log.info("%d runs, %d of them finished earlier", len(jobs), len(jobs) - len(open_jobs))
-    failures = _run_all(open_jobs, source, target, config, stamp, jobs)
-    result = _write(target, jobs, config)
+    failures = _run_all(
+        open_jobs, source, target, config.ablate.parallel, stamp, partial(_write, target, jobs, config, rows)
+    )
+    result = _write(target, jobs, config, rows)
     if failures:
         told = "; ".join(f"{name}: {error}" for name, error in failures.items())
         raise TrainingError(
@@ -141,13 +152,28 @@ def _finished(target: Folder, job: _Job, stamp: dict[str, Any]) -> bool:
                 f"{target.uri}/runs/{job.name} has {section}.{key}={before.get(key)!r}, and now it is {values[key]!r}; "
                 "ablate with the same settings, or into another --out"
             )
-    return bool(held["evaluate"] == job.config.evaluate.model_dump(mode="json"))
+    return _evaluated(target, job) and (not job.wants_maps or _mapped(target, job))
+
+
+def _evaluated(target: Folder, job: _Job) -> bool:
+    held = target.read_json(_EVALUATIONS, f"{job.name}.json")
+    return held is not None and held["evaluate"] == job.config.evaluate.model_dump(mode="json")
+
+
+def _mapped(target: Folder, job: _Job) -> bool:
+    held = target.read_json(_MAPS, f"{job.name}.json")
+    return held is not None and held["asked"] == job.config.ablate.map_pictures
 
 
 def _run_all(
-    waiting: list[_Job], source: Folder, target: Folder, config: RunConfig, stamp: dict[str, Any], jobs: list[_Job]
+    waiting: list[_Job],
+    source: Folder,
+    target: Folder,
+    parallel: int,
+    stamp: dict[str, Any],
+    report: Callable[[], object],
 ) -> dict[str, str]:
-    """Run the jobs, ``ablate.parallel`` at a time; returns what went wrong, by name."""
+    """Run the jobs, ``parallel`` at a time, and report after each; returns what went wrong, by name."""
     waiting, total = list(waiting), len(waiting)
     running: dict[Connection, _Child] = {}
     failures: dict[str, str] = {}
@@ -155,7 +181,7 @@ def _run_all(
     starting = multiprocessing.get_context("spawn").Lock()
     try:
         while waiting or running:
-            while waiting and len(running) < config.ablate.parallel:
+            while waiting and len(running) < parallel:
                 child = _Child(waiting.pop(0), source, target, stamp, starting)
                 running[child.answer] = child
             for ready in wait(list(running)):
@@ -170,7 +196,7 @@ def _run_all(
                 left = (time.monotonic() - began) / done * (total - done)
                 log.info("%d of %d runs ended, %s; about %.0f min left", done, total, child.job.name, left / 60)
                 try:
-                    _write(target, jobs, config)
+                    report()
                 except Exception:  # hours of training do not end because a report could not be drawn
                     log.warning("the report could not be written", exc_info=True)
     finally:
@@ -240,12 +266,12 @@ def _end_with_parent() -> None:
 
 
 def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], starting: Any) -> None:
-    """Train, unless that is done, and write the evaluation."""
+    """Train, evaluate and draw the maps of one job, each unless that is done."""
     import torch
 
     import crem
     from pipelines import session
-    from pipelines.evaluate import evaluate_loaded
+    from pipelines.attention_maps import measure_maps
     from pipelines.train import train
 
     began = time.monotonic()
@@ -254,27 +280,42 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
         if job.variant is None:
             model = _save_backbone(prepared, scratch, job.config)
         else:
-            with starting:  # two Rays that start at once may take the same ports
-                session.connect()
-            trained = train(prepared, target.child("runs").child(job.name).uri, job.config, resume=True)
+            run = target.child("runs").child(job.name)
+            if not run.exists("done.json"):
+                with starting:  # two Rays that start at once may take the same ports
+                    session.connect()
+            trained = train(prepared, run.uri, job.config, resume=True)
             model = trained["model"]
         torch.set_num_threads(job.config.embed.threads_per_actor)
-        trained_at = time.monotonic()
         rows = read_rows(prepared, split_prefix="test")
-        evaluations = {}
-        for count in job.counts:
-            figures = evaluate_loaded(crem.load(model, chorus_tokens=count), rows, job.config)
-            evaluations[str(count)] = {k: v for k, v in figures.items() if k != "examples"}
-    seconds = {"train": round(trained_at - began, 1), "evaluate": round(time.monotonic() - trained_at, 1)}
-    record = {
-        "determined_by": {**job.determined_by, "from": stamp},
+        trained_s = time.monotonic() - began
+        if not _evaluated(target, job):
+            record = _evaluate(job, model, rows, trained_s)
+            record |= {"determined_by": {**job.determined_by, "from": stamp}, "losses": trained.get("metrics", {})}
+            target.write_json(record, _EVALUATIONS, f"{job.name}.json")
+            log.info("trained in %(train).0f s, evaluated in %(evaluate).0f s", record["seconds"])
+        if job.wants_maps and not _mapped(target, job):
+            asked = job.config.ablate.map_pictures
+            target.write_json(
+                {"asked": asked, **measure_maps(crem.load(model), rows, asked)}, _MAPS, f"{job.name}.json"
+            )
+
+
+def _evaluate(job: _Job, model: str, rows: Rows, trained_s: float) -> dict[str, Any]:
+    """The figures of a checkpoint at every chorus count of the job."""
+    import crem
+    from pipelines.evaluate import evaluate_loaded
+
+    began = time.monotonic()
+    evaluations = {}
+    for count in job.counts:
+        figures = evaluate_loaded(crem.load(model, chorus_tokens=count), rows, job.config)
+        evaluations[str(count)] = {k: v for k, v in figures.items() if k != "examples"}
+    return {
         "evaluate": job.config.evaluate.model_dump(mode="json"),
-        "seconds": seconds,
-        "losses": trained.get("metrics", {}),
+        "seconds": {"train": round(trained_s, 1), "evaluate": round(time.monotonic() - began, 1)},
         "evaluations": evaluations,
     }
-    target.write_json(record, _EVALUATIONS, f"{job.name}.json")
-    log.info("trained in %(train).0f s, evaluated in %(evaluate).0f s", seconds)
 
 
 def _save_backbone(prepared: str, folder: str, config: RunConfig) -> str:
@@ -287,11 +328,18 @@ def _save_backbone(prepared: str, folder: str, config: RunConfig) -> str:
     return folder
 
 
-def _write(target: Folder, jobs: list[_Job], config: RunConfig) -> dict[str, Any]:
-    """``ablation.json``, the report and its picture from whatever is finished."""
+def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: Rows) -> dict[str, Any]:
+    """``ablation.json``, the report and its pictures from whatever is finished."""
     records = {job.name: target.read_json(_EVALUATIONS, f"{job.name}.json") for job in jobs}
     held = [(job, records[job.name]) for job in jobs if records[job.name] is not None]
     scores = _scores(held)
+    maps = {job.name: found for job, _ in held if (found := target.read_json(_MAPS, f"{job.name}.json"))}
+    for job, _ in held:
+        for metric in MAP_METRICS:
+            if (value := maps.get(job.name, {}).get(metric)) is not None and job.variant:
+                key = key_of(job.variant.family, job.variant.counts[0])
+                scores.setdefault(key, {}).setdefault(metric, {})[job.seed] = 100 * value
+    main, counts = config.ablate.chorus_tokens, config.ablate.chorus_counts
     result = {
         "config": config.model_dump(mode="json"),
         "seeds": sorted({job.seed for job, _ in held} - {NO_SEED}),
@@ -299,18 +347,27 @@ def _write(target: Folder, jobs: list[_Job], config: RunConfig) -> dict[str, Any
         "seconds": {job.name: record["seconds"] for job, record in held},
         "rows": _rows(held, scores),
         "paper": {"source": PAPER_SOURCE, "figures": PAPER},
-        "trends": [
-            judged
-            for claim in claims(config.ablate.chorus_tokens, config.ablate.chorus_counts)
-            if (judged := judge(claim, scores))
-        ],
+        "trends": [judged for claim in claims(main, counts) if (judged := judge(claim, scores))],
+        "map_trends": [judged for claim in map_claims(main) if (judged := judge(claim, scores))],
         "directions": _directions(held),
     }
     target.write_json(result, RESULT)
-    page, picture = write_ablation_report(result)
+    shown = _shown(held, maps)
+    page, picture, maps_picture = write_ablation_report(result, shown, rows)
     target.write_bytes(page.encode(), REPORT)
     target.write_bytes(picture, PICTURE)
+    if maps_picture:
+        target.write_bytes(maps_picture, MAPS_PICTURE)
     return result
+
+
+def _shown(held: list[tuple[_Job, dict[str, Any]]], maps: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """label -> pictures with their maps, of the first seed that has them."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for job, _ in held:
+        if job.variant and job.name in maps:
+            out.setdefault(job.variant.label, maps[job.name]["shown"])
+    return out
 
 
 def _scores(held: list[tuple[_Job, dict[str, Any]]]) -> dict[str, dict[str, dict[int, float]]]:
@@ -347,7 +404,7 @@ def _rows(
                 continue
             rows[key] = {"key": key, "family": family, "label": label, "chorus_tokens": int(count)}
             rows[key]["tables"] = list(job.variant.tables) if job.variant else ["table3"]
-            for metric in METRICS:
+            for metric in (*METRICS, *MAP_METRICS):
                 if values := scores.get(key, {}).get(metric):
                     summary = estimate(list(values.values()))
                     rows[key][metric] = {"mean": summary.mean, "se": summary.se, "n": summary.n, "values": values}

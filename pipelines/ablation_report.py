@@ -13,10 +13,13 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
+from PIL import Image
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+from pipelines.rows import Rows
 from pipelines.variants import BACKBONE
 
 __all__ = ["table", "write_ablation_report"]
@@ -31,20 +34,34 @@ _TITLES = {
 _SHORT = {"retrieval_only": "retrieval\nonly", "generation_only": "generation\nonly", "both": "both", "crem": "CREM"}
 
 
-def write_ablation_report(result: dict[str, Any]) -> tuple[str, bytes]:
-    """The page, and its main figure as PNG, for the content of ``ablation.json``."""
+def write_ablation_report(
+    result: dict[str, Any], shown: dict[str, list[dict[str, Any]]], rows: Rows
+) -> tuple[str, bytes, bytes | None]:
+    """The page, its main figure as PNG and that of the attention maps, where there are any.
+
+    Args:
+        result: the content of ``ablation.json``.
+        shown: label -> pictures with their attention maps (``attention_maps.measure_maps``).
+        rows: where the pictures are.
+    """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["points"] = _points
     environment.filters["verdict"] = verdict
     template = environment.from_string((resources.files("pipelines") / "ablation.html.j2").read_text(encoding="utf-8"))
-    figure = _figure(result)
+    figure, picture = _drawn(_figure(result))
+    maps, maps_picture = _drawn(_maps(shown, rows)) if shown else (None, None)
+    page = template.render(r=result, paper=result["paper"]["figures"], figure=figure, maps=maps)
+    return page, picture, maps_picture
+
+
+def _drawn(figure: Any) -> tuple[str, bytes]:
+    """As SVG for the page and as PNG."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", bbox_inches="tight")
     figure.savefig(png, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
     text = svg.getvalue()
-    page = template.render(r=result, paper=result["paper"]["figures"], figure=text[text.index("<svg") :])
-    return page, png.getvalue()
+    return text[text.index("<svg") :], png.getvalue()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -57,7 +74,7 @@ def table(result: dict[str, Any]) -> str:
             numbers = "".join(f"{paper[m]:>16.1f}" if m in paper else f"{'–':>16}" for m in _METRICS)
             lines.append(f"{'  paper':<42}{numbers}")
     lines.append("")
-    for trend in result["trends"]:
+    for trend in result["trends"] + result["map_trends"]:
         ours, paper = trend["ours"], trend["paper"]
         beside = "" if paper is None else f" (paper {paper:+.1f})"
         lines.append(f"{verdict(trend):<34}{ours['mean']:+6.2f}{_error(ours)}{beside}  {trend['text']}")
@@ -165,3 +182,49 @@ def _curves(axis: Any, source: dict[str, Any], metric: str, counts: list[int]) -
     axis.set_xlabel("K, chorus tokens", fontsize=7, labelpad=1)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+def _maps(shown: dict[str, list[dict[str, Any]]], rows: Rows) -> Any:
+    """A row for each picture: the picture, and for each model its mean map over it and that of every chorus token."""
+    pictures = [entry["image"] for entry in next(iter(shown.values()))]
+    columns = 1 + 2 * len(shown)
+    figure, axes = plt.subplots(
+        len(pictures),
+        columns,
+        figsize=(1.75 * columns, 1.95 * len(pictures)),
+        squeeze=False,
+        gridspec_kw={"hspace": 0.3},
+    )
+    for line, image_id in zip(axes, pictures, strict=True):
+        image = np.asarray(Image.open(io.BytesIO(rows.image(image_id))).convert("RGB"))
+        line[0].imshow(image)
+        for number, entries in enumerate(shown.values()):
+            entry = next(e for e in entries if e["image"] == image_id)
+            maps = np.array(entry["maps"])
+            mean, tokens = line[1 + 2 * number], line[2 + 2 * number]
+            mean.imshow(image, extent=(0, 1, 0, 1), alpha=0.45)
+            mean.imshow(maps.mean(0), extent=(0, 1, 0, 1), cmap="magma", alpha=0.6, vmin=0, vmax=4 / maps[0].size)
+            tokens.imshow(_tiled(maps), cmap="magma", vmin=0, vmax=4 / maps[0].size)
+            overlap = "–" if entry["overlap"] is None else f"{entry['overlap']:.2f}"
+            mean.set_xlabel(f"coverage {entry['coverage']:.2f}", fontsize=7, labelpad=2)
+            tokens.set_xlabel(f"overlap {overlap}", fontsize=7, labelpad=2)
+    for number, label in enumerate(shown):
+        axes[0][1 + 2 * number].set_title(f"{label}\nmean", fontsize=8, color=_INK, loc="left")
+        axes[0][2 + 2 * number].set_title("each chorus token", fontsize=8, color=_INK, loc="left")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+def _tiled(maps: np.ndarray) -> np.ndarray:
+    """The K maps [K, h, w] as one image, white between them."""
+    count, height, width = maps.shape
+    across = int(np.ceil(np.sqrt(count)))
+    down = -(-count // across)
+    out = np.full((down * (height + 1) - 1, across * (width + 1) - 1), np.nan)
+    for k in range(count):
+        top, left = (k // across) * (height + 1), (k % across) * (width + 1)
+        out[top : top + height, left : left + width] = maps[k]
+    return out

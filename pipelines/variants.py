@@ -20,10 +20,12 @@ from typing import Any
 
 from crem.config import AblateConfig, RunConfig
 
-__all__ = ["BACKBONE", "METRICS", "PAPER", "PAPER_SOURCE", "TABLES", "Variant", "key_of", "variants"]
+__all__ = ["BACKBONE", "MAP_METRICS", "METRICS", "PAPER", "PAPER_SOURCE", "TABLES", "Variant", "key_of", "variants"]
 
 TABLES = ("table3", "table4", "figure4")
 METRICS = ("retrieval", "native", "compressed", "cache")
+MAP_METRICS = ("coverage", "overlap", "image_share")
+"""Of the attention maps: ``crem.model.maps``."""
 BACKBONE = "backbone@0"
 
 PAPER_SOURCE = "arXiv 2602.19091, 2B: Tables 3 and 4; retrieval is MMEB, generation the mean of six benchmarks"
@@ -101,7 +103,7 @@ def _variant(family: str, label: str, tables: tuple[str, ...], count: int, *, p:
         "model": {"chorus_tokens": count, "nested_chorus": []},
         "loss": {"compression_probability": p, **weights},
     }
-    return Variant(f"{family.replace('_', '-')}-{count}", family, label, tables, settings, (count,))
+    return Variant(f"{family.replace('_', '-')}-{count or 'eos'}", family, label, tables, settings, (count,))
 
 
 def _nested(config: AblateConfig) -> Variant:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import crem
@@ -33,6 +34,7 @@ RUN = [
     "data.augment=0",
     "evaluate.max_new_tokens=2",
     "ablate.chorus_tokens=2",
+    "ablate.map_pictures=3",
     "ablate.chorus_counts=[1,2]",
 ]
 
@@ -40,13 +42,13 @@ RUN = [
 def test_the_variants_are_those_of_the_paper() -> None:
     made = variants(AblateConfig())
     assert [v.name for v in made if "table3" in v.tables] == [
-        "retrieval-only-0",
-        "generation-only-0",
-        "both-0",
+        "retrieval-only-eos",
+        "generation-only-eos",
+        "both-eos",
         "crem-16",
     ]
     assert {v.name for v in made if "table4" in v.tables} == {
-        *("retrieval-only-0", "crem-1", "crem-4", "crem-8", "crem-16", "crem-32", "nested-32")
+        *("retrieval-only-eos", "crem-1", "crem-4", "crem-8", "crem-16", "crem-32", "nested-32")
     }
     assert {v.name for v in variants(AblateConfig(), "figure4")} == {
         *("crem-16", "retrieval-only-16", "generation-only-16")
@@ -58,9 +60,9 @@ def test_the_variants_are_those_of_the_paper() -> None:
         name: (c.model.chorus_tokens, c.loss.alpha_r, c.loss.alpha_g, c.loss.compression_probability)
         for name, c in by_name.items()
     }
-    assert described["retrieval-only-0"] == (0, 1, 0, 0)
-    assert described["generation-only-0"] == (0, 0, base.loss.alpha_g, 0)
-    assert described["both-0"] == (0, 1, base.loss.alpha_g, 0)
+    assert described["retrieval-only-eos"] == (0, 1, 0, 0)
+    assert described["generation-only-eos"] == (0, 0, base.loss.alpha_g, 0)
+    assert described["both-eos"] == (0, 1, base.loss.alpha_g, 0)
     assert described["crem-8"] == (8, 1, base.loss.alpha_g, 0.5)
     assert described["generation-only-16"] == (16, 0, base.loss.alpha_g, 0.5)
     assert by_name["nested-32"].model.chorus_counts == (1, 4, 8, 16, 32)
@@ -151,6 +153,13 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
     nested = [row for row in result["rows"] if row["family"] == "nested"]
     assert [row["chorus_tokens"] for row in nested] == [1, 2]
     assert "CREM, nested, K' = 1" in table(result)
+
+    assert {f.name for f in (out / "maps").iterdir()} == {"crem-2-0.json"}
+    maps = json.loads((out / "maps" / "crem-2-0.json").read_text())
+    assert maps["pictures"] == 3 and all(np.sum(m) == pytest.approx(1, abs=1e-3) for m in maps["shown"][0]["maps"])
+    assert 1 / 64 < maps["coverage"] <= 1 and 0 < maps["overlap"] <= 1 and 0 < maps["image_share"] < 1
+    assert rows["crem@2"]["coverage"]["mean"] == pytest.approx(100 * maps["coverage"])
+    assert (out / "maps.png").read_bytes().startswith(b"\x89PNG")
 
     model = str(out / "runs" / "nested-2-0" / "model")
     fingerprints = {
