@@ -244,6 +244,13 @@ class TrainConfig(_Section):
     whole share of the batch, without caching. Source: ours."""
     workers: int = Field(8, ge=1)
     """Ray Train workers, one device each. Source: VLM2Vec-V2 (8 H100)."""
+    min_workers: int | None = Field(None, ge=1)
+    """With it the run is elastic: it goes on with as many workers as there are devices for, from this to
+    ``train.workers``, each time from its newest checkpoint. Null is ``train.workers``, no more and no fewer. Workers
+    may take every CPU that they fit on: choose ``train.cpus_per_worker`` so that some stay free for the tasks that
+    gather rows. Source: ours."""
+    resize_every_s: float = Field(60, gt=0)
+    """How often an elastic run looks for devices to grow onto. Source: Ray Train's default."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage. Source: ours."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -279,16 +286,21 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
-        if self.global_batch % self.workers:
-            raise ValueError(
-                f"train.global_batch={self.global_batch} must be a multiple of train.workers={self.workers}"
-            )
-        share = self.global_batch // self.workers
-        if self.chunk_rows and share % self.chunk_rows:
-            raise ValueError(
-                f"train.chunk_rows={self.chunk_rows} must divide a worker's share of the batch, train.global_batch / "
-                f"train.workers = {share}"
-            )
+        fewest = self.workers if self.min_workers is None else self.min_workers
+        if fewest > self.workers:
+            raise ValueError(f"train.min_workers={fewest} is above train.workers={self.workers}")
+        for workers in range(self.workers, fewest - 1, -1):
+            elastic = f" (every number of workers from train.min_workers={fewest})" if workers < self.workers else ""
+            if self.global_batch % workers:
+                raise ValueError(
+                    f"train.global_batch={self.global_batch} must be a multiple of train.workers={workers}{elastic}"
+                )
+            share = self.global_batch // workers
+            if self.chunk_rows and share % self.chunk_rows:
+                raise ValueError(
+                    f"train.chunk_rows={self.chunk_rows} must divide a worker's share of the batch, "
+                    f"train.global_batch / train.workers = {share}{elastic}"
+                )
         return self
 
     def chunks(self, workers: int) -> int:

@@ -11,16 +11,19 @@ import logging
 import os
 import pickle
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crem.errors import CremError, ResourceError
+from crem.errors import ConfigError, CremError, ResourceError
+from pipelines.storage import Folder
 
-__all__ = ["attempt", "connect", "remote_errors", "require", "results"]
+__all__ = ["attempt", "connect", "remote_errors", "require", "require_shared", "results", "root_cause"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 
 _MIN_LOGICAL_CPUS = 4
 """A two-core machine still gets room for two train workers beside their data tasks."""
+
+
+_SHARED_TIMEOUT_S = 60
 
 
 def connect() -> None:
@@ -86,6 +92,49 @@ def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
         log.warning("%s (unless the cluster grows)", message)
 
 
+def require_shared(folder: Folder) -> None:
+    """Refuse a local output folder that another node of the cluster does not see.
+
+    Raises:
+        ConfigError: a node does not see it.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not folder.is_local or not others:
+        return
+    token = f"_shared_{uuid.uuid4().hex}"
+    folder.write_bytes(b"", token)
+    try:
+        look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+        asked = {
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                folder.path(token)
+            ): node["NodeManagerAddress"]
+            for node in others
+        }
+        ready, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_SHARED_TIMEOUT_S)
+        for answer in ready:
+            try:
+                sees = ray.get(answer)
+            except ray.exceptions.RayError:  # the node went meanwhile
+                waiting.append(answer)
+                continue
+            if not sees:
+                raise ConfigError(
+                    f"the node {asked[answer]} of this cluster does not see {folder.uri}; give --out a path on a file "
+                    "system that all nodes share, or an s3:// URI"
+                )
+        if waiting:
+            log.warning(
+                "whether %s is on a file system that all nodes share could not be seen for %d nodes; if it is not, "
+                "give --out a shared path or an s3:// URI",
+                folder.uri,
+                len(waiting),
+            )
+    finally:
+        folder.remove(token)
+
+
 def attempt(function: Callable[[], Any]) -> dict[str, bytes]:
     """In a worker: the pickled value of ``function()``, or the pickled error that the user should see."""
     try:
@@ -116,7 +165,7 @@ def remote_errors() -> Iterator[None]:
     except CremError:
         raise
     except Exception as error:
-        root = _root_cause(error)
+        root = root_cause(error)
         if isinstance(root, CremError):
             raise root from None
         if isinstance(root, MemoryError | ray.exceptions.OutOfMemoryError):
@@ -126,7 +175,7 @@ def remote_errors() -> Iterator[None]:
         raise
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The first error of ours in the chain of causes, else the last of the chain."""
     seen: set[int] = set()
     while id(error) not in seen:

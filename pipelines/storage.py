@@ -99,6 +99,24 @@ class Folder:
         names = (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
         return sorted(n for n in names if n and (not suffixes or n.lower().endswith(suffixes)))
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this folder, sorted."""
+        try:
+            entries = self.fs.ls(self.path(), detail=True)
+        except FileNotFoundError:
+            return []
+        names = (e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+        return sorted(n for n in names if n)
+
+    def upload(self, local: str, *parts: str) -> None:
+        """Copy a local file here; on an object store it appears when all of it is there."""
+        self._make_parents(self.path(*parts))
+        self.fs.put_file(local, self.path(*parts))
+
+    def download(self, local: str, *parts: str) -> None:
+        """Copy a file from here to a local path."""
+        self.fs.get_file(self.path(*parts), local)
+
     def open(self, *parts: str, mode: str = "rb") -> IO[bytes]:
         """Open a file; writing creates the folders above it."""
         path = self.path(*parts)

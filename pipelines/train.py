@@ -4,10 +4,11 @@ The driver reads the rows and starts the workers; a worker is ``_worker`` below,
 ``crem.train.step``. What stays in the output folder:
 
     config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
-    model/           the trained checkpoint              run/                           Ray Train's checkpoints
+    model/           the trained checkpoint              checkpoints/                   ``pipelines.checkpoints``
 
-A run that was killed continues with ``resume``: Ray Train hands the newest complete checkpoint to the workers, and the
-order of rows is a pure function of seed and step (``crem.data.mixing``), so the run goes on as if it had not stopped.
+A run whose workers died is started again by Ray Train, and one that was killed as a whole with ``resume``: the workers
+take the newest good checkpoint, and the order of rows is a pure function of seed and step (``crem.data.mixing``), so
+the run goes on as if it had not stopped. The number of workers may change from one start to the next.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
+import uuid
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,7 +36,8 @@ from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
-from pipelines.metrics import MetricsLog
+from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
+from pipelines.metrics import MetricsLog, read_metrics
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches, texts_of
 from pipelines.storage import Folder
@@ -47,7 +51,8 @@ _DONE = "done.json"
 _DATA = "data.json"
 _DATA_CPUS = 1
 """Kept free beside the workers, or no row would ever reach them."""
-_RUN = "run"
+_CHECKPOINTS = "checkpoints"
+_SECTIONS = ("model", "data", "loss", "optim", "train")
 
 
 def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -74,10 +79,12 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
     session.connect()
+    session.require_shared(target)
+    workers = config.train.min_workers or config.train.workers
     session.require(
-        f"training with {config.train.workers} workers",
-        cpus=config.train.workers * config.train.cpus_per_worker + _DATA_CPUS,
-        gpus=config.train.workers * config.train.gpus_per_worker,
+        f"training with {workers} workers",
+        cpus=workers * config.train.cpus_per_worker + _DATA_CPUS,
+        gpus=workers * config.train.gpus_per_worker,
         remedy="lower train.workers (a divisor of train.global_batch), train.cpus_per_worker or "
         f"train.gpus_per_worker; {_DATA_CPUS} CPU is for the tasks that gather rows",
     )
@@ -103,13 +110,15 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         "rows": [ray.put(rows)],
         "queue": queue,
         "out": target.uri,
+        "run": _identity(config, stamp),
     }
     with session.remote_errors(), _Listener(queue, MetricsLog(target, fresh=not resume), config.train.steps) as heard:
-        _fit(_trainer(spec, target, config), target)
+        _fit(spec, target, config)
     if heard.result is None:
         raise TrainingError(f"the run in {target.uri} ended without saying its result; run again with --resume")
-    result = {**heard.result, "rows": rows.table.num_rows, "metrics": heard.last}
-    target.write_json(result, _DONE)
+    last = heard.last or next(iter(read_metrics(target)[-1:]), {})  # a run that only wrote its model this time
+    result = {**heard.result, "rows": rows.table.num_rows, "metrics": last}
+    patiently("writing the result", lambda: target.write_json(result, _DONE))
     return result
 
 
@@ -134,7 +143,7 @@ def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: 
                 raise ConfigError(
                     f"{target.uri}/config.yaml is of another version of crem ({error}); resume with that version"
                 ) from error
-        for section in ("model", "data", "loss", "optim", "train"):
+        for section in _SECTIONS:
             old, new = getattr(before, section), getattr(config, section)
             changed = [
                 k
@@ -148,7 +157,7 @@ def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: 
                     f"{getattr(new, key)!r}; resume with the same settings ({target.uri}/config.yaml) or start anew"
                 )
         return
-    for name in (_DONE, "config.yaml", "model", _RUN, "metrics.jsonl", "tensorboard"):
+    for name in (_DONE, "config.yaml", "model", _CHECKPOINTS, "metrics.jsonl", "tensorboard"):
         target.remove(name)
     target.write_json(stamp, _DATA)
     target.write_bytes(config.to_yaml().encode(), "config.yaml")
@@ -161,86 +170,144 @@ _MAY_CHANGE = {
     "train.cpus_per_worker",
     "train.threads_per_worker",
     "train.checkpoint_every",
+    "train.workers",
+    "train.min_workers",
+    "train.resize_every_s",
 }
-"""Settings of a run that do not change its result. The number of workers does not belong here: a ZeRO checkpoint is
-read by as many ranks as wrote it."""
+"""Settings of a run that do not change its result. The number of workers belongs here: the order of rows does not
+depend on it, and a ZeRO checkpoint is converted. (LoRA's dropout does: another number of workers draws otherwise.)"""
 
 
-def _fit(trainer: TorchTrainer, target: Folder) -> None:
+def _identity(config: RunConfig, stamp: dict[str, Any]) -> str:
+    """The same for all starts of a run; its checkpoints carry it."""
+    settings = {
+        f"{name}.{key}": value
+        for name in _SECTIONS
+        for key, value in getattr(config, name).model_dump(mode="json").items()
+        if f"{name}.{key}" not in _MAY_CHANGE
+    }
+    return f"{schema.content_id(json.dumps([settings, stamp], sort_keys=True).encode()) & (2**64 - 1):016x}"
+
+
+def _fit(spec: dict[str, Any], target: Folder, config: RunConfig) -> None:
     """Run to the end; a failed run raises the worker's own error, or says which worker failed and how to go on."""
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {"controller": error}
-        ours = [f for f in failures.values() if isinstance(f, CremError)]
-        if ours:
-            raise ours[0] from error
-        rank, failure = next(iter(failures.items()))
-        raise TrainingError(
-            f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its checkpoints "
-            "are kept: continue with --resume, and see the cause with --verbose"
-        ) from error
+    # Ray Train's own folder holds nothing that outlives this call: see pipelines.checkpoints
+    with tempfile.TemporaryDirectory(prefix="crem-ray-train-") as storage:
+        try:
+            _trainer(spec, config, storage).fit()
+        except ray.train.TrainingFailedError as error:
+            failures = getattr(error, "worker_failures", None)
+            failures = failures or {"controller": getattr(error, "controller_failure", error)}
+            ours = [root for f in failures.values() if isinstance(root := session.root_cause(f), CremError)]
+            if ours:
+                raise ours[0] from error
+            rank, failure = next(iter(failures.items()))
+            raise TrainingError(
+                f"worker {rank} of the run in {target.uri} failed: {type(failure).__name__}: {failure}. Its "
+                "checkpoints are kept: continue with --resume, and see the cause with --verbose"
+            ) from error
 
 
-def _trainer(spec: dict[str, Any], target: Folder, config: RunConfig) -> TorchTrainer:
-    on_gpu = config.train.gpus_per_worker > 0
+class _NoSecondTry(UserCallback):
+    """An error of ours comes again at the next try: end the run with it at once. (Ray Train does not retry when a
+    callback fails; a worker or node that died has no error of ours and is tried again.)"""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(root := session.root_cause(error), CremError):
+                raise root
+
+
+def _trainer(spec: dict[str, Any], config: RunConfig, storage: str) -> TorchTrainer:
+    train = config.train
+    on_gpu = train.gpus_per_worker > 0
     environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not on_gpu:
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
-    filesystem, path = (
-        (pyarrow.fs.LocalFileSystem(), target.uri) if target.is_local else pyarrow.fs.FileSystem.from_uri(target.uri)
-    )
-    resources = {"CPU": config.train.cpus_per_worker}
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(train.threads_per_worker)}
+    resources = {"CPU": train.cpus_per_worker}
     if on_gpu:
-        resources["GPU"] = config.train.gpus_per_worker
+        resources["GPU"] = train.gpus_per_worker
     return TorchTrainer(
         _worker,
         train_loop_config=spec,
-        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=train.workers if train.min_workers is None else (train.min_workers, train.workers),
+            elastic_resize_monitor_interval_s=train.resize_every_s,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+        ),
         run_config=RayRunConfig(
-            name=_RUN,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            name=KIND,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            callbacks=[_NoSecondTry()],
             worker_runtime_env={"env_vars": environment},
         ),
     )
 
 
 def _worker(spec: dict[str, Any]) -> None:
-    """One rank: build the model, load the newest checkpoint, run the loop."""
+    """One rank: take the newest checkpoint, build the model, run the loop."""
     import torch
 
     from crem.checkpoint import build_model
+    from crem.distributed import sum_over_ranks
     from crem.train.export import export
     from crem.train.loop import Progress, train_loop
     from crem.train.optim import initialise
+    from crem.train.state import load_state, save_state
 
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])
     context = ray.train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
+    rank, ranks, leader = context.get_world_rank(), context.get_world_size(), context.get_local_rank() == 0
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.train.threads_per_worker)
+
+    def tell(warning: str) -> None:
+        log.warning("%s", warning)
+        spec["queue"].put({"warning": warning})
+
+    def anywhere(problem: bool) -> bool:
+        return bool(sum_over_ranks(torch.tensor(float(problem), device=device)))
+
+    out = Folder.at(spec["out"])
+    checkpoints = Checkpoints(out.child(_CHECKPOINTS))
+    attempt = broadcast_from_rank_zero(uuid.uuid4().hex[:8])
+    place = scratch(f"{out.uri} {spec['run']}", ray.get_runtime_context().get_node_id(), attempt)
+    newest = fetch_newest(
+        checkpoints,
+        place,
+        rank=rank,
+        ranks=ranks,
+        leader=leader,
+        from_rank_zero=broadcast_from_rank_zero,
+        anywhere=anywhere,
+        tell=tell,
+    )
     model, collator = build_model(config.model, texts=spec["texts"], seed=config.train.seed)
     engine = initialise(model.to(device), config, device)
     start_step = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            _, state = engine.load_checkpoint(folder, tag="state")
-        start_step = state["step"]
-        log.info("rank %d continues at step %d", rank, start_step)
+    if newest is not None:
+        folder, start_step = newest
+        load_state(engine, folder, run=spec["run"])
+        anywhere(False)  # all have read before the first removes
+        shutil.rmtree(folder, ignore_errors=True)
+        if rank == 0:
+            spec["queue"].put({"resumed": start_step, "workers": ranks})
+    uploads = Uploads(checkpoints, rank=rank, attempt=attempt, keep=config.train.keep_checkpoints, tell=tell)
 
     def on_progress(progress: Progress) -> None:
         if rank == 0:
             spec["queue"].put({"progress": progress.as_dict()})
 
     def on_checkpoint(step: int, progress: Progress) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            engine.save_checkpoint(folder, tag="state", client_state={"step": step})
-            ray.train.report(progress.as_dict(), checkpoint=Checkpoint.from_directory(folder))
+        uploads.make_room()
+        local = place / f"save-{rank}"
+        save_state(engine, local, step=step, run=spec["run"])
+        uploads.start(local, step)
+        # the best model by validation loss is exported here, by whoever validates; it is not one of these checkpoints
 
     batches = step_batches(spec["rows"][0], config, collator, start_step=start_step, rank=rank, ranks=ranks)
     train_loop(
@@ -252,11 +319,11 @@ def _worker(spec: dict[str, Any]) -> None:
         on_progress=on_progress,
         on_checkpoint=on_checkpoint,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        fingerprint = export(engine, collator, folder)
+    uploads.finish()
+    with tempfile.TemporaryDirectory() as exported:
+        fingerprint = export(engine, collator, exported)
         if rank == 0:
-            out = Folder.at(spec["out"])
-            _upload(folder, out.child("model"))
+            patiently("writing the model", lambda: _upload(exported, out.child("model")))
             parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
             spec["queue"].put(
                 {
@@ -308,6 +375,12 @@ class _Listener:
             except Empty:
                 if self._stop.is_set():
                     return
+                continue
+            if "warning" in message:
+                log.warning("%s", message["warning"])
+                continue
+            if "resumed" in message:
+                log.info("%d workers go on at step %d", message["workers"], message["resumed"])
                 continue
             if "result" in message:
                 self.result = message["result"]

@@ -129,7 +129,7 @@ def test_a_run_on_object_storage(prepared: str, s3_server: Any, s3_env: Any) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     run = Folder.at(out)
     assert [entry["step"] for entry in read_metrics(run)] == [1, 2, 3, 4]
-    assert run.child("tensorboard").files() and run.exists("run")
+    assert run.child("tensorboard").files() and run.exists("checkpoints")
     assert crem.load(f"{out}/model").embed(["red circle"]).shape == (1, 48)
     again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "complete" in again.stderr

@@ -1,0 +1,64 @@
+"""``crem train`` whose workers write down which rows they made each step of: ``python -m tests.pipelines.recorded …``.
+
+One line per step, rank and start of the workers, into ``$CREM_RECORD/<process>.jsonl``. A step takes ``$CREM_STEP_S``
+seconds longer and the upload of a file ``$CREM_UPLOAD_S``, so that a test can hit them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def recording_worker(spec: dict[str, Any]) -> None:
+    """The training worker with a recorder before its collator."""
+    import ray.train
+
+    from crem.train import loop
+    from pipelines import rows
+    from pipelines.storage import Folder
+    from pipelines.train import _worker
+
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    collate = rows._collate
+    file = Path(os.environ["CREM_RECORD"]) / f"{os.getpid()}.jsonl"
+
+    def recorded(share: bytes, *rest: Any) -> Any:
+        pairs, _ = pickle.loads(share)
+        line = {"step": pairs[0].seed[1], "rows": [p.seed[2] for p in pairs], "rank": rank, "ranks": ranks}
+        with file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        return collate(share, *rest)
+
+    upload, train_step = Folder.upload, loop.train_step
+
+    def slow_upload(self: Folder, local: str, *parts: str) -> None:
+        time.sleep(float(os.environ.get("CREM_UPLOAD_S", 0)))
+        upload(self, local, *parts)
+
+    def slow_step(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(float(os.environ.get("CREM_STEP_S", 0)))
+        return train_step(*args, **kwargs)
+
+    rows._collate, Folder.upload, loop.train_step = recorded, slow_upload, slow_step
+    _worker(spec)
+
+
+def main() -> int:
+    from crem.cli import main as crem
+    from pipelines import train
+
+    train._worker = recording_worker
+    return crem(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    from tests.pipelines.recorded import main as imported
+
+    sys.exit(imported())
