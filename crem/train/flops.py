@@ -152,7 +152,9 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         known = [key for key in BF16_PEAKS if key in name]
         if known:
             return BF16_PEAKS[max(known, key=len)], f"data sheet of {name}"
-    return _measured(device, torch.bfloat16 if precision == "bfloat16" else torch.float32), "measured by a matrix product"
+    return _measured(
+        device, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    ), "measured by a matrix product"
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
