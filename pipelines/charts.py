@@ -1,4 +1,4 @@
-"""Charts of the report pages, as SVG text. Without ``pyplot``, whose state is global: pages are drawn in a thread too."""
+"""Charts of the report pages, as SVG text. Not by ``pyplot``, whose state is global: a thread draws too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Metrics of a training run: ``metrics.jsonl`` and TensorBoard event files in its output folder, always, and a tracker
 where one is set (``pipelines.trackers``).
 
-Training terms have plain names, those of held-out rows begin with ``validation/``. For a run on an object store the JSON
-lines are written there after every entry; the event files lie on the driver's disk and are copied when the run ends.
+Training terms have plain names, those of held-out rows begin with ``validation/``. For a run on an object store the
+JSON lines are written there after every entry; the event files lie on the driver's disk and are copied at its end.
 """
 
 from __future__ import annotations

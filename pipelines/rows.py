@@ -174,7 +174,7 @@ def read_rows(prepared: str, *, split_prefix: str) -> Rows:
 
 
 def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Rows:
-    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: the driver holds only their ids."""
+    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: here are their ids."""
     table, wanted = _read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)

@@ -1,8 +1,8 @@
 """Experiment trackers by one setting, ``train.tracker``: MLflow or Weights & Biases, beside the files of every run.
 
-Neither is a dependency: they are imported when they are asked for, and their absence is said before any work. Where they
-write is told by their own environment (``MLFLOW_TRACKING_URI``, ``WANDB_MODE`` …). The id of the tracker's run is kept
-in the output folder, so a resumed run goes on in the same one.
+Neither is a dependency: they are imported when they are asked for, and their absence is said before any work. Where
+they write is told by their own environment (``MLFLOW_TRACKING_URI``, ``WANDB_MODE`` …). The id of the tracker's run is
+kept in the output folder, so a resumed run goes on in the same one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_tracker(kind: str) -> None:
     module, packages = _PACKAGES[kind]
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"train.tracker={kind} needs a package that is not installed here: pip install {packages}; or leave it out: "
+            f"train.tracker={kind} needs a package that is missing here: pip install {packages}; or leave it out; "
             "metrics.jsonl and TensorBoard files are written in any case"
         )
 

@@ -95,7 +95,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     training, held_out = split_rows(rows, config)
     plan = training.plan(config)
     log.info(
-        "%d retrieval rows, %d heterogeneous rows, %d for validation; %d steps of %d rows (%.1f epochs of the retrieval rows)",
+        "%d retrieval rows, %d heterogeneous rows, %d for validation; %d steps of %d rows (%.1f epochs of the former)",
         len(plan.retrieval),
         len(plan.heterogeneous),
         held_out.table.num_rows if held_out else 0,
