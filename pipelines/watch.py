@@ -7,8 +7,8 @@ thread tells an actor beside the driver, once a second, where the main thread st
 - *silent*: no beat for ``train.hang_timeout_s`` while other ranks beat. The process is stopped, or its machine is.
 - *standing*: the main thread has been at one point for as long, and another rank stands at a later one, waiting for it.
 
-It is killed from a task on its node, which first asks the process for the stacks of its threads (``faulthandler``):
-they say where it stood. Phases that may rightly take long, the start and what writes files, are never judged as standing.
+It is killed from a task on its node, which first asks the process for its stacks (``faulthandler``): they say where it
+stood. Phases that may rightly take long, the start and what writes files, are never judged as standing.
 """
 
 from __future__ import annotations
