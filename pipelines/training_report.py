@@ -5,6 +5,7 @@ It is drawn again while the run goes on, and at its end, also when that is a fai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -13,7 +14,7 @@ import jinja2
 import pyarrow.compute as pc
 
 from crem.config import RunConfig
-from pipelines.charts import BLUE, GREEN, GREY, INK, ORANGE, axes, line, svg
+from pipelines.charts import BLUE, GREEN, INK, ORANGE, axes, line, svg
 from pipelines.rows import Rows
 from pipelines.storage import Folder
 
@@ -130,7 +131,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             out += _flat(value, f"{prefix}{key}.")
         else:
-            out.append((f"{prefix}{key}", "null" if value is None else str(value)))
+            out.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
     return out
 
 
@@ -157,6 +158,6 @@ def _charts(metrics: Sequence[dict[str, Any]]) -> str:
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     for panel in panels[max(0, len(shown) - _COLUMNS) : len(shown)]:
-        panel.set_xlabel("step", fontsize=8, color=GREY)
+        panel.set_xlabel("step", fontsize=8, color=INK)
     figure.subplots_adjust(hspace=0.45, wspace=0.25)
     return svg(figure)
