@@ -14,7 +14,6 @@ from crem.config import RunConfig
 from pipelines.metrics import MetricsLog
 from pipelines.storage import Folder
 from pipelines.trackers import Tracker
-from pipelines.training_report import write_training_report
 
 __all__ = ["Follower", "duration", "progress_line"]
 
@@ -111,6 +110,10 @@ class Follower:
             self._draw("running")
 
     def _draw(self, state: str) -> None:
+        from pipelines.training_report import (
+            write_training_report,
+        )  # workers import this module, and need no matplotlib
+
         self._drawn = time.monotonic()
         try:
             write_training_report(

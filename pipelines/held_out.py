@@ -1,4 +1,4 @@
-"""Rows for validation during a run, and their batches.
+"""Rows for validation during a run, their batches, and the table that says what is trained on and what is held out.
 
 Rows of a split ``validation…`` are used where the table has them. Otherwise the training rows with the smallest hash of
 their id are held out of training: the same ones for every seed, order and number of workers.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from pipelines.rows import Rows, texts_of
 if TYPE_CHECKING:
     from crem.data.collator import Batch, Collator
 
-__all__ = ["hash_of", "split_rows", "training_texts", "validation_batches"]
+__all__ = ["data_mix", "hash_of", "split_rows", "training_texts", "validation_batches"]
 
 log = logging.getLogger(__name__)
 
@@ -81,3 +81,25 @@ def validation_batches(
     for numbers in shares[rank * each : (rank + 1) * each]:
         native, compressed = (collator.pairs(rows.pairs(numbers, np.full(len(numbers), z))) for z in (False, True))
         yield native, compressed
+
+
+def data_mix(training: Rows, held_out: Rows | None) -> list[dict[str, Any]]:
+    """Rows by source and task: how many are trained on, how many of them have a target or an answer, how many are held
+    out. Ordered by size."""
+    counts: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, rows in (("rows", training), ("held_out", held_out)):
+        if rows is None:
+            continue
+        table = rows.table.select(["source", "task"])
+        for column, of in (("pairs", "target"), ("answers", "answer")):
+            table = table.append_column(column, pc.is_valid(rows.table.column(of)).cast("int64"))
+        sums = table.group_by(["source", "task"]).aggregate([([], "count_all"), ("pairs", "sum"), ("answers", "sum")])
+        for found in sums.to_pylist():
+            key = (found["source"], found["task"])
+            entry = counts.setdefault(
+                key, {"source": key[0], "task": key[1], "rows": 0, "pairs": 0, "answers": 0, "held_out": 0}
+            )
+            entry[name] = found["count_all"]
+            if name == "rows":
+                entry |= {"pairs": found["pairs_sum"], "answers": found["answers_sum"]}
+    return sorted(counts.values(), key=lambda entry: (-entry["rows"], entry["source"], entry["task"]))

@@ -33,15 +33,13 @@ from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
-from pipelines.best import BestModel
 from pipelines.failed_step import FAILED_STEP, saved_step
 from pipelines.follow import Follower
-from pipelines.held_out import split_rows, training_texts, validation_batches
+from pipelines.held_out import data_mix, split_rows, training_texts, validation_batches
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches
 from pipelines.storage import Folder
 from pipelines.trackers import check_tracker, open_tracker
-from pipelines.training_report import data_mix
 from pipelines.watch import Heart, Watch
 
 __all__ = ["train"]
@@ -243,6 +241,7 @@ def _worker(spec: dict[str, Any]) -> None:
     from crem.train.loop import Progress, train_loop
     from crem.train.optim import initialise
     from crem.train.validate import validate
+    from pipelines.best import BestModel
 
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])

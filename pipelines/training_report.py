@@ -11,14 +11,12 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-import pyarrow.compute as pc
 
 from crem.config import RunConfig
 from pipelines.charts import BLUE, GREEN, INK, ORANGE, axes, line, svg
-from pipelines.rows import Rows
 from pipelines.storage import Folder
 
-__all__ = ["data_mix", "write_training_report"]
+__all__ = ["write_training_report"]
 
 _COLUMNS = 3
 _Curve = tuple[str, str, str]
@@ -51,28 +49,6 @@ _CHARTS: tuple[tuple[str, tuple[_Curve, ...], float], ...] = (
 )
 _BELOW_ZERO = {"uniformity"}
 """The one curve that lies below zero."""
-
-
-def data_mix(training: Rows, held_out: Rows | None) -> list[dict[str, Any]]:
-    """Rows by source and task: how many are trained on, how many of them have a target or an answer, how many are held
-    out. Ordered by size."""
-    counts: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, rows in (("rows", training), ("held_out", held_out)):
-        if rows is None:
-            continue
-        table = rows.table.select(["source", "task"])
-        for column, of in (("pairs", "target"), ("answers", "answer")):
-            table = table.append_column(column, pc.is_valid(rows.table.column(of)).cast("int64"))
-        sums = table.group_by(["source", "task"]).aggregate([([], "count_all"), ("pairs", "sum"), ("answers", "sum")])
-        for found in sums.to_pylist():
-            key = (found["source"], found["task"])
-            entry = counts.setdefault(
-                key, {"source": key[0], "task": key[1], "rows": 0, "pairs": 0, "answers": 0, "held_out": 0}
-            )
-            entry[name] = found["count_all"]
-            if name == "rows":
-                entry |= {"pairs": found["pairs_sum"], "answers": found["answers_sum"]}
-    return sorted(counts.values(), key=lambda entry: (-entry["rows"], entry["source"], entry["task"]))
 
 
 def write_training_report(

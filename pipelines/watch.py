@@ -31,7 +31,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crem.train.loop import PHASES
+from crem.train.phases import PHASES
 
 __all__ = ["Beat", "Heart", "Watch", "hung"]
 
@@ -170,6 +170,8 @@ class Watch:
                 found = hung(beats, silent_s, self._timeout_s)
                 if found is not None:
                     self._end(*found, beats)
+            except ray.exceptions.GetTimeoutError:
+                log.warning("the watch over hung workers has heard nothing for 30 s: the driver's node is overloaded")
             except Exception:  # a run does not end because its watch failed
                 log.warning("the watch over hung workers failed once", exc_info=True)
 

@@ -15,10 +15,7 @@ from crem.train.guard import LossGuard
 from crem.train.progress import Meter, Progress
 from crem.train.step import train_step
 
-__all__ = ["PHASES", "train_loop"]
-
-PHASES = ("waiting for rows", "forward and backward", "validation", "checkpoint")
-"""Where a rank can stand within a step, in their order."""
+__all__ = ["train_loop"]
 
 
 def train_loop(
@@ -39,7 +36,7 @@ def train_loop(
         batches: this rank's share of each step in its chunks, the first being that of ``start_step``.
         on_progress: called every ``train.log_every`` steps, with every validation and checkpoint, and at the last.
         on_checkpoint: called with the number of finished steps every ``train.checkpoint_every`` steps and at the last.
-        on_phase: called with the step and the one of ``PHASES`` that this rank enters.
+        on_phase: called with the step and the phase (``crem.train.phases``) that this rank enters.
         validate: called on every rank with the number of finished steps every ``train.validate_every`` steps and at the
             last; returns terms of the held-out rows.
 
