@@ -274,6 +274,20 @@ class TrainConfig(_Section):
     """Logical CPUs that Ray reserves for a worker. Source: ours."""
     threads_per_worker: int = Field(8, ge=1)
     """Torch threads in a worker on CPU. Source: ours."""
+    validate_every: int = Field(500, ge=0)
+    """Steps between validations on held-out rows; 0 is never. Source: ours, as often as checkpoints."""
+    validation_rows: int = Field(256, ge=0)
+    """Most rows of a validation. A table without a split ``validation…`` has as many of its training rows held out, at
+    most a tenth of them; 0 holds none out and does not validate. Source: ours."""
+    explosion_factor: float | None = Field(10.0, gt=1)
+    """A loss above this times the median of the last 100 steps, after warm-up, ends the run; ``null`` lets it go on.
+    Source: ours."""
+    hang_timeout_s: float = Field(300, gt=0)
+    """A worker that gives no sign of life for as long, or stands still while others wait for it, is named and killed.
+    Source: ours; below the 10 minutes in which Ray Train gives up a silent worker and the 30 of its process groups."""
+    tracker: Literal["none", "mlflow", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl and TensorBoard. MLflow reads MLFLOW_TRACKING_URI and
+    MLFLOW_EXPERIMENT_NAME, Weights & Biases WANDB_MODE, WANDB_PROJECT and WANDB_API_KEY. Source: ours."""
 
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> TrainConfig:

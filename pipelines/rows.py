@@ -11,6 +11,7 @@ as much as the training. Pictures are decoded in the worker, in a thread beside 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -182,8 +183,8 @@ def read_rows(prepared: str, *, split_prefix: str) -> Rows:
     return Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
 
 
-def share_rows(prepared: str, *, split_prefix: str) -> Rows:
-    """As ``read_rows``, with the pictures in Ray's object store: the driver holds only their ids."""
+def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Rows:
+    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: here are their ids."""
     table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)
@@ -192,13 +193,14 @@ def share_rows(prepared: str, *, split_prefix: str) -> Rows:
     return Rows(table, Pictures.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
 
 
-def read_table(prepared: str, split_prefix: str) -> tuple[pa.Table, pa.Array]:
+def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
     """The rows, in the order of their ids, and the ids of the pictures that they name."""
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
     rows = folder.child("rows")
     tables = [pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in rows.files(".parquet")]
-    table = pa.concat_tables([t.filter(pc.starts_with(t.column("split"), split_prefix)) for t in tables])
+    wanted = "^(" + "|".join(map(re.escape, [split_prefix] if isinstance(split_prefix, str) else split_prefix)) + ")"
+    table = pa.concat_tables([t.filter(pc.match_substring_regex(t.column("split"), wanted)) for t in tables])
     if not table.num_rows:
         raise ConfigError(
             f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
