@@ -50,14 +50,24 @@ def check_tracker(kind: str) -> None:
 
 
 def open_tracker(run: Folder, config: RunConfig) -> Tracker | None:
-    """The tracker of ``config``, going on in the run that an earlier start of this training began; None for none."""
+    """The tracker of ``config``, going on in the run that an earlier start of this training began; None for none.
+
+    Raises:
+        ConfigError: its package is missing, or it does not answer.
+    """
     kind = config.train.tracker
     if kind == "none":
         return None
     check_tracker(kind)
     held = run.read_json(_FILE)
     known = held["id"] if isinstance(held, dict) and held.get("tracker") == kind else None
-    tracker: Tracker = (_Mlflow if kind == "mlflow" else _Wandb)(run, config, known)
+    try:
+        tracker: Tracker = (_Mlflow if kind == "mlflow" else _Wandb)(run, config, known)
+    except Exception as error:  # each client has its own
+        raise ConfigError(
+            f"train.tracker={kind} cannot begin its run: {type(error).__name__}: {error}; check its environment "
+            "(MLFLOW_TRACKING_URI; WANDB_MODE, WANDB_API_KEY) or set train.tracker=none"
+        ) from error
     run.write_json({"tracker": kind, "id": tracker.id}, _FILE)
     return tracker
 

@@ -84,6 +84,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     if finished is not None:
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
+    target.remove(FAILED_STEP)
     session.connect()
     session.require_shared(target)
     workers = config.train.min_workers or config.train.workers
@@ -112,6 +113,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     # on this node: where the driver lives, progress can be told
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    tracker = open_tracker(target, config)
     watch = Watch(config.train.hang_timeout_s)
     spec = {
         "config": config.model_dump(mode="json"),
@@ -123,12 +125,8 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         "out": target.uri,
         "run": _identity(config, stamp),
     }
-    heard = Follower(
-        *(queue, target, config),
-        mix=data_mix(training, held_out),
-        fresh=not resume,
-        tracker=open_tracker(target, config),
-    )
+    mix = data_mix(training, held_out)
+    heard = Follower(queue, target, config, mix=mix, fresh=not resume, tracker=tracker)
     with session.remote_errors(), heard, watch:
         try:
             _fit(spec, target, config)
@@ -144,7 +142,6 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
 
 def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: bool, fresh: bool) -> None:
     target.claim(KIND)
-    target.remove(FAILED_STEP)
     held = target.exists("config.yaml")
     if held and not (resume or fresh):
         raise ConfigError(

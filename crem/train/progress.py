@@ -7,6 +7,7 @@ interval began, so a resumed run repeats it exactly.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from crem.train.flops import ModelFlops, peak_flops
 from crem.train.step import StepResult
 
 __all__ = ["Meter", "Progress"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Progress:
     """tokens of the language model, without padding, over all ranks"""
     flops_utilisation: float
     """model FLOPs per second over the peak of all devices (``crem.train.flops``)"""
+    peak_flops: float
+    """FLOP/s of all devices that utilisation is measured by"""
     waiting_share: float
     """share of the time in which ranks waited for their rows"""
     padding_share: float
@@ -66,7 +71,8 @@ class Meter:
     def __init__(self, engine: Any, config: RunConfig, device: torch.device):
         self._engine, self._config, self._device = engine, config, device
         self._flops = ModelFlops.of(engine.module)
-        self._peak, self.peak_source = peak_flops(device, config.train.precision)
+        self._peak, source = peak_flops(device, config.train.precision)
+        log.info("peak of this rank's %s: %.3g FLOP/s, %s", device, self._peak, source)
         self.restart()
 
     def restart(self) -> None:
@@ -113,6 +119,7 @@ class Meter:
             samples_per_s=self._config.train.global_batch * self._steps / seconds,
             tokens_per_s=tokens / seconds,
             flops_utilisation=useful / seconds / peak,
+            peak_flops=peak,
             waiting_share=waited / world_size(),
             padding_share=padding / world_size(),
             seconds_left=seconds / self._steps * (self._config.train.steps - done),

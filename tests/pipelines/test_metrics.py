@@ -32,6 +32,7 @@ PLAIN = {
     "samples_per_s": 812.4,
     "tokens_per_s": 21_480.0,
     "flops_utilisation": 0.184,
+    "peak_flops": 1.2e11,
     "waiting_share": 0.02,
     "padding_share": 0.05,
     "seconds_left": 4000.0,
