@@ -30,10 +30,13 @@ RUNS = {
     "zero 2": ["train.zero_stage=2"],
     "zero 3": ["train.zero_stage=3"],
     "zero 3 untied": ["train.zero_stage=3", "model.scratch.tie_word_embeddings=false"],
+    "zero 2 offload": ["train.zero_stage=2", "train.offload=optimizer"],
+    "zero 3 offload": ["train.zero_stage=3", "train.offload=optimizer"],
+    "zero 3 offload all": ["train.zero_stage=3", "train.offload=all"],
     "lora zero 2": ["train.zero_stage=2", LORA, "model.scratch=null", "model.backbone=BACKBONE"],
     "lora zero 3": ["train.zero_stage=3", LORA, "model.scratch=null", "model.backbone=BACKBONE"],
 }
-RESTARTED = ("zero 1", "zero 3 untied", "lora zero 2")
+RESTARTED = ("zero 1", "zero 3 untied", "zero 2 offload", "zero 3 offload all", "lora zero 2")
 """Runs that are saved, thrown away and loaded before the last step: weights, moments and schedule must come back."""
 AUTOCAST = {
     "bf16 zero 2": [*RUNS["zero 2"], "train.precision=bfloat16"],
