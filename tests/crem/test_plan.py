@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
-from crem.checkpoint import adapt
-from crem.config import BackboneShape, RunConfig, load_config
+from crem.checkpoint import adapt, build_model
+from crem.config import BackboneShape, ModelConfig, RunConfig, load_config, preset_names
 from crem.data.collator import Batch, Collator
 from crem.data.items import Item, Pair
 from crem.model.backbone import image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.chorus import add_chorus_tokens
 from crem.model.crem import CremModel
-from crem.train.memory import Chunk, activations
+from crem.model.shapes import PUBLISHED, meta_model, shape_of
+from crem.train.memory import Chunk, Weights, activations, device_memory, weights_of
+from crem.train.plan import DEVICES, RowSize, full_chunk, needs, row_flops, step_flops
 from tests.conftest import TEXTS
+from tests.crem.runs import stock_backbone
 
 SHAPES = {
     "narrow and deep": BackboneShape(
@@ -64,7 +68,7 @@ def rows(collator: Collator) -> Batch:
                 z=i % 2 == 0,
                 target_key=i,
             )
-            for i in range(8)
+            for i in range(4)
         ]
     )
 
@@ -135,3 +139,113 @@ def test_activations_are_what_autograd_keeps(shape: str, variant: str, checkpoin
     saved = told.saved - told.tables * checkpointing
     print(f"{shape}, {variant}, {checkpointing=}: told {saved:,}, kept {measured:,}: {saved / measured:.3f}")
     assert saved == pytest.approx(measured, rel=0.04)
+
+
+def test_a_frozen_vision_tower_is_not_gone_through_backward(tmp_path: Path) -> None:
+    """Gradient checkpointing makes embeddings ask for gradients, patch embeddings too, unless it is told not to."""
+    model, collator = build_model(
+        ModelConfig.model_validate(
+            {
+                "backbone": stock_backbone(tmp_path / "stock"),
+                "chorus_tokens": 4,
+                "gradient_checkpointing": True,
+                "dtype": "float32",
+                "image": {"min_pixels": 4096, "max_pixels": 16384},
+            }
+        )
+    )
+    batch = rows(collator)
+    assert batch.pixel_values is not None
+    features = model.train().core.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
+    assert not any(f.requires_grad for f in features.pooler_output)
+    output = model(batch)
+    (output.lm_loss_sum + output.embeddings.sum()).backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.isfinite().all() for g in trained.values()) and any("lora_A" in n for n in trained)
+
+
+TOTALS = {"2b": 2_208_985_600, "7b": 8_291_375_616}
+"""Parameters of the published checkpoints: 2.21 B and 8.29 B on their hub pages."""
+REAL = [name for name in preset_names() if load_config(name).model.backbone is not None and name[:2] in TOTALS]
+
+
+@pytest.mark.parametrize("preset", REAL)
+def test_presets_fit_80_gb_at_their_true_shapes(preset: str) -> None:
+    config = load_config(preset)
+    weights = weights_of(meta_model(config.model))
+    shape = shape_of(config.model)
+    total, trained = weights.trained + weights.frozen, weights.trained
+    if config.model.lora is None:
+        assert total == trained == TOTALS[preset[:2]]
+    else:
+        D, F, r = shape.hidden_size, shape.intermediate_size, config.model.lora.r
+        kv = D // shape.num_attention_heads * shape.num_key_value_heads
+        adapters = shape.num_hidden_layers * r * (2 * 2 * D + 2 * (D + kv) + 3 * (D + F))
+        assert trained == adapters + config.model.chorus_tokens * D, "adapters and the rows of the chorus tokens"
+        assert weights.frozen == TOTALS[preset[:2]] and weights.frozen_bytes == 2 * weights.frozen
+    chunk = full_chunk(config, shape, config.train.chunk_rows)
+    memory = device_memory(config, weights, activations(shape, chunk, config), config.train.workers)
+    print(
+        f"{preset}: {total / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained; on each of {config.train.workers} GPUs "
+        f"{memory.weights / 1e9:.1f} GB weights, {memory.optimizer / 1e9:.1f} GB optimizer, "
+        f"{memory.activations / 1e9:.1f} GB activations, {memory.total / 1e9:.1f} GB in all"
+    )
+    assert memory.total < 72e9, "80 GB less a tenth for what is not known"
+    need = needs(config, shape, weights, chunk, DEVICES[0], rows=config.train.chunk_rows)
+    assert need.workers is not None and need.workers <= 8 and need.chunk_rows == config.train.chunk_rows
+
+
+def zero(overrides: list[str], ranks: int) -> tuple[float, ...]:
+    """Gigabytes of weights, gradients and optimizer on a device, and in its host's memory; 10^9 trained parameters."""
+    config = load_config("2b-full", ["train.offload=none", *overrides])
+    weights = Weights(frozen=0, frozen_bytes=0, trained=10**9, trained_matrices=10**9, largest=0)
+    none = activations(SHAPES["narrow and deep"], Chunk(1, 1, 1, 1), config)
+    m = device_memory(config, weights, none, ranks)
+    return tuple(round(part / 1e9, 3) for part in (m.weights, m.gradients, m.optimizer, m.host))
+
+
+def test_zero_partitions_by_stage() -> None:
+    """float32 all through: 4 bytes for weights and gradients, 8 for the moments; ZeRO 1 and 2 copy their part."""
+    assert zero(["train.zero_stage=0"], 8) == (4, 4, 8, 0)
+    assert zero(["train.zero_stage=1"], 8) == (4, 4, 1.5, 0)
+    assert zero(["train.zero_stage=2"], 8) == (4, 0.5, 1.5, 0)
+    assert zero(["train.zero_stage=3"], 8) == (0.5, 0.5, 1, 0)
+    assert zero(["train.zero_stage=2", "train.offload=optimizer"], 8) == (4, 0, 0, 2)
+    assert zero(["train.zero_stage=3", "train.offload=optimizer"], 8) == (0.5, 0, 0, 2)
+    assert zero(["train.zero_stage=3", "train.offload=all"], 8) == (0, 0, 0, 2.5)
+    assert zero(["train.zero_stage=3"], 64) == tuple(round(v / 64, 3) for v in (4, 4, 8, 0))
+
+
+def test_the_fewest_gpus_are_found() -> None:
+    """With one less (the next divisor of the batch below), or with a chunk twice as large, it would not fit."""
+    config = load_config("7b-full")
+    shape, weights = shape_of(config.model), weights_of(meta_model(config.model))
+    chunk = full_chunk(config, shape, 8)
+    for device in DEVICES:
+        need = needs(config, shape, weights, chunk, device, rows=8)
+        assert need.workers is not None and need.memory.total <= device.size_gb * 1e9
+        part = Chunk(*(round(v * need.chunk_rows / 8) for v in (chunk.tokens, chunk.patches, chunk.answer_tokens, 16)))
+        fewer = device_memory(config, weights, activations(shape, part, config), need.workers // 2)
+        assert fewer.total > device.size_gb * 1e9
+    assert needs(config, shape, weights, chunk, DEVICES[0], rows=8).workers in (2, 4, 8)
+
+
+def test_flops_are_twice_the_weights_for_each_token() -> None:
+    """Short sequences: attention over the context is negligible; the language model's matrices are 1.31 B in 2B."""
+    shape = PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
+    row = RowSize(tokens=10, patches=4, answer_tokens=1, sequences=1, pictures=1)
+    text, vision, head = row_flops(shape, row)
+    with torch.device("meta"):
+        named = dict(meta_model(ModelConfig(lora=None)).named_parameters())
+    matrices = {n: p.numel() for n, p in named.items() if p.ndim > 1 and "embed_tokens" not in n}
+    assert text == pytest.approx(2 * 10 * sum(v for n, v in matrices.items() if "language_model" in n), rel=1e-3)
+    tower = sum(v for n, v in matrices.items() if "visual" in n and "merger" not in n)
+    merger = sum(v for n, v in matrices.items() if "merger" in n)
+    assert vision == pytest.approx(2 * 4 * tower + 2 * merger, rel=1e-3)
+    assert head == 2 * 1536 * 151936
+    # cached pass, forward, backward once or twice, recomputation
+    for lora, passes in ((None, (5, 5, 3)), ({"r": 16}, (4, 2, 2))):
+        config = load_config("2b", ["train.global_batch=1024"])
+        config = config.model_copy(update={"model": ModelConfig(lora=lora, gradient_checkpointing=True)})  # type: ignore[arg-type]
+        expected = 1024 * sum(n * work for n, work in zip(passes, (text, vision, head), strict=True))
+        assert step_flops(shape, row, config, 8) == pytest.approx(expected)

@@ -32,6 +32,9 @@ RUNS = {
     "zero 2": ["train.zero_stage=2"],
     "zero 3": ["train.zero_stage=3"],
     "zero 3 untied": ["train.zero_stage=3", "model.scratch.tie_word_embeddings=false"],
+    "zero 2 offload": ["train.zero_stage=2", "train.offload=optimizer"],
+    "zero 3 offload": ["train.zero_stage=3", "train.offload=optimizer"],
+    "zero 3 offload all": ["train.zero_stage=3", "train.offload=all"],
     "lora zero 2": ["train.zero_stage=2", *LORA],
     "lora zero 3": ["train.zero_stage=3", *LORA],
     "cached zero 0": ["train.zero_stage=0", CACHED],
@@ -52,7 +55,7 @@ RUNS = {
         "model.gradient_checkpointing=true",
     ],
 }
-RESTARTED = ("zero 1", "zero 3 untied", "lora zero 2", "cached zero 3")
+RESTARTED = ("zero 1", "zero 3 untied", "zero 2 offload", "zero 3 offload all", "lora zero 2", "cached zero 3")
 """Runs that are saved, thrown away and loaded before the last step: weights, moments and schedule must come back."""
 BF16 = "train.precision=bfloat16"
 AUTOCAST = {
