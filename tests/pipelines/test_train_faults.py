@@ -1,4 +1,4 @@
-"""Training under fire: workers, jobs, nodes, files and the S3 server are killed or damaged, and the run is the same run.
+"""Training under fire: workers, jobs, nodes and the S3 server are killed, files damaged, and the run is the same run.
 
 Bounds. The same number of workers: every loss of every step to 1e-6 of the uninterrupted run's (fp32). Another number:
 2e-5, because sums over ranks are taken in another order. Rows are written down by the workers themselves
@@ -199,7 +199,7 @@ def test_a_killed_worker_is_replaced_and_the_run_is_the_same(prepared: str, refe
         job.kill_worker()
         finished(job)
     assert job.starts() == 4, "two workers, twice"
-    assert "2 workers go on at step" in job.said() or True
+    assert "2 workers go on at step" in job.said()
     same(job, reference)
     for step, entry in before.items():
         assert entry["loss"] == pytest.approx(reference.metrics()[step]["loss"], rel=1e-6)
@@ -302,16 +302,18 @@ def test_an_elastic_run_loses_a_node_and_gets_one_back(prepared: str, reference:
         "CREM_STEP_S": "2",
     }  # Ray's workers get the nodes' environment
     try:
-        with LocalCluster(2, cpus_per_node=3) as nodes:
-            with Job(prepared, tmp_path / "run", tmp_path, *elastic, step_s=2, env=nodes.env) as job:
-                job.wait_for_step(3)
-                nodes.kill_node(1)
-                job.wait_for(lambda: workers()[-1] == 1, "one worker")
-                step = max(job.metrics())
-                job.wait_for_step(step + 1)
-                nodes.add_node()
-                job.wait_for(lambda: workers()[-1] == 2, "two workers again")
-                finished(job)
+        with (
+            LocalCluster(2, cpus_per_node=3) as nodes,
+            Job(prepared, tmp_path / "run", tmp_path, *elastic, step_s=2, env=nodes.env) as job,
+        ):
+            job.wait_for_step(3)
+            nodes.kill_node(1)
+            job.wait_for(lambda: workers()[-1] == 1, "one worker")
+            step = max(job.metrics())
+            job.wait_for_step(step + 1)
+            nodes.add_node()
+            job.wait_for(lambda: workers()[-1] == 2, "two workers again")
+            finished(job)
     finally:
         for name in ("CREM_RECORD", "CREM_STEP_S"):
             del os.environ[name]
