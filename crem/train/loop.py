@@ -51,12 +51,11 @@ def train_loop(
         with meter.waiting():
             chunks = next(batches)
         meter.add(chunks)
-        chunks = [chunk.to(device) for chunk in chunks]
         on_phase(step, "forward and backward")
         # dropout is a function of seed, step and rank, so a resumed run draws what it would have drawn
         seed = ((config.train.seed * 1_000_003 + step) * world_size() + rank()) * 65_536 % 2**63
 
-        result = train_step(engine, chunks, config.loss, seed=seed)
+        result = train_step(engine, chunks, config.loss, seed=seed, device=device)
 
         guard.check(step, result)
         done = step + 1
