@@ -8,8 +8,8 @@ thread tells an actor beside the driver, once a second, where the main thread st
 - *standing*: the main thread has been at one point for as long, and another rank stands at a later one, waiting for it.
 
 It is killed from a task on its node, which first asks the process for its stacks (``faulthandler``): they say where it
-stood. Phases that may rightly take long, the start and what writes files, are never judged as standing; and a start that
-is silent, because imports on a busy machine leave the thread no turn, is ended only if the process is stopped.
+stood. Phases that may rightly take long, the start and what writes files, never count as standing; and a start that
+is silent, since imports on a busy machine leave the thread no turn, is ended only if the process is stopped.
 """
 
 from __future__ import annotations
