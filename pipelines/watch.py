@@ -8,7 +8,8 @@ thread tells an actor beside the driver, once a second, where the main thread st
 - *standing*: the main thread has been at one point for as long, and another rank stands at a later one, waiting for it.
 
 It is killed from a task on its node, which first asks the process for its stacks (``faulthandler``): they say where it
-stood. Phases that may rightly take long, the start and what writes files, are never judged as standing.
+stood. Phases that may rightly take long, the start and what writes files, never count as standing; and a start that
+is silent, since imports on a busy machine leave the thread no turn, is ended only if the process is stopped.
 """
 
 from __future__ import annotations
@@ -181,11 +182,11 @@ class Watch:
             ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote
         )
         try:
-            state, stacks = ray.get(task(beat.pid, beat.created), timeout=60)
+            state, stacks = ray.get(task(beat.pid, beat.created, only_stopped=beat.phase == "starting"), timeout=60)
         except Exception as error:
             state, stacks = f"its node does not answer ({type(error).__name__})", ""
         ray.get(self.pulse.forget.remote(), timeout=30)
-        if state == "gone":  # it ended by itself, and Ray knows
+        if state in ("gone", "busy"):  # it ended by itself, and Ray knows; or it gets another time as long
             return
         others = "; ".join(f"rank {b.rank} at step {b.step}, {b.phase}" for b in beats if b.rank != beat.rank)
         log.error(
@@ -199,14 +200,19 @@ def _stacks_file(pid: int) -> Path:
     return Path(tempfile.gettempdir()) / f"crem-stacks-{os.getuid()}-{pid}.txt"
 
 
-def _kill(pid: int, created: float) -> tuple[str, str]:
-    """On the worker's node: its state ("gone" where that process is no more) and stacks; then it is killed."""
+def _kill(pid: int, created: float, *, only_stopped: bool = False) -> tuple[str, str]:
+    """On the worker's node: its state ("gone" where that process is no more) and stacks; then it is killed.
+
+    With ``only_stopped`` one that still runs is left alone ("busy").
+    """
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - created) > 1:
             return "gone", ""
         state, stacks = process.status(), _stacks_file(pid)
         if state not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            if only_stopped:
+                return "busy", ""
             process.send_signal(signal.SIGUSR1)
             time.sleep(_STACKS_S)
         process.kill()
