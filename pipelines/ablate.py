@@ -58,6 +58,8 @@ _MAPS = "maps"
 _BACKBONE = "backbone"
 _DETERMINES = {"model": None, "data": None, "loss": None, "optim": None, "train": ("steps", "global_batch", "seed")}
 """Settings that a figure depends on: whole sections, or some keys of one."""
+_TRIES = 3
+"""Of a run that fails. Source: measured: on an overloaded machine Ray gives up its own start after 30 s."""
 _GRACE_S = 20.0
 """What a run gets to shut its Ray down when the ablation ends."""
 
@@ -173,10 +175,11 @@ def _run_all(
     stamp: dict[str, Any],
     report: Callable[[], object],
 ) -> dict[str, str]:
-    """Run the jobs, ``parallel`` at a time, and report after each; returns what went wrong, by name."""
+    """Run the jobs, ``parallel`` at a time, and report after each; returns what went wrong to the end, by name."""
     waiting, total = list(waiting), len(waiting)
     running: dict[Connection, _Child] = {}
     failures: dict[str, str] = {}
+    tries: dict[str, int] = {}
     began = time.monotonic()
     starting = multiprocessing.get_context("spawn").Lock()
     try:
@@ -190,8 +193,13 @@ def _run_all(
                 if isinstance(error, CremError) and not isinstance(error, TrainingError):
                     raise error  # the same would meet every other run
                 if error is not None:
-                    failures[child.job.name] = str(error)
                     log.error("%s failed: %s", child.job.name, error)
+                    failures[child.job.name] = str(error)
+                    tries[child.job.name] = tries.get(child.job.name, 0) + 1
+                    if tries[child.job.name] < _TRIES:  # at the end, from its newest checkpoint
+                        waiting.append(child.job)
+                else:
+                    failures.pop(child.job.name, None)
                 done = total - len(waiting) - len(running)
                 left = (time.monotonic() - began) / done * (total - done)
                 log.info("%d of %d runs ended, %s; about %.0f min left", done, total, child.job.name, left / 60)
@@ -349,6 +357,7 @@ def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: Rows) -> d
         "paper": {"source": PAPER_SOURCE, "figures": PAPER},
         "trends": [judged for claim in claims(main, counts) if (judged := judge(claim, scores))],
         "map_trends": [judged for claim in map_claims(main) if (judged := judge(claim, scores))],
+        "maps_by_layer": {name: found["by_layer"] for name, found in maps.items()},
         "directions": _directions(held),
     }
     target.write_json(result, RESULT)
@@ -364,9 +373,10 @@ def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: Rows) -> d
 def _shown(held: list[tuple[_Job, dict[str, Any]]], maps: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """label -> pictures with their maps, of the first seed that has them."""
     out: dict[str, list[dict[str, Any]]] = {}
-    for job, _ in held:
-        if job.variant and job.name in maps:
-            out.setdefault(job.variant.label, maps[job.name]["shown"])
+    for family in ("retrieval_only", "generation_only", "crem"):  # the paper's order
+        for job, _ in held:
+            if job.variant and job.variant.family == family and job.name in maps:
+                out.setdefault(job.variant.label, maps[job.name]["shown"])
     return out
 
 

@@ -155,6 +155,7 @@ def _bars(axis: Any, source: dict[str, Any], main: int) -> None:
         axis.text(3.5, native["mean"], "backbone,\nnative", fontsize=6.5, color=_GREEN, va="center")
     axis.set_xticks(range(len(keys)), [_SHORT[k.partition("@")[0]] for k in keys], fontsize=8)
     axis.set_xlim(-0.55, 3.95)
+    axis.margins(y=0.12)
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.16))
 
 
@@ -179,9 +180,10 @@ def _curves(axis: Any, source: dict[str, Any], metric: str, counts: list[int]) -
                 label=label,
             )
     axis.set_xticks(list(places.values()), ["EOS" if not k else str(k) for k in places], fontsize=8)
+    axis.set_xlim(-0.3, len(places) - 0.7)
     axis.set_xlabel("K, chorus tokens", fontsize=7, labelpad=1)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, frameon=False, loc="lower right")
+        axis.legend(fontsize=7, framealpha=0.7, edgecolor="none", loc="best")
 
 
 def _maps(shown: dict[str, list[dict[str, Any]]], rows: Rows) -> Any:

@@ -15,6 +15,7 @@ from pipelines.rows import Rows
 
 if TYPE_CHECKING:
     import crem
+    from crem.model.maps import ImageMaps
 
 __all__ = ["measure_maps", "test_pictures"]
 
@@ -37,14 +38,16 @@ def measure_maps(model: crem.Crem, rows: Rows, most: int) -> dict[str, Any]:
     """Coverage, overlap and image share, means over the test pictures, and the maps of a few.
 
     Returns:
-        ``pictures`` (their number), ``coverage``, ``overlap`` (None for one chorus token), ``image_share``, and
-        ``shown``: for each of a few pictures its ``image`` id, its own numbers and ``maps`` [K][height][width].
+        ``pictures`` (their number), ``coverage``, ``overlap`` (None for one chorus token) and ``image_share`` of the
+        mean of all layers; the same three for every layer alone, ``by_layer``; and ``shown``: for each of a few
+        pictures its ``image`` id, its own numbers and ``maps`` [K][height][width].
     """
-    from crem.model.maps import chorus_attention, coverage, image_maps, overlap
+    from crem.model.maps import chorus_attention, image_maps
 
     ids = test_pictures(rows, most)
     shown_at = set(np.linspace(0, len(ids) - 1, min(_SHOWN, len(ids))).astype(int).tolist())
     each: list[dict[str, Any]] = []
+    by_layer: dict[int, list[dict[str, Any]]] = {}
     shown: list[dict[str, Any]] = []
     for start in range(0, len(ids), _BATCH):
         some = ids[start : start + _BATCH]
@@ -53,17 +56,32 @@ def measure_maps(model: crem.Crem, rows: Rows, most: int) -> dict[str, Any]:
             for i in some
         ]
         batch = model.collator.pad(sequences).to(model.device)
-        made = image_maps(model.model, batch, chorus_attention(model.model, batch))
-        for number, (image, sequence, (maps_Kn, share)) in enumerate(zip(some, sequences, made, strict=True), start):
-            figures = {"coverage": coverage(maps_Kn), "overlap": overlap(maps_Kn), "image_share": share}
+        attention_BLHKT = chorus_attention(model.model, batch)
+        for layer in range(attention_BLHKT.shape[1]):
+            alone = image_maps(model.model, batch, attention_BLHKT, layers=[layer])
+            by_layer.setdefault(layer, []).extend(map(_figures, alone))
+        made = image_maps(model.model, batch, attention_BLHKT)
+        for number, (image, sequence, maps) in enumerate(zip(some, sequences, made, strict=True), start):
+            figures = _figures(maps)
             each.append(figures)
             if number in shown_at:
                 _, height, width = sequence.grids[0]
                 side = model.collator.processor.merge_size
-                grid = maps_Kn.cpu().view(-1, height // side, width // side)
+                grid = maps.maps_Kn.cpu().view(-1, height // side, width // side)
                 shown.append({"image": image, **figures, "maps": np.round(grid.numpy().astype(float), 5).tolist()})
+    layers = [_means(by_layer[layer]) for layer in sorted(by_layer)]
+    return {"pictures": len(ids), **_means(each), "by_layer": layers, "shown": shown}
+
+
+def _figures(maps: ImageMaps) -> dict[str, float | None]:
+    from crem.model.maps import coverage, overlap
+
+    return {"coverage": coverage(maps.maps_Kn), "overlap": overlap(maps.maps_Kn), "image_share": maps.share}
+
+
+def _means(each: list[dict[str, Any]]) -> dict[str, float | None]:
     means: dict[str, float | None] = {}
     for name in ("coverage", "overlap", "image_share"):
         values = [figures[name] for figures in each]
         means[name] = None if not values or None in values else float(np.mean(values))
-    return {"pictures": len(ids), **means, "shown": shown}
+    return means
