@@ -1,8 +1,8 @@
 """Typed configuration of every run: one frozen tree, validated once at the edge.
 
 ``load_config("micro", ["train.steps=100"])`` reads ``presets/micro.yaml``, applies the overrides and returns a
-``RunConfig``. A preset may be short: ``base: 2b`` lays it over another one. Unknown keys are refused with the nearest known name. This module imports neither torch nor Ray,
-so that ``crem --help`` and ``--print-config`` are immediate.
+``RunConfig``. A preset may be short: ``base: 2b`` lays it over another one. Unknown keys are refused with the nearest
+known name. This module imports neither torch nor Ray, so that ``crem --help`` and ``--print-config`` are immediate.
 
 Sources of defaults, named at each field: *paper* is arXiv 2602.19091; *VLM2Vec-V2* is that project's public
 recipe for the same backbone (Qwen2-VL-2B on 8 H100), used where the paper leaves a value open; *ours* is a choice
@@ -488,7 +488,9 @@ def _read_preset(preset: str | os.PathLike[str], above: tuple[str, ...] = ()) ->
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         asked = f"base of {above[-1]!r}: " if above else ""
-        raise ConfigError(f"{asked}unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file.")
+        raise ConfigError(
+            f"{asked}unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file."
+        )
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -1,8 +1,8 @@
 """``crem train --dry-run``: what a run would take, before a device is asked for. Starts no Ray and reads no weights.
 
 Rows, their mixing and the epochs are counted in the prepared tables. Tokens are those of some hundred rows of the run's
-own first steps, through the run's own collator where the tokenizer is here; else they are estimated, and the report says
-so. Memory and time are arithmetic over them (``crem.train.memory``, ``crem.train.plan``).
+own first steps, through the run's own collator where the tokenizer is here; else they are estimated, and the report
+says so. Memory and time are arithmetic over them (``crem.train.memory``, ``crem.train.plan``).
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def dry_run(prepared: str | None, config: RunConfig) -> Forecast:
     if prepared is None:
         row, chunk = assumed_row(config, shape), full_chunk(config, shape, chunk_rows)
         notes = [
-            "no tables were named: rows are unknown. A row is taken as 1,430 tokens of context (the paper's mean) with a "
-            "short target; memory is that of a chunk with a picture of full size in every query and every target."
+            "no tables were named: rows are unknown. A row is taken as 1,430 tokens of context (the paper's mean) with "
+            "a short target; memory is that of a chunk with a picture of full size in every query and every target."
         ]
     else:
         table, _ = read_table(prepared, "train")
@@ -215,7 +215,8 @@ def _sampled(
         rows = Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
         pairs = rows.pairs(numbers, z, retrieval=config.loss.alpha_r > 0, generation=config.loss.alpha_g > 0)
         chunks = [
-            _measured(collator.pairs(pairs[at : at + chunk_rows])) for at in range(0, len(pairs) - chunk_rows + 1, chunk_rows)
+            _measured(collator.pairs(pairs[at : at + chunk_rows]))
+            for at in range(0, len(pairs) - chunk_rows + 1, chunk_rows)
         ] or [_measured(collator.pairs(pairs))]
         notes = []
     notes.append(
@@ -223,7 +224,9 @@ def _sampled(
         f"{100 * (MARGIN - 1):.0f} % more."
     )
     sampled = min(len(numbers), chunk_rows * len(chunks))
-    total = {name: sum(getattr(c, name) for c, _ in chunks) for name in ("tokens", "patches", "answer_tokens", "sequences")}
+    total = {
+        name: sum(getattr(c, name) for c, _ in chunks) for name in ("tokens", "patches", "answer_tokens", "sequences")
+    }
     row = RowSize(**{k: v / sampled for k, v in total.items()}, pictures=sum(n for _, n in chunks) / sampled)
     largest = max((c for c, _ in chunks), key=lambda c: c.tokens + c.patches)
     return row, scaled(largest, MARGIN), notes
@@ -284,7 +287,9 @@ def _estimated(
                 if side is None:
                     continue
                 item = item_of({**side, "images": None}, lambda _: b"")
-                instruction = config.model.prompt.embedding_instruction if item.instruction is None else item.instruction
+                instruction = (
+                    config.model.prompt.embedding_instruction if item.instruction is None else item.instruction
+                )
                 held = side["images"] or []
                 distinct.update(held)
                 sequences += 1
@@ -307,8 +312,13 @@ def _patches(width: int, height: int, config: RunConfig, shape: BackboneShape) -
     """Patches of a picture after Qwen2-VL's resize: sides in whole merged patches, area within the bounds."""
     unit = shape.patch_size * shape.spatial_merge_size
     bounds = config.model.image
-    scale = math.sqrt(min(1.0, bounds.max_pixels / (width * height)) * max(1.0, bounds.min_pixels / (width * height)))
-    across, down = (max(1, round(side * scale / unit)) for side in (width, height))
+    across, down = (max(1, round(side / unit)) for side in (width, height))
+    if across * down * unit**2 > bounds.max_pixels:
+        shrink = math.sqrt(width * height / bounds.max_pixels) * unit
+        across, down = (max(1, math.floor(side / shrink)) for side in (width, height))
+    elif across * down * unit**2 < bounds.min_pixels:
+        grow = math.sqrt(bounds.min_pixels / (width * height)) / unit
+        across, down = (math.ceil(side * grow) for side in (width, height))
     return across * down * shape.spatial_merge_size**2
 
 
@@ -340,14 +350,14 @@ def _run_lines(f: Forecast) -> list[str]:
     model, train = f.config.model, f.config.train
     trained = "full fine-tuning" if model.lora is None else f"LoRA r {model.lora.r}"
     away = "" if train.offload == "none" else f" with offload ({train.offload})"
-    chunks = train.chunks(train.workers)
+    chunks, share = train.chunks(train.workers), train.global_batch // train.workers
     return [
         f"run       {f.config.preset}: {trained}, ZeRO {train.zero_stage}{away}, {train.precision}, "
         f"{train.workers} workers",
         f"model     {_count(f.weights.trained + f.weights.frozen)} parameters, {_count(f.weights.trained)} trained, "
         f"K = {model.chorus_tokens}",
-        f"steps     {train.steps:,} of {train.global_batch:,} rows; a worker takes {train.global_batch // train.workers} "
-        f"in {chunks} chunk{'s' * (chunks > 1)} of {f.chunk_rows}",
+        f"steps     {train.steps:,} of {train.global_batch:,} rows; a worker takes {share} in "
+        f"{chunks} chunk{'s' * (chunks > 1)} of {f.chunk_rows}",
     ]
 
 
@@ -356,13 +366,14 @@ def _mix_lines(f: Forecast) -> list[str]:
     if not f.mix or f.epochs is None:
         return []
     retrieval, heterogeneous = sum(m.retrieval for m in f.mix), sum(m.heterogeneous for m in f.mix)
+    turns = sum(m.with_turn for m in f.mix)
     lines = [
         "",
-        f"rows      {retrieval:,} retrieval ({sum(m.with_turn for m in f.mix):,} with a homogeneous turn), {heterogeneous:,} "
-        f"heterogeneous; {f.epochs[0]:.1f} and {f.epochs[1]:.1f} epochs of them",
-        f"mixing    data.retrieval_share {data.retrieval_share:g}, data.source_temperature {data.source_temperature:g}, "
-        f"data.sub_batch {data.sub_batch}",
-        f"          {'task':<28} {'retrieval':>10} {'with turn':>10} {'heterog.':>10} {'of a batch':>11} {'epochs':>8}",
+        f"rows      {retrieval:,} retrieval ({turns:,} with a homogeneous turn), {heterogeneous:,} heterogeneous; "
+        f" {f.epochs[0]:.1f} and {f.epochs[1]:.1f} epochs of them",
+        f"mixing    data.retrieval_share {data.retrieval_share:g}, data.source_temperature "
+        f"{data.source_temperature:g}, data.sub_batch {data.sub_batch}",
+        f"          {'task':<28} {'retrieval':>10} {'with turn':>10} {'heterog.':>10} {'of batch':>11} {'epochs':>8}",
     ]
     lines += [
         f"          {m.task:<28} {m.retrieval:>10,} {m.with_turn:>10,} {m.heterogeneous:>10,} {m.share:>11.1%} "
@@ -387,8 +398,8 @@ def _size_lines(f: Forecast) -> list[str]:
         f"tokens    {f.row.tokens:,.0f} a row ({f.row.patches:,.0f} patches of {f.row.pictures:.2f} pictures, "
         f"{f.row.answer_tokens:.1f} of answers), {_count(f.row.tokens * batch)} a step, "
         f"{_count(f.row.tokens * batch * f.config.train.steps)} in all",
-        f"memory    {_gb(m.total)} on each of {f.config.train.workers} workers, for a chunk of {f.chunk.tokens:,} tokens, "
-        f"{f.chunk.patches:,} patches and {f.chunk.answer_tokens:,} answer tokens",
+        f"memory    {_gb(m.total)} on each of {f.config.train.workers} workers, for a chunk of "
+        f"{f.chunk.tokens:,} tokens, {f.chunk.patches:,} patches and {f.chunk.answer_tokens:,} answer tokens",
     ]
     lines += [f"          {name:<12} {_gb(size):>10}" for name, size in part.items()]
     return lines + ([f"          in the host's memory, for each worker: {_gb(m.host)}"] if m.host else [])
@@ -400,8 +411,8 @@ def _need_lines(f: Forecast) -> list[str]:
     for need, seconds in zip(f.needs, f.need_seconds, strict=True):
         if need.workers is None:
             lines.append(
-                f"needs     {need.device.name}: does not fit, {_gb(need.memory.total)} with chunks of {need.chunk_rows}; "
-                "lower model.image.max_pixels, or choose a preset with offload"
+                f"needs     {need.device.name}: does not fit, {_gb(need.memory.total)} with chunks of "
+                f"{need.chunk_rows}; lower model.image.max_pixels, or choose a preset with offload"
             )
             continue
         smaller = f", with train.chunk_rows={need.chunk_rows}" if need.chunk_rows != f.chunk_rows else ""
@@ -429,7 +440,7 @@ def _notes(f: Forecast) -> list[str]:
     estimates = [
         *f.notes,
         f"time assumes its utilisation, and does not count transfers between workers{away}.",
-        "memory counts as estimates: the workspace of the backward pass, the process with its CUDA context and NCCL, and "
-        "5 % of fragmentation.",
+        "memory counts as estimates: the workspace of the backward pass, the process with its CUDA context and NCCL, "
+        "and 5 % of fragmentation.",
     ]
     return ["", *(f"note      {note}" for note in estimates)]

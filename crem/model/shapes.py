@@ -66,8 +66,8 @@ def shape_of(config: ModelConfig) -> BackboneShape:
     file = Path(config.backbone) / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"the shape of model.backbone={config.backbone!r} is not known here: it is no folder with a config.json and "
-            f"none of {', '.join(PUBLISHED)}; download it first and name its folder"
+            f"the shape of model.backbone={config.backbone!r} is not known here: it is no folder with a config.json "
+            f"and none of {', '.join(PUBLISHED)}; download it first and name its folder"
         )
     return _from_json(json.loads(file.read_text(encoding="utf-8")))
 

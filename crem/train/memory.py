@@ -1,11 +1,11 @@
 """Memory of a training step on one device, from shapes alone: weights, optimizer, activations.
 
 Activations are what autograd keeps of one chunk from the forward to the backward pass, counted tensor by tensor in the
-manner of Korthikanti et al. (arXiv 2205.05198), for this model: grouped key-value heads, SwiGLU, RMSNorm in float32, fused
-attention (no T x T matrix), a vision tower with quick-GELU, and only answer positions at the LM head. tests/crem/
-test_plan.py compares the count with what PyTorch really keeps. Optimizer states follow ZeRO (arXiv 1910.02054) as
-DeepSpeed 0.19 lays them out with float32 weights and autocast. Not measured, and named so where they are shown: what the
-backward pass holds beside (``workspace``), the CUDA context with NCCL, and the allocator's fragmentation.
+manner of Korthikanti et al. (arXiv 2205.05198), for this model: grouped key-value heads, SwiGLU, RMSNorm in float32,
+fused attention (no T x T matrix), a vision tower with quick-GELU, and only answer positions at the LM head. The test
+compares the count with what PyTorch really keeps. Optimizer states follow ZeRO (arXiv 1910.02054) as DeepSpeed 0.19
+lays them out with float32 weights and autocast. Not measured, and named so where they are shown: what the backward pass
+holds beside (``workspace``), the CUDA context with NCCL, and the allocator's fragmentation.
 
 Letters: T text-model tokens of a chunk, P patches, A answer tokens, D and E widths of text model and vision tower, F
 feed-forward width, V vocabulary, r bytes of the residual stream, c bytes of products.
@@ -172,7 +172,9 @@ class _Sizes:
         D, F, T = self.shape.hidden_size, self.shape.intermediate_size, self.chunk.tokens
         shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
         own_copy = self.autocast or self.lora.dropout > 0
-        inputs = {name if own_copy else shared.get(name, name): F if name == "down_proj" else D for name in self._targets}
+        inputs = {
+            name if own_copy else shared.get(name, name): F if name == "down_proj" else D for name in self._targets
+        }
         masks = sum(F if name == "down_proj" else D for name in self._targets) if self.lora.dropout else 0
         return T * (self.c * sum(inputs.values()) + self.mask * masks + self.c * self.lora.r * len(self._targets))
 
@@ -270,5 +272,7 @@ def device_memory(
     # torch's AdamW works on all tensors at once and holds as much as two of its own beside; the chunk is gone by then
     update = 0 if offload != "none" else 2 * part
     working = max(acts.peak, update)
-    overhead = (CONTEXT_BYTES if cuda else PROCESS_BYTES) + int(FRAGMENTATION * (held + gradients + moments + master + buffers + working))
+    overhead = (CONTEXT_BYTES if cuda else PROCESS_BYTES) + int(
+        FRAGMENTATION * (held + gradients + moments + master + buffers + working)
+    )
     return DeviceMemory(held, gradients, moments + master, buffers, working, overhead, host)

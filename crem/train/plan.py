@@ -46,7 +46,7 @@ DEVICES = (
     Device("40 GB (A100)", 40, 312e12),
     Device("24 GB (L4)", 24, 121e12),
 )
-"""Sizes asked about. Source: NVIDIA's data sheets, dense bf16. A card sold as 80 GB has a little over 80 x 10^9 bytes."""
+"""Sizes asked about. Source: NVIDIA's data sheets, dense bf16. What is sold as 80 GB has a little over 80e9 bytes."""
 CPU_THREAD_FLOPS = {"float32": 40e9, "bfloat16": 97e9}
 """Peak of one thread with AVX-512. Source: half of what was measured on two (80 and 195 GFLOP/s at 2048^3)."""
 
@@ -85,7 +85,11 @@ def row_flops(shape: BackboneShape, row: RowSize) -> tuple[float, float, float]:
     merger = row.patches / shape.spatial_merge_size**2 * 2 * (merged * merged + merged * D)
     block = 2 * 12 * E * E + 4 * row.patches / max(1e-9, row.pictures) * E
     patch = 2 * 3 * 2 * shape.patch_size**2 * E
-    return text, row.patches * (shape.vision_depth * block + patch) + merger, 2 * row.answer_tokens * D * shape.vocab_size
+    return (
+        text,
+        row.patches * (shape.vision_depth * block + patch) + merger,
+        2 * row.answer_tokens * D * shape.vocab_size,
+    )
 
 
 def step_flops(shape: BackboneShape, row: RowSize, config: RunConfig, workers: int) -> float:

@@ -137,7 +137,6 @@ def test_activations_are_what_autograd_keeps(shape: str, variant: str, checkpoin
     told = activations(SHAPES[shape], chunk_of(batch), config, cuda=False)
     # checkpoints hold the rotary tables where autograd's hooks do not look
     saved = told.saved - told.tables * checkpointing
-    print(f"{shape}, {variant}, {checkpointing=}: told {saved:,}, kept {measured:,}: {saved / measured:.3f}")
     assert saved == pytest.approx(measured, rel=0.04)
 
 
@@ -185,9 +184,9 @@ def test_presets_fit_80_gb_at_their_true_shapes(preset: str) -> None:
         assert weights.frozen == TOTALS[preset[:2]] and weights.frozen_bytes == 2 * weights.frozen
     chunk = full_chunk(config, shape, config.train.chunk_rows)
     memory = device_memory(config, weights, activations(shape, chunk, config), config.train.workers)
-    print(
-        f"{preset}: {total / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained; on each of {config.train.workers} GPUs "
-        f"{memory.weights / 1e9:.1f} GB weights, {memory.optimizer / 1e9:.1f} GB optimizer, "
+    print(  # noqa: T201
+        f"{preset}: {total / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained; on each of {config.train.workers} "
+        f"GPUs {memory.weights / 1e9:.1f} GB weights, {memory.optimizer / 1e9:.1f} GB optimizer, "
         f"{memory.activations / 1e9:.1f} GB activations, {memory.total / 1e9:.1f} GB in all"
     )
     assert memory.total < 72e9, "80 GB less a tenth for what is not known"
