@@ -3,7 +3,8 @@
 One pair of processes runs all stages, with and without gradient caching; the reference takes the whole batch at once.
 What is compared is the exported checkpoint, so gathering and merging are tested with the same stroke. Bounds: in fp32
 1e-5 of a tensor's largest entry, though the sums over ranks and chunks are taken in another order; under bf16 autocast
-2 % of each loss, and weights that are nearer to the reference's than to where they started.
+0.5 % of each loss, and a distance of all weights from the reference's of 20 % of the way that those moved (measured:
+0.1 %, 2 % in full fine-tuning, 9 % for LoRA over frozen weights in bf16).
 """
 
 from __future__ import annotations
@@ -173,13 +174,13 @@ def test_autocast_is_close(trained: Path, plain: Callable[[str], Reference], nam
     before, expected, steps = plain(name.removeprefix("bf16 "))
     results = json.loads((trained / name / "results.json").read_text())
     losses, wanted = [loss for loss, _ in results["steps"]], [loss for loss, _ in steps]
-    assert losses == pytest.approx(wanted, rel=0.02)
+    assert losses == pytest.approx(wanted, rel=0.005)
     assert losses != pytest.approx(wanted, rel=1e-6), "autocast took part"
     got = load_file(trained / name / "model.safetensors")
     assert got.keys() == expected.keys()
     far = torch.cat([(got[n].float() - expected[n]).flatten() for n in expected]).norm()
     moved = torch.cat([(expected[n] - before[n]).flatten() for n in expected]).norm()
-    assert far < 0.5 * moved, (far, moved)
+    assert far < 0.2 * moved, (far, moved)
 
 
 @pytest.mark.parametrize("name", [*RUNS, *AUTOCAST])
