@@ -3,13 +3,15 @@
 One pair of processes runs all stages, with and without gradient caching; the reference takes the whole batch at once.
 What is compared is the exported checkpoint, so gathering and merging are tested with the same stroke. Bounds: in fp32
 1e-5 of a tensor's largest entry, though the sums over ranks and chunks are taken in another order; under bf16 autocast
-2 % of each loss, and weights that are nearer to the reference's than to where they started.
+0.5 % of each loss, and a distance of all weights from the reference's of 20 % of the way that those moved (measured:
+0.1 %, 2 % in full fine-tuning, 9 % for LoRA over frozen weights in bf16).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,15 +116,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plain(
-    trained: Path, overrides: list[str], folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]:
-    """Weights before and after the same steps in one process, and loss and norm of each step."""
+Reference = tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]
+
+
+@pytest.fixture(scope="module")
+def plain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """The same steps in one process: weights before and after, and loss and norm of each step.
+
+    Stage, chunks and recomputation do not change the reference, so many runs share one; chunks count under dropout.
+    """
+    done: dict[str, Reference] = {}
+
+    def reference(name: str) -> Reference:
+        overrides = [o for o in RUNS[name] if not o.startswith(("train.zero_stage", "model.gradient_checkpointing"))]
+        if "dropout" not in name:
+            overrides = [o for o in overrides if not o.startswith("train.chunk_rows")]
+        key = " ".join(overrides)
+        if key not in done:
+            done[key] = one_process(overrides, trained, tmp_path_factory.mktemp("plain"))
+        return done[key]
+
+    return reference
+
+
+def one_process(overrides: list[str], trained: Path, folder: Path) -> Reference:
     config = configured(overrides, str(trained / "backbone"))
     model, collator = started(config)
     save_model(model, collator, folder / "before")
-    dropout = config.model.lora is not None and config.model.lora.dropout > 0
-    chunks = 2 * config.train.chunks(2) if dropout else 1
+    chunks = 2 * config.train.chunks(2) if config.train.chunk_rows else 1
     engine = PlainEngine(model, config, chunks)
     losses = []
     for step in range(STEPS):
@@ -134,8 +155,8 @@ def plain(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_stage_trains_as_plain_adamw_does(trained: Path, tmp_path: Path, name: str) -> None:
-    before, expected, steps = plain(trained, RUNS[name], tmp_path)
+def test_every_stage_trains_as_plain_adamw_does(trained: Path, plain: Callable[[str], Reference], name: str) -> None:
+    before, expected, steps = plain(name)
     results = json.loads((trained / name / "results.json").read_text())
     assert max(norm for _, norm in steps) > 1, "clipping takes part"
     for (loss, norm), (plain_loss, plain_norm) in zip(results["steps"], steps, strict=True):
@@ -151,18 +172,18 @@ def test_every_stage_trains_as_plain_adamw_does(trained: Path, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("name", AUTOCAST)
-def test_autocast_is_close(trained: Path, tmp_path: Path, name: str) -> None:
+def test_autocast_is_close(trained: Path, plain: Callable[[str], Reference], name: str) -> None:
     """bf16 products keep 8 bits: the run is another one, but near."""
-    before, expected, steps = plain(trained, RUNS[name.removeprefix("bf16 ")], tmp_path)
+    before, expected, steps = plain(name.removeprefix("bf16 "))
     results = json.loads((trained / name / "results.json").read_text())
     losses, wanted = [loss for loss, _ in results["steps"]], [loss for loss, _ in steps]
-    assert losses == pytest.approx(wanted, rel=0.02)
+    assert losses == pytest.approx(wanted, rel=0.005)
     assert losses != pytest.approx(wanted, rel=1e-6), "autocast took part"
     got = load_file(trained / name / "model.safetensors")
     assert got.keys() == expected.keys()
     far = torch.cat([(got[n].float() - expected[n]).flatten() for n in expected]).norm()
     moved = torch.cat([(expected[n] - before[n]).flatten() for n in expected]).norm()
-    assert far < 0.5 * moved, (far, moved)
+    assert far < 0.2 * moved, (far, moved)
 
 
 @pytest.mark.parametrize("name", [*RUNS, *AUTOCAST])
