@@ -80,7 +80,10 @@ class Follower:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(timeout=30)
-        self._metrics.close(failed=error is not None)
+        try:
+            self._metrics.close(failed=error is not None)
+        except Exception:  # as in ``_progress``
+            log.warning("the last metrics could not be written", exc_info=True)
         self._queue.shutdown()
         self._draw("complete" if error is None else f"failed: {error or type(error).__name__}")
 

@@ -14,6 +14,7 @@ the run goes on as if it had not stopped. The number of workers may change from 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -358,6 +359,9 @@ def _worker(spec: dict[str, Any]) -> None:
     )
     uploads.finish()
     heart.phase(config.train.steps, "export")
+    for empty in (place, *place.parents[:2]):  # the last rank of the node leaves nothing
+        with contextlib.suppress(OSError):
+            empty.rmdir()
     with tempfile.TemporaryDirectory() as exported:
         fingerprint = export(engine, collator, exported)
         if rank == 0:
