@@ -122,6 +122,10 @@ def test_watch_names_and_kills_a_real_worker(how: str, local_ray: None, caplog: 
     pids = ray.get(
         [w.go.remote(3, phase) for w, phase in zip(workers, ("validation", "waiting for rows"), strict=True)]
     )
+    deadline = time.monotonic() + 60
+    while {b.phase for b in ray.get(watch.pulse.read.remote())[0]} != {"validation", "waiting for rows"}:
+        assert time.monotonic() < deadline, "both ranks have told where they are"
+        time.sleep(0.1)
     with watch:
         if how == "stopped":
             stopped(psutil.Process(pids[1]))
