@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import ray
@@ -121,10 +121,7 @@ class Heart:
         self._who = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), process.pid)
         self._created = process.create_time()
         self._at = (0, "starting", time.monotonic())
-        # on SIGUSR1 the stacks of all threads go into this file, whatever the main thread is doing
-        self._stacks = open(_stacks_file(process.pid), "w")  # noqa: SIM115
-        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-        atexit.register(_stacks_file(process.pid).unlink, missing_ok=True)
+        self._stacks = _stacks_on_request()
         threading.Thread(target=self._beat, daemon=True, name="crem-heart").start()
 
     def phase(self, step: int, phase: str) -> None:
@@ -194,6 +191,15 @@ class Watch:
             "how often a run starts again from its last checkpoint.%s",
             *(beat, reason, state, others or "there are no other ranks", f"\n{stacks}" if stacks else ""),
         )
+
+
+def _stacks_on_request() -> IO[str]:
+    """On SIGUSR1 the stacks of all threads of this process go into a file that stays open, whatever they do."""
+    path = _stacks_file(os.getpid())
+    file = open(path, "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+    atexit.register(path.unlink, missing_ok=True)
+    return file
 
 
 def _stacks_file(pid: int) -> Path:

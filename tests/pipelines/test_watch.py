@@ -19,7 +19,7 @@ import ray
 from crem.config import load_config
 from pipelines.prepare import prepare
 from pipelines.train import train
-from pipelines.watch import Beat, Heart, Watch, _kill, hung
+from pipelines.watch import Beat, Heart, Watch, _kill, _stacks_file, hung
 from tests.pipelines.shapes import write_corpus
 from tests.pipelines.test_train import RUN
 
@@ -79,6 +79,24 @@ def test_a_stopped_process_is_killed_and_another_of_its_number_is_not() -> None:
     assert _kill(child.pid, 0.0) == ("gone", "")
 
 
+def test_a_process_that_stands_says_where_before_it_is_killed() -> None:
+    code = """if True:
+        import time
+        from pipelines.watch import _stacks_on_request
+        def stand():
+            print("standing", flush=True)
+            time.sleep(600)
+        held = _stacks_on_request()
+        stand()
+    """
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "standing\n"
+    state, stacks = _kill(child.pid, psutil.Process(child.pid).create_time())
+    assert state != psutil.STATUS_STOPPED and "in stand" in stacks
+    assert child.wait(timeout=20) == -signal.SIGKILL
+    assert not _stacks_file(child.pid).exists()
+
+
 @ray.remote(num_cpus=0.1)
 class Worker:
     """A rank that beats and, if told so, stands still in a function with a name."""
@@ -104,6 +122,10 @@ def test_watch_names_and_kills_a_real_worker(how: str, local_ray: None, caplog: 
     pids = ray.get(
         [w.go.remote(3, phase) for w, phase in zip(workers, ("validation", "waiting for rows"), strict=True)]
     )
+    deadline = time.monotonic() + 60
+    while {b.phase for b in ray.get(watch.pulse.read.remote())[0]} != {"validation", "waiting for rows"}:
+        assert time.monotonic() < deadline, "both ranks have told where they are"
+        time.sleep(0.1)
     with watch:
         if how == "stopped":
             stopped(psutil.Process(pids[1]))
