@@ -11,6 +11,7 @@ import torch
 from crem.config import RunConfig
 from crem.data.collator import Batch
 from crem.distributed import rank, sum_over_ranks, world_size
+from crem.memory import give_back_memory
 from crem.train.guard import LossGuard
 from crem.train.progress import Meter, Progress
 from crem.train.step import train_step
@@ -72,6 +73,8 @@ def train_loop(
             on_phase(step, "checkpoint")
             sum_over_ranks(torch.zeros(1, device=device))  # no rank writes before all have finished the step
             on_checkpoint(done, progress)
+        if device.type == "cpu":
+            give_back_memory()
         meter.restart()
 
 
