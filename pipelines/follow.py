@@ -98,7 +98,7 @@ class Follower:
             if "warning" in message:
                 log.warning("%s", message["warning"])
             elif "resumed" in message:
-                log.info("%d workers go on at step %d", message["workers"], message["resumed"])
+                log.info("going on at step %d (%d workers)", message["resumed"], message["workers"])
             elif "result" in message:
                 self.result = message["result"]
             else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+import s3fs
 
-from crem.train.state import Mark
+from crem.train.state import Mark, read_marks, verify
 from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, patiently
 from pipelines.storage import Folder
 
@@ -146,6 +149,37 @@ def test_the_end_of_a_run_does_not_wait_for_ever(tmp_path: Path) -> None:
     uploads.start(part(tmp_path / "one", 1), 1)
     uploads.finish(patience_s=0.1)
     assert checkpoints.complete() == [] and "NO checkpoint of step 1" in told[-1]
+
+
+def test_an_s3_server_that_dies_during_an_upload(tmp_path: Path, s3_server: Any, s3_env: Any) -> None:
+    """What it had of the checkpoint is none; when it is back the upload goes through, and what arrives is whole."""
+    checkpoints = Checkpoints(Folder.at(f"s3://{s3_server.bucket}/dies/checkpoints"))
+    told: list[str] = []
+    uploads = Uploads(checkpoints, rank=0, attempt="a", keep=1, tell=told.append)
+    local = part(tmp_path / "local", 7)
+    large = local / "state" / "large"
+    with large.open("wb") as file:
+        for number in range(200):
+            file.write(bytes([number]) * 2**20)
+    with large.open("rb") as file:
+        facts = {"bytes": large.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
+    mark = read_marks(local)[0]
+    mark.files["state/large"] = facts
+    (local / mark.name).write_text(json.dumps(asdict(mark)))
+    uploads.start(local, 7)
+    time.sleep(0.3)
+    s3_server.kill()
+    try:
+        while not told:
+            time.sleep(0.05)
+    finally:
+        s3_server.start()
+    s3fs.S3FileSystem.clear_instance_cache()
+    uploads.finish(patience_s=120)
+    assert "is not written" in told[0] and "after all" in told[-1]
+    (found,) = checkpoints.complete()
+    checkpoints.fetch(found, list(mark.files), tmp_path / "fetched")
+    assert verify(tmp_path / "fetched").step == 7
 
 
 def test_patience_ends_and_is_only_for_storage() -> None:

@@ -199,7 +199,7 @@ def test_a_killed_worker_is_replaced_and_the_run_is_the_same(prepared: str, refe
         job.kill_worker()
         finished(job)
     assert job.starts() == 4, "two workers, twice"
-    assert "2 workers go on at step" in job.said()
+    assert "going on at step 4 (2 workers)" in job.said()
     same(job, reference)
     for step, entry in before.items():
         assert entry["loss"] == pytest.approx(reference.metrics()[step]["loss"], rel=1e-6)
