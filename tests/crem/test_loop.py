@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +24,10 @@ from crem.train.flops import ModelFlops
 from crem.train.guard import LossGuard
 from crem.train.loop import train_loop
 from crem.train.progress import Progress
-from crem.train.step import StepResult
+from crem.train.step import StepResult, train_step
 from crem.train.validate import validate
 from tests.conftest import TEXTS
-from tests.crem.runs import ROWS, PlainEngine, pairs, run_config, share
+from tests.crem.runs import ROWS, PlainEngine, pairs, run_config, share, spawn
 
 CPU = torch.device("cpu")
 
@@ -200,3 +203,31 @@ def test_the_loop_stops_before_a_checkpoint_of_a_broken_model() -> None:
     with pytest.raises(DivergenceError, match="step 3 is nan"):
         run(config, engine, collator, on_checkpoint=break_it)
     assert saved == [1, 2, 3]
+
+
+def validate_on_rank(number: int, folder: Path) -> None:
+    """ZeRO-3: rank 1 has a picture in none of its rows. A step follows, so training goes on after a validation."""
+    from crem.train.optim import initialise
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = run_config("train.zero_stage=3", "train.workers=2", "train.precision=float32")
+    model, collator = build_model(config.model, texts=TEXTS)
+    engine = initialise(model.train(), config, CPU)
+    rows = pairs("no images")[number * ROWS // 2 : (number + 1) * ROWS // 2]
+    held = [tuple(collator.pairs([replace(p, z=z) for p in rows]) for z in (False, True))]
+    before = validate(engine, held, config.loss, CPU)  # type: ignore[arg-type]
+    train_step(engine, share(collator, "no images", 0, number, 2), config.loss)
+    train_step(engine, share(collator, "no images", 1, number, 2), config.loss)
+    after = validate(engine, held, config.loss, CPU)  # type: ignore[arg-type]
+    (folder / f"{number}.json").write_text(json.dumps([before.as_dict(), after.as_dict()]))
+
+
+@pytest.mark.slow
+def test_validation_on_two_ranks_under_zero_3_is_that_of_one_process(tmp_path: Path) -> None:
+    spawn(validate_on_rank, 2, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    config, engine, collator = started()
+    whole = [tuple(collator.pairs([replace(p, z=z) for p in pairs("no images")]) for z in (False, True))]
+    assert first[0] == pytest.approx(validate(engine, whole, config.loss, CPU).as_dict(), rel=1e-5)  # type: ignore[arg-type]
+    assert first[1]["loss"] != pytest.approx(first[0]["loss"], rel=1e-3), "the steps have changed the model"
