@@ -294,14 +294,14 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
-        from pipelines.dryrun import dry_run
+        from pipelines.training.dryrun import dry_run
 
         print(dry_run(args.prepared, _config(args)).text)
         return
     if not args.prepared or not args.out:
         missing = "PREPARED, the tables" if not args.prepared else "--out, the folder of the run"
         raise ConfigError(f"{missing}, is missing: crem train PREPARED --out RUN; only --dry-run goes without")
-    from pipelines.train import train
+    from pipelines.training.train import train
 
     result = train(args.prepared, args.out, _config(args), resume=args.resume, fresh=args.fresh)
     print(f"model       {result['model']}\nfingerprint {result['fingerprint']}\nsteps       {result['steps']}")
@@ -350,8 +350,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
-    from pipelines.ablate import ablate
-    from pipelines.ablation_report import table
+    from pipelines.ablation.ablate import ablate
+    from pipelines.ablation.report import table
 
     print(table(ablate(args.prepared, args.out, _config(args), seeds=tuple(args.seeds), only=args.only)))
 

@@ -38,12 +38,12 @@ from pipelines import session
 from pipelines.embed import embed
 from pipelines.emoji import corpus_path
 from pipelines.evaluate import evaluate, table
-from pipelines.metrics import read_metrics
 from pipelines.prepare import prepare
 from pipelines.report import write_report
 from pipelines.rows import Rows, read_rows, texts_of
 from pipelines.storage import Folder
-from pipelines.train import train
+from pipelines.training.metrics import read_metrics
+from pipelines.training.train import train
 
 __all__ = ["demo"]
 

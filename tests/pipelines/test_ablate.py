@@ -15,11 +15,11 @@ import pytest
 import crem
 from crem.config import AblateConfig, load_config
 from crem.errors import ConfigError
-from pipelines.ablate import ablate
-from pipelines.ablation_report import table, verdict
+from pipelines.ablation.ablate import ablate
+from pipelines.ablation.report import table, verdict
+from pipelines.ablation.trends import NO_SEED, Claim, claims, estimate, judge
+from pipelines.ablation.variants import BACKBONE, PAPER, variants
 from pipelines.prepare import prepare
-from pipelines.trends import NO_SEED, Claim, claims, estimate, judge
-from pipelines.variants import BACKBONE, PAPER, variants
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 

@@ -15,9 +15,10 @@ from crem.checkpoint import build_model
 from crem.cli import main
 from crem.config import load_config
 from crem.model.shapes import PUBLISHED
-from pipelines import dryrun, schema
-from pipelines.dryrun import dry_run
+from pipelines import schema
 from pipelines.rows import read_rows, texts_of
+from pipelines.training import dryrun
+from pipelines.training.dryrun import dry_run
 from tests.conftest import TINY
 from tests.pipelines.shapes import COLOURS, SHAPES, draw
 

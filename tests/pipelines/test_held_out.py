@@ -14,10 +14,10 @@ from crem.checkpoint import build_model
 from crem.config import RunConfig, load_config
 from crem.errors import DivergenceError
 from pipelines import schema
-from pipelines.failed_step import saved_step
-from pipelines.held_out import data_mix, hash_of, split_rows, training_texts, validation_batches
 from pipelines.rows import Pictures, Rows
 from pipelines.storage import Folder
+from pipelines.training.failed_step import saved_step
+from pipelines.training.held_out import data_mix, hash_of, split_rows, training_texts, validation_batches
 from tests.conftest import TEXTS, TINY
 
 

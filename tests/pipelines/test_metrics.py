@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crem.config import load_config
 from crem.errors import ConfigError
-from pipelines.follow import duration, progress_line
-from pipelines.metrics import MetricsLog, read_metrics
 from pipelines.storage import Folder
-from pipelines.trackers import check_tracker, open_tracker
-from pipelines.training_report import write_training_report
+from pipelines.training.follow import duration, progress_line
+from pipelines.training.metrics import MetricsLog, read_metrics
+from pipelines.training.report import write_training_report
+from pipelines.training.trackers import check_tracker, open_tracker
 
 PLAIN = {
     "loss": 2.0,

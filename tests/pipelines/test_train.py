@@ -21,12 +21,12 @@ from crem.config import load_config
 from crem.errors import ConfigError, TrainingError
 from pipelines import session
 from pipelines.evaluate import evaluate, table
-from pipelines.held_out import split_rows
-from pipelines.metrics import read_metrics
 from pipelines.prepare import prepare
 from pipelines.rows import read_rows
 from pipelines.storage import Folder
-from pipelines.train import train
+from pipelines.training.held_out import split_rows
+from pipelines.training.metrics import read_metrics
+from pipelines.training.train import train
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 

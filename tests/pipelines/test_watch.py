@@ -18,8 +18,8 @@ import ray
 
 from crem.config import load_config
 from pipelines.prepare import prepare
-from pipelines.train import train
-from pipelines.watch import Beat, Heart, Watch, _kill, _stacks_file, hung
+from pipelines.training.train import train
+from pipelines.training.watch import Beat, Heart, Watch, _kill, _stacks_file, hung
 from tests.pipelines.shapes import write_corpus
 from tests.pipelines.test_train import RUN
 
@@ -82,7 +82,7 @@ def test_a_stopped_process_is_killed_and_another_of_its_number_is_not() -> None:
 def test_a_process_that_stands_says_where_before_it_is_killed() -> None:
     code = """if True:
         import time
-        from pipelines.watch import _stacks_on_request
+        from pipelines.training.watch import _stacks_on_request
         def stand():
             print("standing", flush=True)
             time.sleep(600)
@@ -116,7 +116,7 @@ class Worker:
 @pytest.mark.parametrize("how", ["stopped", "standing"])
 def test_watch_names_and_kills_a_real_worker(how: str, local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
     """``stopped`` by SIGSTOP; ``standing`` in a call while the other rank is further: then its stacks are told too."""
-    caplog.set_level(logging.ERROR, logger="pipelines.watch")
+    caplog.set_level(logging.ERROR, logger="pipelines.training.watch")
     watch = Watch(6.0 if how == "stopped" else 12.0)
     workers = [Worker.remote(watch.pulse, rank) for rank in (0, 1)]
     pids = ray.get(

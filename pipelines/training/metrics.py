@@ -1,5 +1,5 @@
 """Metrics of a training run: ``metrics.jsonl`` and TensorBoard event files in its output folder, always, and a tracker
-where one is set (``pipelines.trackers``).
+where one is set (``pipelines.training.trackers``).
 
 Training terms have plain names, those of held-out rows begin with ``validation/``. For a run on an object store the
 JSON lines are written there after every entry; the event files lie on the driver's disk and are copied at its end.
@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 from pipelines.storage import Folder
-from pipelines.trackers import Tracker
+from pipelines.training.trackers import Tracker
 
 __all__ = ["MetricsLog", "read_metrics"]
 

@@ -11,9 +11,9 @@ from typing import Any
 from ray.util.queue import Empty, Queue
 
 from crem.config import RunConfig
-from pipelines.metrics import MetricsLog
 from pipelines.storage import Folder
-from pipelines.trackers import Tracker
+from pipelines.training.metrics import MetricsLog
+from pipelines.training.trackers import Tracker
 
 __all__ = ["Follower", "duration", "progress_line"]
 
@@ -117,7 +117,7 @@ class Follower:
             self._draw("running")
 
     def _draw(self, state: str) -> None:
-        from pipelines.training_report import (
+        from pipelines.training.report import (
             write_training_report,
         )  # workers import this module, and need no matplotlib
 

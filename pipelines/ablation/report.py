@@ -19,8 +19,8 @@ from PIL import Image
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+from pipelines.ablation.variants import BACKBONE
 from pipelines.rows import Rows
-from pipelines.variants import BACKBONE
 
 __all__ = ["table", "write_ablation_report"]
 
@@ -47,7 +47,9 @@ def write_ablation_report(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["points"] = _points
     environment.filters["verdict"] = verdict
-    template = environment.from_string((resources.files("pipelines") / "ablation.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        (resources.files("pipelines.ablation") / "report.html.j2").read_text(encoding="utf-8")
+    )
     figure, picture = _drawn(_figure(result))
     maps, maps_picture = _drawn(_maps(shown, rows)) if shown else (None, None)
     page = template.render(r=result, paper=result["paper"]["figures"], figure=figure, maps=maps)

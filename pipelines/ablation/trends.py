@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.variants import BACKBONE, PAPER, key_of
+from pipelines.ablation.variants import BACKBONE, PAPER, key_of
 
 __all__ = ["Claim", "Estimate", "claims", "estimate", "judge", "map_claims"]
 

@@ -4,7 +4,7 @@ The driver reads the rows and starts the workers; a worker is ``_worker`` below,
 ``crem.train.step``. What stays in the output folder:
 
     config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
-    model/           the trained checkpoint              checkpoints/                   ``pipelines.checkpoints``
+    model/           the trained checkpoint              checkpoints/                   ``checkpoints.py``
     best/, best.json the model of the lowest validation  report.html                    curves, configuration, data
 
 A run whose workers died is started again by Ray Train, and one that was killed as a whole with ``resume``: the workers
@@ -37,16 +37,16 @@ from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
-from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
-from pipelines.failed_step import FAILED_STEP, saved_step
-from pipelines.follow import Follower
-from pipelines.held_out import data_mix, split_rows, training_texts, validation_batches
-from pipelines.metrics import read_metrics
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches
 from pipelines.storage import Folder
-from pipelines.trackers import check_tracker, open_tracker
-from pipelines.watch import Heart, Watch
+from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
+from pipelines.training.failed_step import FAILED_STEP, saved_step
+from pipelines.training.follow import Follower
+from pipelines.training.held_out import data_mix, split_rows, training_texts, validation_batches
+from pipelines.training.metrics import read_metrics
+from pipelines.training.trackers import check_tracker, open_tracker
+from pipelines.training.watch import Heart, Watch
 
 __all__ = ["train"]
 
@@ -214,7 +214,7 @@ def _identity(config: RunConfig, stamp: dict[str, Any]) -> str:
 
 def _fit(spec: dict[str, Any], target: Folder, config: RunConfig) -> None:
     """Run to the end; a failed run raises the worker's own error, or says which worker failed and how to go on."""
-    # Ray Train's own folder holds nothing that outlives this call: see pipelines.checkpoints
+    # Ray Train's own folder holds nothing that outlives this call: see pipelines.training.checkpoints
     with tempfile.TemporaryDirectory(prefix="crem-ray-train-") as storage:
         try:
             _trainer(spec, config, storage).fit()
@@ -280,7 +280,7 @@ def _worker(spec: dict[str, Any]) -> None:
     from crem.train.optim import initialise
     from crem.train.state import load_state, save_state
     from crem.train.validate import validate
-    from pipelines.best import BestModel
+    from pipelines.training.best import BestModel
 
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])

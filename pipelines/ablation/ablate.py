@@ -1,6 +1,6 @@
 """``crem ablate``: the paper's Tables 3 and 4 and Figure 4 with seeds and error bars, beside the paper's figures.
 
-Every variant (``pipelines.variants``) is trained with every seed by ``pipelines.train`` and evaluated by
+Every variant (``variants.py``) is trained with every seed by ``pipelines.training.train`` and evaluated by
 ``pipelines.evaluate`` at each of its chorus counts. What stays in the output folder:
 
     runs/<variant>-<seed>/              the training run          ablation.json      all figures, trends and settings
@@ -37,12 +37,12 @@ from typing import Any
 
 from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, TrainingError
-from pipelines.ablation_report import write_ablation_report
+from pipelines.ablation.report import write_ablation_report
+from pipelines.ablation.trends import NO_SEED, claims, estimate, judge, map_claims
+from pipelines.ablation.variants import BACKBONE, MAP_METRICS, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
 from pipelines.prepare import read_manifest
 from pipelines.rows import Rows, read_rows
 from pipelines.storage import Folder
-from pipelines.trends import NO_SEED, claims, estimate, judge, map_claims
-from pipelines.variants import BACKBONE, MAP_METRICS, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
 
 __all__ = ["ablate"]
 
@@ -279,8 +279,8 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
 
     import crem
     from pipelines import session
-    from pipelines.attention_maps import measure_maps
-    from pipelines.train import train
+    from pipelines.ablation.attention_maps import measure_maps
+    from pipelines.training.train import train
 
     began = time.monotonic()
     trained: dict[str, Any] = {}
