@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from crem.errors import CheckpointError
 
-__all__ = ["MODELS", "SHIPPED", "local_copy"]
+__all__ = ["MODELS", "SHIPPED", "local_copy", "shipped"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
     named = os.fspath(path_or_uri)
     if os.path.isdir(named):
         return Path(named)
-    if (SHIPPED / named / "config.json").is_file() and os.path.basename(named) == named:
-        return SHIPPED / named
+    if folder := shipped(named):
+        return folder
     if "://" not in named:
         # "organisation/model" is a hub's name, unless there is a folder "organisation" here
         if named.startswith((".", "/", "~")) or named.count("/") != 1 or os.path.isdir(os.path.dirname(named)):
@@ -71,6 +71,12 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
         except Exception as error:  # botocore's and the operating system's alike
             raise CheckpointError(f"downloading {named!r} failed: {type(error).__name__}: {error}") from error
     return target
+
+
+def shipped(name: str) -> Path | None:
+    """The folder of a checkpoint that comes with crem."""
+    folder = SHIPPED / name
+    return folder if os.path.basename(name) == name and (folder / "config.json").is_file() else None
 
 
 def _download(fs: Any, root: str, files: list[str], target: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from crem.checkpoint import adapt
 from crem.config import BackboneShape, ModelConfig
 from crem.errors import ConfigError
+from crem.fetch import shipped
 from crem.model.backbone import SPECIAL_TOKENS, Qwen2VLForConditionalGeneration, config_from_shape
 
 __all__ = ["PUBLISHED", "meta_model", "shape_of"]
@@ -63,7 +64,7 @@ def shape_of(config: ModelConfig) -> BackboneShape:
     assert config.backbone is not None
     if config.backbone in PUBLISHED:
         return PUBLISHED[config.backbone]
-    file = Path(config.backbone) / "config.json"
+    file = (shipped(config.backbone) or Path(config.backbone)) / "config.json"
     if not file.is_file():
         raise ConfigError(
             f"the shape of model.backbone={config.backbone!r} is not known here: it is no folder with a config.json "

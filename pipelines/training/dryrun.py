@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from crem.config import BackboneShape, RunConfig
+from crem.fetch import shipped
 from crem.train.memory import Chunk, DeviceMemory, Weights, activations, device_memory, weights_of
 from crem.train.plan import (
     CPU_THREAD_FLOPS,
@@ -242,7 +243,7 @@ def _collator(config: RunConfig, table: pa.Table) -> Collator | None:
     from crem.checkpoint import build_collator
 
     backbone = config.model.backbone
-    if backbone is not None and not os.path.isdir(backbone):
+    if backbone is not None and not (os.path.isdir(backbone) or shipped(backbone)):
         from huggingface_hub import try_to_load_from_cache
 
         found = "://" not in backbone and isinstance(try_to_load_from_cache(backbone, "tokenizer.json"), str)
