@@ -32,7 +32,7 @@ from crem.errors import CheckpointError, CremError
 from crem.train.state import Mark, common_mark, convert, files_needed, read_marks, verify
 from pipelines.storage import Folder
 
-__all__ = ["Checkpoints", "Found", "Uploads", "fetch_newest", "patiently", "scratch"]
+__all__ = ["Checkpoints", "Found", "Uploads", "fetch_newest", "leads", "patiently", "scratch"]
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +232,16 @@ def scratch(run: str, node: str, attempt: str) -> Path:
             shutil.rmtree(left, ignore_errors=True)
     (root / attempt).mkdir(exist_ok=True)
     return root / attempt
+
+
+def leads(place: Path) -> bool:
+    """Whether this process is the first of its node to ask in ``place``. (Ray's local ranks count by address, and two
+    nodes may have one.)"""
+    try:
+        (place / "leader").mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def fetch_newest(

@@ -40,7 +40,7 @@ from pipelines import schema, session
 from pipelines.prepare import read_manifest
 from pipelines.rows import share_rows, step_batches
 from pipelines.storage import Folder
-from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, patiently, scratch
+from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
 from pipelines.training.failed_step import FAILED_STEP, saved_step
 from pipelines.training.follow import Follower
 from pipelines.training.held_out import data_mix, split_rows, training_texts, validation_batches
@@ -285,7 +285,7 @@ def _worker(spec: dict[str, Any]) -> None:
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])
     context = ray.train.get_context()
-    rank, ranks, leader = context.get_world_rank(), context.get_world_size(), context.get_local_rank() == 0
+    rank, ranks = context.get_world_rank(), context.get_world_size()
     heart = Heart(spec["pulse"], rank=rank, ranks=ranks)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -307,7 +307,7 @@ def _worker(spec: dict[str, Any]) -> None:
         place,
         rank=rank,
         ranks=ranks,
-        leader=leader,
+        leader=leads(place),
         from_rank_zero=broadcast_from_rank_zero,
         anywhere=anywhere,
         tell=tell,
@@ -359,7 +359,7 @@ def _worker(spec: dict[str, Any]) -> None:
     )
     uploads.finish()
     heart.phase(config.train.steps, "export")
-    for empty in (place, *place.parents[:2]):  # the last rank of the node leaves nothing
+    for empty in (place / "leader", place, *place.parents[:2]):  # the last rank of the node leaves nothing
         with contextlib.suppress(OSError):
             empty.rmdir()
     with tempfile.TemporaryDirectory() as exported:

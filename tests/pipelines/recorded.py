@@ -1,7 +1,8 @@
 """``crem train`` whose workers write down which rows they made each step of: ``python -m tests.pipelines.recorded …``.
 
 One line per step, rank and start of the workers, into ``$CREM_RECORD/<process>.jsonl``. A step takes ``$CREM_STEP_S``
-seconds longer and the upload of a file ``$CREM_UPLOAD_S``, so that a test can hit them.
+seconds longer and the upload of a file ``$CREM_UPLOAD_S``, so that a test can hit them; only the steps below the number
+in the file ``$CREM_GATE`` are made.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ def recording_worker(spec: dict[str, Any]) -> None:
     collate = rows._collate
     file = Path(os.environ["CREM_RECORD"]) / f"{os.getpid()}.jsonl"
 
+    at: list[int] = []
+
     def recorded(share: bytes, *rest: Any) -> Any:
         pairs, _ = pickle.loads(share)
         line = {"step": pairs[0].seed[1], "rows": [p.seed[2] for p in pairs], "rank": rank, "ranks": ranks}
+        at[:] = at or [line["step"]]
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
         return collate(share, *rest)
@@ -44,6 +48,9 @@ def recording_worker(spec: dict[str, Any]) -> None:
 
     def slow_step(*args: Any, **kwargs: Any) -> Any:
         time.sleep(float(os.environ.get("CREM_STEP_S", 0)))
+        while (gate := os.environ.get("CREM_GATE")) and at[0] >= int(Path(gate).read_text()):
+            time.sleep(0.1)
+        at[0] += 1
         return train_step(*args, **kwargs)
 
     rows._collate, Folder.upload, loop.train_step = recorded, slow_upload, slow_step

@@ -16,7 +16,7 @@ import s3fs
 
 from crem.train.state import Mark, read_marks, verify
 from pipelines.storage import Folder
-from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, patiently
+from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently
 
 
 def part(folder: Path, step: int, rank: int = 0, ranks: int = 1, stage: int = 0) -> Path:
@@ -98,6 +98,10 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     caplog.clear()
     newest(checkpoints, tmp_path / "again")
     assert "damaged" not in caplog.text, "it is not read a second time"
+
+
+def test_one_process_of_a_node_leads(tmp_path: Path) -> None:
+    assert [leads(tmp_path) for _ in range(3)] == [True, False, False]
 
 
 class Failing(Folder):

@@ -288,35 +288,40 @@ def test_another_number_of_workers(prepared: str, reference: Job, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_elastic_run_loses_a_node_and_gets_one_back(prepared: str, reference: Job, tmp_path: Path) -> None:
+def test_an_elastic_run_loses_a_node_and_gets_one_back(
+    prepared: str, reference: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2 -> 1 -> 2 workers, without anybody's help."""
-    elastic = ["train.min_workers=1", "train.cpus_per_worker=2", "train.resize_every_s=3", "train.checkpoint_every=2"]
+    elastic = ["train.min_workers=1", "train.cpus_per_worker=2", "train.resize_every_s=3", "train.checkpoint_every=1"]
+    gate = tmp_path / "gate"
 
-    def workers() -> list[int]:
-        """Numbers of workers, by the time of the last step that a worker made."""
+    def open_to(step: int) -> None:
+        (tmp_path / "next").write_text(str(step))
+        (tmp_path / "next").replace(gate)
+
+    def workers() -> int:
+        """How many workers there are, by what the latest of them wrote first."""
         files = sorted(job.record.iterdir(), key=lambda file: file.stat().st_mtime)
-        return [json.loads(file.read_text().splitlines()[0])["ranks"] for file in files]
+        return int(json.loads(files[-1].read_text().splitlines()[0])["ranks"]) if files else 0
 
-    os.environ |= {
-        "CREM_RECORD": str(tmp_path / "rows"),
-        "CREM_STEP_S": "2",
-    }  # Ray's workers get the nodes' environment
-    try:
-        with (
-            LocalCluster(2, cpus_per_node=3) as nodes,
-            Job(prepared, tmp_path / "run", tmp_path, *elastic, step_s=2, env=nodes.env) as job,
-        ):
-            job.wait_for_step(3)
-            nodes.kill_node(1)
-            job.wait_for(lambda: workers()[-1] == 1, "one worker")
-            step = max(job.metrics())
-            job.wait_for_step(step + 1)
-            nodes.add_node()
-            job.wait_for(lambda: workers()[-1] == 2, "two workers again")
-            finished(job)
-    finally:
-        for name in ("CREM_RECORD", "CREM_STEP_S"):
-            del os.environ[name]
+    # Ray's workers get their node's environment
+    monkeypatch.setenv("CREM_RECORD", str(tmp_path / "rows"))
+    monkeypatch.setenv("CREM_GATE", str(gate))
+    open_to(3)
+    with (
+        LocalCluster(2, cpus_per_node=3) as nodes,
+        Job(prepared, tmp_path / "run", tmp_path, *elastic, env=nodes.env) as job,
+    ):
+        job.wait_for_step(3)
+        assert workers() == 2
+        nodes.kill_node(1)
+        job.wait_for(lambda: workers() == 1, "one worker")
+        open_to(6)
+        job.wait_for_step(6)
+        nodes.add_node()
+        job.wait_for(lambda: workers() == 2, "two workers again")
+        open_to(STEPS)
+        finished(job)
     same(job, reference, bound=2e-5)
 
 
