@@ -20,10 +20,11 @@ CAPTION = "a small red fox sits beside green trees and looks at the many animals
 
 
 def build(width: int, side: int, device: str, *, max_text_tokens: int = 1024) -> tuple[CremModel, Collator, RunConfig]:
-    """The micro preset at a hidden size, for images of up to ``side`` x ``side``, in training."""
+    """A model of micro's shape at a hidden size, for images of up to ``side`` x ``side``, trained with both losses."""
     limits = f"model.image={{min_pixels: 256, max_pixels: {side**2}}}"
     overrides = [f"model.scratch.hidden_size={width}", f"model.scratch.intermediate_size={2 * width}", limits]
-    config = load_config("micro", [*overrides, f"model.prompt.max_text_tokens={max_text_tokens}"])
+    both = ["model.chorus_tokens=4", "loss.alpha_r=1", "loss.alpha_g=0.3", "loss.compression_probability=0.5"]
+    config = load_config("micro-base", [*overrides, *both, f"model.prompt.max_text_tokens={max_text_tokens}"])
     model, collator = build_model(config.model, texts=[CAPTION, "what is this?"] * 8)
     return model.to(device).train(), collator, config
 
