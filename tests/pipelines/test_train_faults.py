@@ -56,7 +56,7 @@ RUN = [
     "data.augment=0",
 ]
 TERMS = ("loss", "retrieval", "generation", "answer_tokens", "lr")
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="module")
