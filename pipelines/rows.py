@@ -130,6 +130,7 @@ class Rows:
                 seed=(*seed, int(number)),
                 query_key=_content_key(row["query"]),
                 target_key=_content_key(row["target"]),
+                negative_keys=tuple(_content_key(n) for n in row["negatives"] or ()) if retrieval else (),
             )
             for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
         ]

@@ -126,12 +126,15 @@ def retrieval_of(embeddings_ND: Tensor, chunks: Sequence[Batch], config: LossCon
         gather_rows(embeddings_ND[torch.cat(places).to(device)]) for places in (queries, targets, negatives)
     )
     query_keys_Q = gather_rows(torch.cat([chunk.query_keys for chunk in chunks]).to(device))
-    target_keys_Q = gather_rows(torch.cat([chunk.candidate_keys[: len(chunk.queries)] for chunk in chunks]).to(device))
+    target_keys_Q, negative_keys_N = (
+        gather_rows(torch.cat(keys).to(device))
+        for keys in zip(*(c.candidate_keys.tensor_split([len(c.queries)]) for c in chunks), strict=True)
+    )
     loss = info_nce(
         queries_QD,
         torch.cat([targets_QD, negatives_ND]),
         query_keys=query_keys_Q,
-        candidate_keys=torch.cat([target_keys_Q, target_keys_Q.new_full((len(negatives_ND),), -1)]),
+        candidate_keys=torch.cat([target_keys_Q, negative_keys_N]),
         temperature=config.temperature,
         symmetric=config.symmetric,
         margin=config.false_negative_margin,
