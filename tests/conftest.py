@@ -20,6 +20,7 @@ TINY = [
     "model.backbone=null",
     "model.chorus_tokens=4",
     "model.nested_chorus=[]",
+    "train.precision=float32",
 ]
 TEXTS = ["a red apple", "what is this? a green square", "animals and nature", "food and drink", "describe it"] * 4
 

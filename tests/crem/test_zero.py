@@ -123,12 +123,13 @@ Reference = tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]
 def plain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     """The same steps in one process: weights before and after, and loss and norm of each step.
 
-    Stage, chunks and recomputation do not change the reference, so many runs share one; chunks count under dropout.
+    Stage, offload, chunks and recomputation do not change the reference, so many runs share one; chunks count under dropout.
     """
     done: dict[str, Reference] = {}
 
     def reference(name: str) -> Reference:
-        overrides = [o for o in RUNS[name] if not o.startswith(("train.zero_stage", "model.gradient_checkpointing"))]
+        same = ("train.zero_stage", "train.offload", "model.gradient_checkpointing")
+        overrides = [o for o in RUNS[name] if not o.startswith(same)]
         if "dropout" not in name:
             overrides = [o for o in overrides if not o.startswith("train.chunk_rows")]
         key = " ".join(overrides)
