@@ -123,7 +123,8 @@ Reference = tuple[dict[str, Tensor], dict[str, Tensor], list[list[float]]]
 def plain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     """The same steps in one process: weights before and after, and loss and norm of each step.
 
-    Stage, offload, chunks and recomputation do not change the reference, so many runs share one; chunks count under dropout.
+    Stage, offload, chunks and recomputation do not change the reference, so many runs share one; chunks do under
+    dropout.
     """
     done: dict[str, Reference] = {}
 
