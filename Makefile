@@ -50,6 +50,8 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 
 bench: $(STAMP)  ## benchmarks; print ratios
 	$(BIN)/python -m tests.bench.bench_step $(ARGS)
+	$(BIN)/python -m tests.bench.bench_cache $(ARGS)
+	$(BIN)/python -m tests.bench.bench_attention $(ARGS)
 	$(BIN)/python -m tests.bench.bench_decode $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format

@@ -33,7 +33,17 @@ from crem.model.backbone import CHAT_TEMPLATE, SPECIAL_TOKENS, image_processor, 
 from crem.model.chorus import add_chorus_tokens, chorus_token_ids, initialise_rows
 from crem.model.crem import CremModel
 
-__all__ = ["CREM_FILE", "build_model", "check_chorus_tokens", "describe", "fingerprint", "read_model", "save_model"]
+__all__ = [
+    "CREM_FILE",
+    "adapt",
+    "build_collator",
+    "build_model",
+    "check_chorus_tokens",
+    "describe",
+    "fingerprint",
+    "read_model",
+    "save_model",
+]
 
 CREM_FILE = "crem.json"
 FORMAT = 1
@@ -74,11 +84,22 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
                 backbone.resize_token_embeddings(max(chorus_ids) + 1)
         # a CREM checkpoint taken as backbone brings trained chorus rows, which stay
         initialise_rows(backbone.get_input_embeddings().weight.data, [i for i in chorus_ids if i >= known], seed=seed)
+    with _seeded(seed):
+        adapted = backbone if config.lora is None else adapt(backbone, chorus_ids, config)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    with _seeded(seed):
-        adapted = backbone if config.lora is None else _with_lora(backbone, chorus_ids, config)
+        # it makes embeddings ask for gradients, patch embeddings too, which only reentrant checkpoints need: a frozen
+        # vision tower would be held, recomputed and gone through backward for nothing. (PEFT, above, would do it too.)
+        backbone.disable_input_require_grads()
     return CremModel(adapted, chorus_ids, config), Collator(tokenizer, processor, chorus_ids, config)
+
+
+def build_collator(config: ModelConfig, *, texts: list[str] | None = None) -> Collator:
+    """The collator of ``build_model``, without reading the weights of a pretrained backbone."""
+    if config.backbone is None:
+        return build_model(config, texts=texts)[1]
+    tokenizer, processor = _read_processors(local_copy(config.backbone), config)
+    return Collator(tokenizer, processor, add_chorus_tokens(tokenizer, config.chorus_tokens), config)
 
 
 @contextmanager
@@ -89,7 +110,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _with_lora(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int], config: ModelConfig) -> Any:
+def adapt(backbone: Qwen2VLForConditionalGeneration, chorus_ids: list[int], config: ModelConfig) -> Any:
+    """The backbone with LoRA by PEFT: adapters and chorus rows are trained in float32, all else is frozen."""
     from peft import LoraConfig, get_peft_model
 
     assert config.lora is not None
@@ -159,7 +181,7 @@ def _plain(
             # through a dict, which leaves our vision attention behind
             config = type(model.core.config).from_dict(model.core.config.to_dict())
             bare = Qwen2VLForConditionalGeneration(config)
-        merged = _with_lora(bare, model.chorus_ids, model.config)
+        merged = adapt(bare, model.chorus_ids, model.config)
         merged.load_state_dict(state_dict, strict=True, assign=True)
     with warnings.catch_warnings():  # PEFT takes embeddings that were loaded apart for untied ones
         warnings.filterwarnings("ignore", message=".*no longer tied.*")

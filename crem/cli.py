@@ -81,7 +81,7 @@ def build_parser() -> Parser:
         _demo,
         "Run every job on the embedded emoji corpus and write report.html.",
         "crem demo --out out/demo",
-        "micro",
+        "micro-demo",
     )
     sub.add_argument("--out", default="out/demo", help="folder of the results (default out/demo)")
 
@@ -102,8 +102,13 @@ def build_parser() -> Parser:
         "crem train s3://bucket/prepared --out s3://bucket/run --preset 2b train.steps=5000 --resume",
         "2b",
     )
-    sub.add_argument("prepared", help="folder or URI written by crem prepare")
-    sub.add_argument("--out", required=True, help="folder or URI for checkpoints, metrics and the model")
+    sub.add_argument("prepared", nargs="?", help="folder or URI written by crem prepare")
+    sub.add_argument("--out", help="folder or URI for checkpoints, metrics and the model")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print rows, steps, tokens, memory, the GPUs needed and the time, and stop; PREPARED may be left out",
+    )
     start = sub.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in --out, if there is one"
@@ -156,6 +161,18 @@ def build_parser() -> Parser:
     sub.add_argument("prepared", help="prepared tables with test splits")
     sub.add_argument("--model", required=True, help="checkpoint folder or URI")
     sub.add_argument("--out", required=True, help="folder or URI for evaluation.json")
+
+    sub = job(
+        "ablate",
+        _ablate,
+        "Train and evaluate the paper's ablations with seeds and error bars, beside the paper's figures.",
+        "crem ablate out/prepared --out out/ablation --seeds 0 1 2 model.scratch=null model.backbone=out/base/model",
+        "micro",
+    )
+    sub.add_argument("prepared", help="prepared tables with test splits")
+    sub.add_argument("--out", required=True, help="folder or URI for runs and report; continues what it holds")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (default 0 1 2)")
+    sub.add_argument("--only", choices=["table3", "table4", "figure4"], help="only the variants of one of them")
 
     sub = job(
         "serve",
@@ -276,7 +293,15 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from pipelines.train import train
+    if args.dry_run:
+        from pipelines.training.dryrun import dry_run
+
+        print(dry_run(args.prepared, _config(args)).text)
+        return
+    if not args.prepared or not args.out:
+        missing = "PREPARED, the tables" if not args.prepared else "--out, the folder of the run"
+        raise ConfigError(f"{missing}, is missing: crem train PREPARED --out RUN; only --dry-run goes without")
+    from pipelines.training.train import train
 
     result = train(args.prepared, args.out, _config(args), resume=args.resume, fresh=args.fresh)
     print(f"model       {result['model']}\nfingerprint {result['fingerprint']}\nsteps       {result['steps']}")
@@ -322,6 +347,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pipelines.evaluate import evaluate, table
 
     print(table(evaluate(args.model, args.prepared, args.out, _config(args))))
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from pipelines.ablation.ablate import ablate
+    from pipelines.ablation.report import table
+
+    print(table(ablate(args.prepared, args.out, _config(args), seeds=tuple(args.seeds), only=args.only)))
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Typed configuration of every run: one frozen tree, validated once at the edge.
 
 ``load_config("micro", ["train.steps=100"])`` reads ``presets/micro.yaml``, applies the overrides and returns a
-``RunConfig``. Unknown keys are refused with the nearest known name. This module imports neither torch nor Ray,
-so that ``crem --help`` and ``--print-config`` are immediate.
+``RunConfig``. A preset may be short: ``base: 2b`` lays it over another one. Unknown keys are refused with the nearest
+known name. This module imports neither torch nor Ray, so that ``crem --help`` and ``--print-config`` are immediate.
 
 Sources of defaults, named at each field: *paper* is arXiv 2602.19091; *VLM2Vec-V2* is that project's public
 recipe for the same backbone (Qwen2-VL-2B on 8 H100), used where the paper leaves a value open; *ours* is a choice
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crem.errors import ConfigError
 
 __all__ = [
+    "AblateConfig",
     "BackboneShape",
     "DataConfig",
     "EmbedConfig",
@@ -252,6 +253,9 @@ class TrainConfig(_Section):
     """How often an elastic run looks for devices to grow onto. Source: Ray Train's default."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage. Source: ours."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the host's memory: AdamW's moments, master weights and gradients (``optimizer``, ZeRO 2
+    and 3, arXiv 2101.06840), or the weights as well (``all``, ZeRO 3). Source: ours."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """``bfloat16`` is autocast over float32 master weights. Source: VLM2Vec-V2 (bf16)."""
     seed: int = Field(0, ge=0)
@@ -270,6 +274,29 @@ class TrainConfig(_Section):
     """Logical CPUs that Ray reserves for a worker. Source: ours."""
     threads_per_worker: int = Field(8, ge=1)
     """Torch threads in a worker on CPU. Source: ours."""
+    validate_every: int = Field(500, ge=0)
+    """Steps between validations on held-out rows; 0 is never. Source: ours, as often as checkpoints."""
+    validation_rows: int = Field(256, ge=0)
+    """Most rows of a validation. A table without a split ``validation…`` has as many of its training rows held out, at
+    most a tenth of them; 0 holds none out and does not validate. Source: ours."""
+    explosion_factor: float | None = Field(10.0, gt=1)
+    """A loss above this times the median of the last 100 steps, after warm-up, ends the run; ``null`` lets it go on.
+    Source: ours."""
+    hang_timeout_s: float = Field(300, gt=0)
+    """A worker that gives no sign of life for as long, or stands still while others wait for it, is named and killed.
+    Source: ours; below the 10 minutes in which Ray Train gives up a silent worker and the 30 of its process groups."""
+    tracker: Literal["none", "mlflow", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl and TensorBoard. MLflow reads MLFLOW_TRACKING_URI and
+    MLFLOW_EXPERIMENT_NAME, Weights & Biases WANDB_MODE, WANDB_PROJECT and WANDB_API_KEY. Source: ours."""
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> TrainConfig:
+        least = {"none": 0, "optimizer": 2, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"train.offload={self.offload} needs train.zero_stage={least} or more, and it is {self.zero_stage}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
@@ -307,6 +334,8 @@ class EmbedConfig(_Section):
     gpus_per_actor: float = Field(0, ge=0)
     """1 on a GPU cluster. Source: ours."""
     threads_per_actor: int = Field(1, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
 
     @model_validator(mode="after")
     def _bounds(self) -> EmbedConfig:
@@ -333,6 +362,32 @@ class EvaluateConfig(_Section):
     """Questions answered per split and mode, an even spread over the rows. Source: ours, for CPU time."""
     max_new_tokens: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
+
+
+class AblateConfig(_Section):
+    """The paper's Tables 3 and 4 and Figure 4 (``crem ablate``)."""
+
+    chorus_tokens: int = Field(16, ge=1, le=256)
+    """K of the model that stands for CREM. Source: paper, main results."""
+    chorus_counts: tuple[int, ...] = (1, 4, 8, 16, 32)
+    """The K of Table 4, each trained apart, and the K' of the nested model. Source: paper, which also has 64."""
+    compression_probability: float = Field(0.5, gt=0, le=1)
+    """p of the variants with compression. Source: as ``loss.compression_probability``."""
+    parallel: int = Field(1, ge=1)
+    """Runs at a time, each a process of its own. Source: ours."""
+    map_pictures: int = Field(200, ge=1)
+    """Test pictures over which coverage and overlap of the attention maps are averaged. Source: ours."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> AblateConfig:
+        counts = list(self.chorus_counts)
+        if len(set(counts)) != len(counts) or not all(1 <= k <= 256 for k in counts):
+            raise ValueError(f"ablate.chorus_counts={counts} must be distinct and between 1 and 256")
+        if self.chorus_tokens not in counts:
+            raise ValueError(f"ablate.chorus_tokens={self.chorus_tokens} must be one of ablate.chorus_counts={counts}")
+        return self
 
 
 class ServeConfig(_Section):
@@ -350,6 +405,8 @@ class ServeConfig(_Section):
     cpus_per_replica: float = Field(1, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
     threads_per_replica: int = Field(1, ge=1)
+    chorus_tokens: int | None = Field(None, ge=0)
+    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
     max_batch_size: int = Field(32, ge=1)
     batch_wait_s: float = Field(0.01, ge=0)
     """Longest wait for a batch to fill. Source: ours."""
@@ -374,6 +431,7 @@ class RunConfig(_Section):
     embed: EmbedConfig = EmbedConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    ablate: AblateConfig = AblateConfig()
     serve: ServeConfig = ServeConfig()
 
     def to_yaml(self) -> str:
@@ -416,8 +474,11 @@ def _scientific(value: str) -> str:
         return value
 
 
-def _read_preset(preset: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_preset(preset: str | os.PathLike[str], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a preset. One that names a ``base`` is laid over it; ``above`` are those that led here."""
     name = os.fspath(preset)
+    if name in above:
+        raise ConfigError(f"preset {name!r} is its own base: {' -> '.join([*above, name])}; remove one base:")
     if name in preset_names():
         text = (resources.files("crem.presets") / f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
@@ -426,14 +487,27 @@ def _read_preset(preset: str | os.PathLike[str]) -> dict[str, Any]:
         known = preset_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file.")
+        asked = f"base of {above[-1]!r}: " if above else ""
+        raise ConfigError(
+            f"{asked}unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file."
+        )
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: a configuration is a mapping of sections, not a {type(tree).__name__}")
-    return tree
+    base = tree.pop("base", None)
+    return tree if base is None else _laid_over(_read_preset(str(base), (*above, name)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; any other value, ``null`` too, replaces what is below it."""
+    merged = dict(below)
+    for key, value in above.items():
+        held = merged.get(key)
+        merged[key] = _laid_over(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -7,7 +7,15 @@ processes: an exception is rebuilt from ``args``, so every class passes all of i
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "CremError", "ItemError", "ResourceError", "TrainingError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CremError",
+    "DivergenceError",
+    "ItemError",
+    "ResourceError",
+    "TrainingError",
+]
 
 
 class CremError(Exception):
@@ -28,6 +36,23 @@ class ResourceError(CremError):
 
 class TrainingError(CremError):
     """A run that cannot go on: a loss that is not finite, a worker that failed more often than allowed."""
+
+
+class DivergenceError(TrainingError):
+    """The loss of a step is not finite, or has exploded. The driver saves the rows of the step.
+
+    Attributes:
+        step: the step whose loss it is, counted from 0.
+        ranks: workers that shared its global batch.
+        terms: the loss and its terms by name.
+    """
+
+    def __init__(self, message: str, step: int, ranks: int, terms: dict[str, float]):
+        super().__init__(message, step, ranks, terms)
+        self.message, self.step, self.ranks, self.terms = message, step, ranks, terms
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ItemError(CremError):

@@ -1,4 +1,5 @@
-"""A local copy of a checkpoint: a folder as it is, a cached download of an fsspec URI, or a hub snapshot."""
+"""A local copy of a checkpoint: a folder as it is, one that comes with crem, a cached download of an fsspec URI, or a
+hub snapshot."""
 
 from __future__ import annotations
 
@@ -16,16 +17,18 @@ from filelock import FileLock
 
 from crem.errors import CheckpointError
 
-__all__ = ["MODELS", "local_copy"]
+__all__ = ["MODELS", "SHIPPED", "local_copy", "shipped"]
 
 logger = logging.getLogger(__name__)
 
+SHIPPED = Path(__file__).parent / "checkpoints"
+"""Checkpoints that come with crem, by name: ``crem-micro`` and the backbone that it was trained from."""
 MODELS = Path(".cache", "crem", "models")
 """Where downloads are kept, from the home folder; the manifests mount a volume above it."""
 
 
 def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
-    """A local folder with the checkpoint: itself, a cached download of a URI, or a hub snapshot.
+    """A local folder with the checkpoint: itself, a shipped one by its name, a cached download, or a hub snapshot.
 
     A download goes to a partial folder first and is renamed when complete; of several processes of a node that ask at
     once, one downloads and the others wait for it. A changed checkpoint at the same URI has another listing (size, mark
@@ -37,6 +40,8 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
     named = os.fspath(path_or_uri)
     if os.path.isdir(named):
         return Path(named)
+    if folder := shipped(named):
+        return folder
     if "://" not in named:
         # "organisation/model" is a hub's name, unless there is a folder "organisation" here
         if named.startswith((".", "/", "~")) or named.count("/") != 1 or os.path.isdir(os.path.dirname(named)):
@@ -66,6 +71,12 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
         except Exception as error:  # botocore's and the operating system's alike
             raise CheckpointError(f"downloading {named!r} failed: {type(error).__name__}: {error}") from error
     return target
+
+
+def shipped(name: str) -> Path | None:
+    """The folder of a checkpoint that comes with crem."""
+    folder = SHIPPED / name
+    return folder if os.path.basename(name) == name and (folder / "config.json").is_file() else None
 
 
 def _download(fs: Any, root: str, files: list[str], target: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes"]
+__all__ = ["available_bytes", "give_back_memory"]
 
 _CGROUPS = (  # folder, limit, use; version 2, then version 1
     ("", "memory.max", "memory.current"),
@@ -29,6 +30,18 @@ def available_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
             continue
         free.append(max(0, bound - used + _page_cache_bytes(Path(cgroup) / folder / "memory.stat")))
     return min(free)
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system; does nothing where the C library is not glibc.
+
+    Tensors whose sizes change with every batch leave glibc's heaps full of holes: a training of 1.5 M parameters on CPU
+    grew to 10 GB within 600 steps, and stays between 1 and 3 with this.
+    """
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def _page_cache_bytes(stat: Path) -> int:

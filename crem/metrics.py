@@ -1,11 +1,11 @@
-"""Two numbers that tell whether an embedding space is healthy (Wang and Isola, arXiv 2005.10242)."""
+"""Figures of embeddings: alignment and uniformity (Wang and Isola, arXiv 2005.10242), in-batch Precision@1."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["alignment", "uniformity"]
+__all__ = ["alignment", "precision_at_1", "uniformity"]
 
 
 def alignment(queries_QD: Tensor, targets_QD: Tensor) -> float:
@@ -21,3 +21,15 @@ def uniformity(vectors_ND: Tensor) -> float:
     upper = torch.triu_indices(len(vectors_ND), len(vectors_ND), offset=1, device=vectors_ND.device)
     squared = 2 - 2 * cosine_NN[upper[0], upper[1]]
     return float(squared.mul(-2).exp().mean().log())
+
+
+def precision_at_1(queries_QD: Tensor, targets_QD: Tensor, query_keys_Q: Tensor, target_keys_Q: Tensor) -> float:
+    """Share of queries whose nearest target is right: their own, one of the same content, or the target of a query of
+    the same content. Keys are content hashes; those below 0 match nothing. NaN without queries."""
+    if not len(queries_QD):
+        return float("nan")
+    nearest_Q = (queries_QD @ targets_QD.T).argmax(1)
+    right_Q = nearest_Q == torch.arange(len(nearest_Q), device=nearest_Q.device)
+    for keys_Q in (query_keys_Q, target_keys_Q):
+        right_Q |= (keys_Q[nearest_Q] == keys_Q) & (keys_Q >= 0)
+    return float(right_Q.float().mean())

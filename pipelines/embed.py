@@ -96,18 +96,18 @@ def _describe(model: str, config: EmbedConfig) -> dict[str, Any]:
     from crem.checkpoint import describe
 
     task = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor)(describe)
-    return {**ray.get(task.remote(model)), "model": model}
+    return {**ray.get(task.remote(model, config.chorus_tokens)), "model": model}
 
 
-def load_model(model: str, threads: int) -> Any:
-    """The checkpoint, with ``threads`` torch threads in this process."""
+def load_model(model: str, threads: int, chorus_tokens: int | None = None) -> Any:
+    """The checkpoint, with ``threads`` torch threads in this process, at ``chorus_tokens`` (its K where None)."""
     import torch
 
     import crem
 
     torch.set_num_threads(threads)
     # a worker without a reserved GPU sees all of them, and must not crowd onto the first
-    return crem.load(model, device="cuda" if ray.get_gpu_ids() else "cpu")
+    return crem.load(model, device="cuda" if ray.get_gpu_ids() else "cpu", chorus_tokens=chorus_tokens)
 
 
 def _claim(target: Folder, plan: dict[str, Any], *, fresh: bool) -> None:
@@ -227,13 +227,15 @@ class ShardEmbedder:
     """The actor: one model, embeds a shard per call."""
 
     def __init__(self, model: str, target: Folder, fingerprint: str, pictures: Pictures, config: EmbedConfig):
-        self.model = load_model(model, config.threads_per_actor)
+        self.model = load_model(model, config.threads_per_actor, config.chorus_tokens)
         self.fingerprint = fingerprint
         self.place = model
         self.target = target
         self.pictures = pictures
         self.batch_size = config.batch_size
-        self.schema = schema.embeddings(self.model.dim, fingerprint=fingerprint, model=model)
+        self.schema = schema.embeddings(
+            self.model.dim, fingerprint=fingerprint, model=model, chorus_tokens=self.model.chorus_tokens
+        )
         self.reader = ThreadPoolExecutor(1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -1,13 +1,14 @@
 """``crem evaluate``: does it find, does it answer, and what does it keep.
 
-- **Retrieval**: Precision@1 and @10 of every task (direction) over the test splits. The candidates of a task are the
-  distinct targets of all its test rows, so chance is 1 and 10 over their number. A candidate that scores as high as the
-  target counts against it.
+- **Retrieval**: Precision@1 and @10 of every task (direction) over the test splits, and their mean with equal weight
+  for every task, as MMEB's score is of its datasets. The candidates of a task are the distinct targets of all its test
+  rows, so chance is 1 and 10 over their number. A candidate that scores as high as the target counts against it.
 - **Answers**: exact match of the questions of the test rows, natively and from the compressed context, beside the share
-  that always naming the commonest answer would get.
+  that always naming the commonest answer would get. A model without chorus tokens has no compressed context.
 - **Cache**: bytes of keys and values that an item keeps in both modes.
 
-The work is spread over a Ray Data actor pool; each actor holds one model, as in ``crem embed``.
+The work is spread over a Ray Data actor pool; each actor holds one model, as in ``crem embed``. ``evaluate_loaded``
+does the same in this process, without Ray. ``evaluate.chorus_tokens`` chooses K' of a nested model.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from crem.config import RunConfig
-from crem.data.items import Item
+from crem.config import EvaluateConfig, RunConfig
 from pipelines import session
 from pipelines.embed import load_model
 from pipelines.rows import Rows, item_of, read_rows
 from pipelines.storage import Folder
 
-__all__ = ["evaluate", "table"]
+if TYPE_CHECKING:
+    import crem
+
+__all__ = ["evaluate", "evaluate_loaded", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,12 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     """Evaluate the checkpoint ``model`` on the test splits of prepared tables, and write ``evaluation.json``.
 
     Returns:
-        ``model``, ``fingerprint``, ``retrieval[task][split]``, ``answers[split]``, ``cache`` and ``examples``.
+        ``model``, ``fingerprint``, ``chorus_tokens``, ``retrieval[task][split]``, ``retrieval_mean[split]``,
+        ``answers[split]``, ``cache`` and ``examples``.
 
     Raises:
-        ConfigError: no test rows. CheckpointError: the model cannot be loaded.
+        ConfigError: no test rows, or a chorus count that the model was not trained with. CheckpointError: the model
+            cannot be loaded.
     """
     rows = read_rows(prepared, split_prefix="test")
     target = Folder.at(out)
@@ -60,18 +65,43 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
         gpus=config.embed.min_actors * config.embed.gpus_per_actor,
         remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
     )
+    with session.remote_errors():
+        used = _describe(model, config)
+    work = _work(rows, config)
+    log.info("%d contents to embed and questions to answer with %d chorus tokens", len(work), used["chorus_tokens"])
+    result = {"model": model, "chorus_tokens": used["chorus_tokens"]}
+    result |= _result(rows, config, _run(model, prepared, len(work), config))
+    target.write_json(result, RESULT)
+    return result
+
+
+def evaluate_loaded(model: crem.Crem, rows: Rows, config: RunConfig) -> dict[str, Any]:
+    """As ``evaluate``, of a loaded model on rows that were read, in this process; nothing is written."""
+    done = _do(model, rows, _work(rows, config), config.evaluate)
+    return {"chorus_tokens": model.chorus_tokens, **_result(rows, config, done)}
+
+
+def _describe(model: str, config: RunConfig) -> dict[str, Any]:
+    """What the checkpoint is, asked where it will run: a wrong chorus count fails before any work."""
+    from crem.checkpoint import describe
+
+    task = ray.remote(num_cpus=config.embed.cpus_per_actor, num_gpus=config.embed.gpus_per_actor)(describe)
+    used: dict[str, Any] = ray.get(task.remote(model, config.evaluate.chorus_tokens))
+    return used
+
+
+def _result(rows: Rows, config: RunConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """All figures, from the results of ``_work`` in its order."""
     retrieval = _Retrieval.of(rows)
     questions = _questions(rows, config.evaluate.max_answers)
-    log.info("%d contents to embed, %d questions to answer in two modes", len(retrieval.contents), len(questions))
-    done = _run(model, prepared, len(retrieval.contents) + len(questions), config)
-    fingerprint = done[0]["fingerprint"]
     vectors = np.array([r["embedding"] for r in done[: len(retrieval.contents)]], dtype=np.float32)
     answers = [r["answers"] for r in done[len(retrieval.contents) :]]
     ranks = retrieval.ranks(vectors)
-    result = {
-        "model": model,
-        "fingerprint": fingerprint,
-        "retrieval": _precision(retrieval, ranks),
+    precision = _precision(retrieval, ranks)
+    return {
+        "fingerprint": done[0]["fingerprint"],
+        "retrieval": precision,
+        "retrieval_mean": _mean(precision),
         "answers": _exact_match(rows, questions, answers),
         "cache": _cache(answers),
         "examples": {
@@ -79,8 +109,6 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
             "answers": _answer_examples(rows, questions, answers),
         },
     }
-    target.write_json(result, RESULT)
-    return result
 
 
 @dataclass
@@ -156,6 +184,16 @@ def _precision(retrieval: _Retrieval, ranks: dict[str, NDArray[np.int64]]) -> di
     return out
 
 
+def _mean(precision: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Precision@1 by split, every task (direction) with equal weight; chance in the same way."""
+    out = {}
+    for split in sorted({s for splits in precision.values() for s in splits}):
+        some = [splits[split] for splits in precision.values() if split in splits]
+        names = ("precision_at_1", "chance_at_1")
+        out[split] = {n: float(np.mean([f[n] for f in some])) for n in names} | {"directions": len(some)}
+    return out
+
+
 def _questions(rows: Rows, most: int) -> list[int]:
     """Rows with a question and an answer, at most ``most`` per split, spread evenly."""
     by_split: dict[str, list[int]] = {}
@@ -169,20 +207,19 @@ def _questions(rows: Rows, most: int) -> list[int]:
     return chosen
 
 
-def _right(answer: str, expected: str) -> bool:
-    return answer.strip().casefold() == expected.strip().casefold()
+def _right(answer: str | None, expected: str) -> bool:
+    return answer is not None and answer.strip().casefold() == expected.strip().casefold()
 
 
-def _exact_match(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _exact_match(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     taken = rows.table.select(["split", "answer"]).take(pa.array(questions, pa.int64())).to_pylist()
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for split in [*sorted({row["split"] for row in taken}), "all"]:
         some = [(r, a) for r, a in zip(taken, answers, strict=True) if split in ("all", r["split"])]
         if some:
             commonest, count = Counter(r["answer"] for r, _ in some).most_common(1)[0]
             out[split] = {
-                "native": sum(_right(a["native"], r["answer"]) for r, a in some) / len(some),
-                "compressed": sum(_right(a["compressed"], r["answer"]) for r, a in some) / len(some),
+                **{mode: _share_right(some, mode) for mode in ("native", "compressed")},
                 "commonest": count / len(some),
                 "commonest_answer": commonest,
                 "questions": len(some),
@@ -190,10 +227,18 @@ def _exact_match(rows: Rows, questions: list[int], answers: list[dict[str, Any]]
     return out
 
 
-def _cache(answers: list[dict[str, Any]]) -> dict[str, float]:
+def _share_right(some: list[tuple[dict[str, Any], dict[str, Any]]], mode: str) -> float | None:
+    if any(answer[mode] is None for _, answer in some):
+        return None
+    return sum(_right(answer[mode], row["answer"]) for row, answer in some) / len(some)
+
+
+def _cache(answers: list[dict[str, Any]]) -> dict[str, float | None]:
     if not answers:
         return {}
     native = float(np.mean([a["native_bytes"] for a in answers]))
+    if answers[0]["compressed_bytes"] is None:
+        return {"native_bytes": native, "compressed_bytes": None, "ratio": None}
     compressed = float(np.mean([a["compressed_bytes"] for a in answers]))
     return {"native_bytes": native, "compressed_bytes": compressed, "ratio": compressed / native}
 
@@ -279,7 +324,7 @@ class _Evaluator:
     """One actor: embeds contents, and answers questions in both modes."""
 
     def __init__(self, model: str, prepared: str, size: int, config: RunConfig):
-        self._model = load_model(model, config.embed.threads_per_actor)
+        self._model = load_model(model, config.embed.threads_per_actor, config.evaluate.chorus_tokens)
         self._rows = read_rows(prepared, split_prefix="test")
         self._work = _work(self._rows, config)
         self._size = size
@@ -290,30 +335,34 @@ class _Evaluator:
         return pa.Table.from_pylist([session.attempt(partial(self._chunk, start)) for start in starts])
 
     def _chunk(self, start: int) -> tuple[int, list[dict[str, Any]]]:
-        work = self._work[start : start + self._size]
-        items = [self._item(row, side) for row, side, _ in work]
-        results: list[dict[str, Any]] = [{"fingerprint": self._model.fingerprint} for _ in work]
-        contents = [i for i, (_, _, ask) in enumerate(work) if not ask]
-        vectors = self._model.embed([items[i] for i in contents], batch_size=self._config.batch_size)
-        for i, vector in zip(contents, vectors, strict=True):
-            results[i]["embedding"] = vector
-        asked = [i for i, (_, _, ask) in enumerate(work) if ask]
-        prompts = [self._rows.table.column("question")[work[i][0]].as_py() for i in asked]
-        for mode in ("native", "compressed"):
-            answers = self._model.answer(
-                [items[i] for i in asked],
-                prompts,
-                compressed=mode == "compressed",
-                max_new_tokens=self._config.max_new_tokens,
-                batch_size=self._config.batch_size,
-            )
-            for i, answer in zip(asked, answers, strict=True):
-                told = results[i].setdefault("answers", {})
-                told |= {mode: answer.text, f"{mode}_bytes": answer.cache_bytes}
-        return start, results
+        return start, _do(self._model, self._rows, self._work[start : start + self._size], self._config)
 
-    def _item(self, row: int, side: str) -> Item:
-        return item_of(self._rows.table.column(side)[row].as_py(), self._rows.image)
+
+def _do(
+    model: crem.Crem, rows: Rows, work: list[tuple[int, str, bool]], config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """One result for each piece of ``work``: a vector, or the answers of both modes."""
+    items = [item_of(rows.table.column(side)[row].as_py(), rows.image) for row, side, _ in work]
+    results: list[dict[str, Any]] = [{"fingerprint": model.fingerprint} for _ in work]
+    contents = [i for i, (_, _, ask) in enumerate(work) if not ask]
+    vectors = model.embed([items[i] for i in contents], batch_size=config.batch_size)
+    for i, vector in zip(contents, vectors, strict=True):
+        results[i]["embedding"] = vector
+    asked = [i for i, (_, _, ask) in enumerate(work) if ask]
+    prompts = [rows.table.column("question")[work[i][0]].as_py() for i in asked]
+    for i in asked:
+        results[i]["answers"] = {"compressed": None, "compressed_bytes": None}
+    for mode in ("native", "compressed") if model.chorus_tokens else ("native",):
+        answers = model.answer(
+            [items[i] for i in asked],
+            prompts,
+            compressed=mode == "compressed",
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+        )
+        for i, answer in zip(asked, answers, strict=True):
+            results[i]["answers"] |= {mode: answer.text, f"{mode}_bytes": answer.cache_bytes}
+    return results
 
 
 def table(result: dict[str, Any]) -> str:
@@ -325,15 +374,17 @@ def table(result: dict[str, Any]) -> str:
                 f"{task:<18}{split:<15}{f['precision_at_1']:>8.1%}{f['precision_at_10']:>8.1%}"
                 f"{f['chance_at_1']:>9.2%}{f['queries']:>9}{f['candidates']:>7}"
             )
+    for split, mean in result["retrieval_mean"].items():
+        p, chance = mean["precision_at_1"], mean["chance_at_1"]
+        lines.append(f"{'mean of tasks':<18}{split:<15}{p:>8.1%}{'':>8}{chance:>9.2%}")
     if result["answers"]:
         lines.append(f"\n{'answers':<18}{'native':>10}{'compressed':>12}{'commonest':>11}{'questions':>11}")
         for split, f in result["answers"].items():
-            lines.append(
-                f"{split:<18}{f['native']:>10.1%}{f['compressed']:>12.1%}{f['commonest']:>11.1%}{f['questions']:>11}"
-            )
+            compressed = "–" if f["compressed"] is None else f"{f['compressed']:.1%}"
+            lines.append(f"{split:<18}{f['native']:>10.1%}{compressed:>12}{f['commonest']:>11.1%}{f['questions']:>11}")
         cache = result["cache"]
-        lines.append(
-            f"\nkeys and values kept per item: {cache['native_bytes'] / 1024:.1f} KiB natively, "
-            f"{cache['compressed_bytes'] / 1024:.1f} KiB compressed ({cache['ratio']:.1%})"
-        )
+        kept = f"\nkeys and values kept per item: {cache['native_bytes'] / 1024:.1f} KiB natively"
+        if cache["ratio"] is not None:
+            kept += f", {cache['compressed_bytes'] / 1024:.1f} KiB compressed ({cache['ratio']:.1%})"
+        lines.append(kept)
     return "\n".join(lines)

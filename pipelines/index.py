@@ -125,6 +125,7 @@ def _build(
         "kind": KIND,
         "fingerprint": stamp["fingerprint"],
         "model": stamp["model"],
+        "chorus_tokens": stamp.get("chorus_tokens"),
         "dim": dim,
         "count": count,
         "skipped": rows - count,
@@ -236,7 +237,8 @@ def search(index: str, model: str, query: Any, k: int) -> list[Hit]:
     import crem
 
     opened = Index(index)
-    loaded = crem.load(model) if isinstance(model, str | Path) else model
+    count = opened.summary.get("chorus_tokens")
+    loaded = crem.load(model, chorus_tokens=count) if isinstance(model, str | Path) else model
     if loaded.fingerprint != opened.fingerprint:
         raise CheckpointError(
             f"the index {index} was made by model {opened.fingerprint} ({opened.summary['model']}), and this model is "

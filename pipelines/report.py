@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import base64
-import io
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-
+from pipelines.charts import BLUE, GREY, INK, ORANGE, axes, line, svg
 from pipelines.rows import Rows
 
 __all__ = ["write_report"]
-
-_INK, _BLUE, _ORANGE, _GREY = "#1f2933", "#2b6cb0", "#c05621", "#a0aec0"
 
 
 def write_report(report: dict[str, Any], rows: Rows, path: Path) -> None:
@@ -30,7 +24,7 @@ def write_report(report: dict[str, Any], rows: Rows, path: Path) -> None:
     template = environment.from_string((resources.files("pipelines") / "report.html.j2").read_text(encoding="utf-8"))
     charts = {
         "curves": _curves(report["curves"]),
-        "retrieval": _precision(report["evaluation"], report["untrained"]),
+        "retrieval": _precision(report["evaluation"], report["short"], report["untrained"]),
         "answers": _answers(report["evaluation"], report["untrained"]),
     }
     path.write_text(template.render(r=report, charts=charts), encoding="utf-8")
@@ -41,68 +35,50 @@ def _data_url(data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight")
-    plt.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _axes(columns: int, width: float) -> tuple[Any, list[Any]]:
-    figure, axes = plt.subplots(1, columns, figsize=(width, 2.8), squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=_INK, labelsize=8)
-        axis.grid(axis="y", color="#edf2f7")
-        axis.set_axisbelow(True)
-    return figure, list(axes[0])
-
-
 def _curves(metrics: list[dict[str, Any]]) -> str:
-    figure, axes = _axes(3, 10)
-    steps = [m["step"] for m in metrics]
+    figure, places = axes(3, 10)
     for axis, name, title in zip(
-        axes,
+        places,
         ("retrieval", "generation", "samples_per_s"),
         ("retrieval loss (InfoNCE)", "generation loss (per answer token)", "samples / s"),
         strict=True,
     ):
-        axis.plot(steps, [m[name] for m in metrics], color=_BLUE, linewidth=1.6)
-        axis.set_title(title, fontsize=9, color=_INK, loc="left")
+        line(axis, [(m["step"], m[name]) for m in metrics])
+        axis.set_title(title, fontsize=9, color=INK, loc="left")
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylim(bottom=0)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _precision(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
-    tasks = list(trained["retrieval"])
-    figure, axes = _axes(max(1, len(tasks)), 10)
-    for axis, task in zip(axes, tasks, strict=False):
-        splits = list(trained["retrieval"][task])
+def _precision(shipped: dict[str, Any], short: dict[str, Any], untrained: dict[str, Any]) -> str:
+    tasks = list(shipped["retrieval"])
+    figure, panels = axes(max(1, len(tasks)), 10)
+    for axis, task in zip(panels, tasks, strict=False):
+        splits = list(shipped["retrieval"][task])
         places = range(len(splits))
         for shift, source, colour, label in (
-            (-0.2, trained, _BLUE, "CREM"),
-            (0.2, untrained, _GREY, "untrained"),
+            (-0.28, shipped, BLUE, "crem-micro"),
+            (0, short, ORANGE, "this run"),
+            (0.28, untrained, GREY, "untrained"),
         ):
             values = [100 * source["retrieval"][task][s]["precision_at_1"] for s in splits]
-            bars = axis.bar([p + shift for p in places], values, 0.38, color=colour, label=label)
-            axis.bar_label(bars, fmt="%.1f", fontsize=7, color=_INK)
+            bars = axis.bar([p + shift for p in places], values, 0.26, color=colour, label=label)
+            axis.bar_label(bars, fmt="%.1f", fontsize=7, color=INK)
         axis.set_xticks(list(places), [s.replace("_", "\n") for s in splits], fontsize=7)
-        axis.set_title(f"{task.replace('_', ' ')}: Precision@1, %", fontsize=9, color=_INK, loc="left")
-    axes[0].legend(fontsize=7, frameon=False)
-    return _svg(figure)
+        axis.set_title(f"{task.replace('_', ' ')}: Precision@1, %", fontsize=9, color=INK, loc="left")
+    panels[0].legend(fontsize=7, frameon=False)
+    return svg(figure)
 
 
 def _answers(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
-    figure, (axis,) = _axes(1, 5)
+    figure, (axis,) = axes(1, 5)
     splits = list(trained["answers"])
     places = range(len(splits))
     bars = (
-        (-0.3, "native", trained, _BLUE, "native"),
-        (-0.1, "compressed", trained, _ORANGE, "compressed"),
+        (-0.3, "native", trained, BLUE, "native"),
+        (-0.1, "compressed", trained, ORANGE, "compressed"),
         (0.1, "commonest", trained, "#cbd5e0", "commonest answer"),
-        (0.3, "native", untrained, _GREY, "untrained, native"),
+        (0.3, "native", untrained, GREY, "untrained, native"),
     )
     for shift, name, source, colour, label in bars:
         values = [100 * source["answers"][s][name] for s in splits]
@@ -110,6 +86,6 @@ def _answers(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
             axis.bar([p + shift for p in places], values, 0.19, color=colour, label=label), fmt="%.0f", fontsize=7
         )
     axis.set_xticks(list(places), splits, fontsize=8)
-    axis.set_title("answers: exact match, %", fontsize=9, color=_INK, loc="left")
+    axis.set_title("answers: exact match, %", fontsize=9, color=INK, loc="left")
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return svg(figure)

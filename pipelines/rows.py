@@ -11,6 +11,7 @@ as much as the training. Pictures are decoded in the worker, in a thread beside 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,7 +40,17 @@ _WINDOW_ROWS = 4096
 """Rows of one rank that are gathered ahead; two windows are held at once."""
 _BATCHES_AHEAD = 2
 
-__all__ = ["Rows", "item_of", "read_rows", "share_rows", "step_batches", "texts_of"]
+__all__ = [
+    "Pictures",
+    "Rows",
+    "item_of",
+    "read_part",
+    "read_rows",
+    "read_table",
+    "share_rows",
+    "step_batches",
+    "texts_of",
+]
 
 
 @dataclass
@@ -119,6 +130,7 @@ class Rows:
                 seed=(*seed, int(number)),
                 query_key=_content_key(row["query"]),
                 target_key=_content_key(row["target"]),
+                negative_keys=tuple(_content_key(n) for n in row["negatives"] or ()) if retrieval else (),
             )
             for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
         ]
@@ -166,29 +178,30 @@ def read_rows(prepared: str, *, split_prefix: str) -> Rows:
     Raises:
         ConfigError: no completed prepared tables there, or none of these rows.
     """
-    table, wanted = _read_table(prepared, split_prefix)
+    table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
-    parts = [_read_part(images, name, wanted) for name in images.files(".parquet")]
+    parts = [read_part(images, name, wanted) for name in images.files(".parquet")]
     return Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
 
 
-def share_rows(prepared: str, *, split_prefix: str) -> Rows:
-    """As ``read_rows``, with the pictures in Ray's object store: the driver holds only their ids."""
-    table, wanted = _read_table(prepared, split_prefix)
+def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Rows:
+    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: here are their ids."""
+    table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)
-    read = ray.remote(num_cpus=0.25, num_returns=2)(_read_part)
+    read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
     parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
     return Rows(table, Pictures.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
 
 
-def _read_table(prepared: str, split_prefix: str) -> tuple[pa.Table, pa.Array]:
+def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
     """The rows, in the order of their ids, and the ids of the pictures that they name."""
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
     rows = folder.child("rows")
     tables = [pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in rows.files(".parquet")]
-    table = pa.concat_tables([t.filter(pc.starts_with(t.column("split"), split_prefix)) for t in tables])
+    wanted = "^(" + "|".join(map(re.escape, [split_prefix] if isinstance(split_prefix, str) else split_prefix)) + ")"
+    table = pa.concat_tables([t.filter(pc.match_substring_regex(t.column("split"), wanted)) for t in tables])
     if not table.num_rows:
         raise ConfigError(
             f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
@@ -199,7 +212,8 @@ def _read_table(prepared: str, split_prefix: str) -> tuple[pa.Table, pa.Array]:
     return table, pa.chunked_array([*named, _negative_images(table)], type=pa.int64()).unique()
 
 
-def _read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
+def read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
+    """Ids and encoded bytes of the wanted pictures in one file of the image table."""
     part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
     part = part.filter(pc.is_in(part.column("id"), value_set=wanted))
     return part.column("id").to_numpy(), part

@@ -59,13 +59,13 @@ REJECTED = pa.schema(
 )
 
 
-def embeddings(dim: int, *, fingerprint: str, model: str) -> pa.Schema:
-    """Schema of an embedding file; its metadata names the model that made the vectors.
+def embeddings(dim: int, *, fingerprint: str, model: str, chorus_tokens: int | None = None) -> pa.Schema:
+    """Schema of an embedding file; its metadata names the model that made the vectors, and with how many chorus tokens.
 
     ``embedding`` is a plain fixed-size list of float32 (unit length, or null beside an ``error``), which is what
     vector stores read.
     """
-    stamp = {"fingerprint": fingerprint, "dim": dim, "model": model}
+    stamp = {"fingerprint": fingerprint, "dim": dim, "model": model, "chorus_tokens": chorus_tokens}
     return pa.schema(
         [
             ("id", pa.int64()),

@@ -105,7 +105,7 @@ def run(model: str, config: RunConfig, *, blocking: bool = False) -> str:
     settings = config.serve
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         _check_port(settings.host, settings.port)
-        describe(model)  # a wrong checkpoint is refused now, not after Serve's three attempts
+        describe(model, settings.chorus_tokens)  # a wrong checkpoint is refused now, not after Serve's three attempts
     _connect(settings)
     runs_already = bool(serve.status().proxies)
     if runs_already and not settings.port:

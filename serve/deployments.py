@@ -75,7 +75,7 @@ class ModelReplica:
         import torch
 
         torch.set_num_threads(config.threads_per_replica)
-        loaded = crem.load(model)
+        loaded = crem.load(model, chorus_tokens=config.chorus_tokens)
         self._engine = Engine(loaded)
         self._card = ModelCard(name, loaded.fingerprint, loaded.dim)
         self._steps = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")

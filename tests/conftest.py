@@ -17,7 +17,10 @@ pytest_plugins = ["tests.s3_server"]
 TINY = [
     "model.scratch={vocab_size: 512, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, "
     "num_attention_heads: 4, num_key_value_heads: 2, vision_depth: 2, vision_embed_dim: 32, vision_num_heads: 4}",
+    "model.backbone=null",
     "model.chorus_tokens=4",
+    "model.nested_chorus=[]",
+    "train.precision=float32",
 ]
 TEXTS = ["a red apple", "what is this? a green square", "animals and nature", "food and drink", "describe it"] * 4
 

@@ -11,7 +11,7 @@ import yaml
 from crem.cli import build_parser, main
 from crem.config import RunConfig, load_config
 
-JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "serve", "submit", "doctor"]
+JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "ablate", "serve", "submit", "doctor"]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -63,7 +63,7 @@ def test_overrides_of_a_submitted_job_stand_behind_the_dashes(capsys: pytest.Cap
         (["doctor", "foo.bar=1"], "foo"),
         (["evaluate", "/nowhere/prepared", "--model", "m", "--out", "y"], "crem prepare"),
         (["serve", "/nowhere/model", "serve.port=0"], "/nowhere/model"),
-        (["demo", "--preset", "2b"], "pretrained"),
+        (["demo", "--preset", "2b"], "runs on CPU"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(

@@ -111,7 +111,10 @@ def test_the_checker_finds(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("crem/cli.py", "def f():\n    from pipelines import train\n    import serve.app, cluster.submit, ray"),
+        (
+            "crem/cli.py",
+            "def f():\n    from pipelines.training import train\n    import serve.app, cluster.submit, ray",
+        ),
         ("crem/model/crem.py", "from . import chorus\nfrom ..serve import x\nimport torch"),
         ("crem/a.py", "import raytracer, serveless"),
         ("crem/a.py", "'import ray'  # import ray"),
@@ -119,7 +122,7 @@ def test_the_checker_finds(path: str, source: str) -> None:
         ("pipelines/embed.py", "self._private = 1\nx._internal.y"),
         ("serve/app.py", "from ray import serve\nfrom crem.config import ServeConfig"),
         ("cluster/manifest.py", "IMPORT_PATH = 'serve.app:application'"),
-        ("tests/test_x.py", "import crem, serve.app, pipelines.train, cluster.local, ray"),
+        ("tests/test_x.py", "import crem, serve.app, pipelines.training.train, cluster.local, ray"),
     ],
 )
 def test_the_checker_allows(path: str, source: str) -> None:

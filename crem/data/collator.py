@@ -176,7 +176,9 @@ class Collator:
                 targets.append(make(p.target))
                 negatives += [make(n) for n in p.negatives]
         sequences = queries + targets + negatives
-        keys = [pairs[i].target_key for i in paired] + [-1] * len(negatives)
+        keys = [pairs[i].target_key for i in paired]
+        for p in (pairs[i] for i in paired):
+            keys += p.negative_keys or [-1] * len(p.negatives)
         return replace(
             self.pad(sequences, [list(range(len(sequences)))] if flat else None),
             queries=torch.tensor(paired, dtype=torch.long),

@@ -59,6 +59,9 @@ class Pair:
     """Content hash of the query: the targets of equal queries are no negatives of each other. -1 matches nothing."""
     target_key: int = -1
     """Content hash of the target: equal targets are no negatives of each other's queries. -1 matches nothing."""
+    negative_keys: tuple[int, ...] = ()
+    """Content hash of each hard negative: one that equals a query's target is no negative of that query. Empty matches
+    nothing."""
 
 
 def as_item(value: Any) -> Item:

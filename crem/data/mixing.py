@@ -54,6 +54,7 @@ class MixingPlan:
     chorus_counts: tuple[int, ...] = ()
     _epochs: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
     _taken: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    _by_task: dict[int, dict[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.retrieval) + len(self.heterogeneous) == 0:
@@ -107,14 +108,22 @@ class MixingPlan:
         """``count`` rows of a step: by size from all rows, or from each task the number that the step draws for it."""
         if self.config.source_temperature == 1 or not count:
             return self._take(rows, number, step * count, count)
-        tasks, sizes = np.unique(self.tasks[rows], return_counts=True)
-        weights = sizes ** (1 / self.config.source_temperature)
+        members = self._rows_by_task(rows, number)
+        weights = np.array([len(m) for m in members.values()]) ** (1 / self.config.source_temperature)
         taken = self._taken_before(number, step + 1, count, weights / weights.sum())
         parts = [
-            self._take(rows[self.tasks[rows] == task], 2 + 2 * int(task) + number, int(before), int(after - before))
-            for task, before, after in zip(tasks, taken[step], taken[step + 1], strict=True)
+            self._take(members[task], 2 + 2 * task + number, int(before), int(after - before))
+            for task, before, after in zip(members, taken[step], taken[step + 1], strict=True)
         ]
         return np.concatenate(parts)
+
+    def _rows_by_task(self, rows: NDArray[np.int64], number: int) -> dict[int, NDArray[np.int64]]:
+        """Rows of each task in ascending order of tasks; sorted out once, because a step looks at few of all rows."""
+        if number not in self._by_task:
+            order = np.argsort(self.tasks[rows], kind="stable")
+            tasks, starts = np.unique(self.tasks[rows][order], return_index=True)
+            self._by_task[number] = dict(zip(tasks.tolist(), np.split(rows[order], starts[1:]), strict=True))
+        return self._by_task[number]
 
     def _taken_before(self, number: int, steps: int, count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
         """[steps + 1 or more, tasks]: rows of each task taken before each step."""

@@ -13,7 +13,7 @@ Choices:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -28,13 +28,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crem.config import BackboneShape, ImageConfig
-from crem.model.attention import TWO_PART
+from crem.model.attention import TWO_PART, attend
 
 __all__ = [
     "CHAT_TEMPLATE",
     "SPECIAL_TOKENS",
     "Qwen2VLForConditionalGeneration",
     "blank_image",
+    "config_from_shape",
     "image_features",
     "image_processor",
     "model_from_shape",
@@ -79,12 +80,12 @@ def _grouped_attention(
     for length in sorted(set(lengths)):
         if out is None:
             q, k, v = (t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-            whole = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
+            whole = attend(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
             return whole.transpose(1, 2).flatten(0, 1)[None], None
         starts = torch.tensor([b for b, n in zip(bounds, lengths, strict=False) if n == length], device=query.device)
         index = (starts[:, None] + torch.arange(length, device=query.device)).flatten()
         q, k, v = (t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-        some = F.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])
+        some = attend(q, k, v, scale=kwargs["scaling"])
         out = out.index_copy(2, index, some.transpose(0, 1).flatten(1, 2)[None])
     assert out is not None
     return out.transpose(1, 2), None
@@ -171,11 +172,23 @@ def tokenizer_from_texts(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenize
 def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VLForConditionalGeneration:
     """A randomly initialised Qwen2-VL of the given shape, float32."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    grown = shape.model_copy(update={"vocab_size": max(shape.vocab_size, len(tokenizer))})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config_from_shape(grown, ids))
+        _initialise_by_fan_in(model)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return cast(Qwen2VLForConditionalGeneration, model)
+
+
+def config_from_shape(shape: BackboneShape, ids: Mapping[str, int]) -> Qwen2VLConfig:
+    """transformers' configuration of a shape; ``ids`` are those of ``SPECIAL_TOKENS``."""
     half = shape.hidden_size // shape.num_attention_heads // 2
     spatial = half * 3 // 8  # Qwen2-VL splits 64 frequencies 16 : 24 : 24
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={
-            "vocab_size": max(shape.vocab_size, len(tokenizer)),
+            "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
             "intermediate_size": shape.intermediate_size,
             "num_hidden_layers": shape.num_hidden_layers,
@@ -205,13 +218,6 @@ def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VL
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=shape.tie_word_embeddings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-        _initialise_by_fan_in(model)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return cast(Qwen2VLForConditionalGeneration, model)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class CremModel(nn.Module):
         ``embed_only`` leaves the LM head out; the loss is then 0.
         """
         if self.training and batch.pixel_values is None:
-            batch = self._with_blank_image(batch)
+            batch = self.with_blank_image(batch)
         hidden_BTD, _ = self.encode(batch)
         embeddings_ND = pool(hidden_BTD, batch.segments, batch.chorus_tokens)
         if embed_only:
@@ -103,7 +103,7 @@ class CremModel(nn.Module):
         )
         return out.last_hidden_state, cache
 
-    def _with_blank_image(self, batch: Batch) -> Batch:
+    def with_blank_image(self, batch: Batch) -> Batch:
         """The batch with one vision token behind the last sequence, where nothing sees it.
 
         Under ZeRO-3 every rank must run the same modules in the same order, also a rank without an image.

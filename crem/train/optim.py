@@ -22,6 +22,12 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
     """DeepSpeed's configuration for ``ranks`` workers on ``device`` ("cpu" or "cuda")."""
     optim, train = config.optim, config.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
+    # pinned memory is for copies beside the computation, which only a GPU has
+    host = {"device": "cpu", "pin_memory": device != "cpu"}
+    if train.offload != "none":
+        zero["offload_optimizer"] = host
+    if train.offload == "all":
+        zero["offload_param"] = host
     # torch's AdamW everywhere: DeepSpeed's own is compiled at the first start, with a CUDA toolkit of torch's version
     adamw: dict[str, Any] = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0}
     adamw["torch_adam"] = True

@@ -57,18 +57,21 @@ class StepResult:
 # ------------------------------------------------------------------------------------------------- the training step
 
 
-def train_step(engine: Engine, chunks: Sequence[Batch], config: LossConfig, *, seed: int = 0) -> StepResult:
+def train_step(
+    engine: Engine, chunks: Sequence[Batch], config: LossConfig, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> StepResult:
     """One optimizer step over this rank's share of the global batch.
 
     Args:
-        chunks: the share in the order of its rows, the same number of chunks on every rank.
+        chunks: the share in the order of its rows, the same number of chunks on every rank. They may lie in the host's
+            memory; each is on ``device`` only while it runs.
         seed: of this step and rank; chunk i draws its dropout from ``seed + i``.
     """
     ranks = world_size()
-    answer_tokens = int(sum_over_ranks(torch.stack([chunk.answer_tokens for chunk in chunks]).sum()))
+    answer_tokens = int(sum_over_ranks(torch.stack([chunk.answer_tokens for chunk in chunks]).sum().to(device)))
     if len(chunks) == 1:
         torch.manual_seed(seed)
-        output = engine(chunks[0])
+        output = engine(chunks[0].to(device))
         retrieval = retrieval_of(output.embeddings, chunks, config)
         generation = lm_loss(output.lm_loss_sum, answer_tokens)
         engine.backward(joint_loss(retrieval.loss, generation, config) * ranks)
@@ -79,7 +82,7 @@ def train_step(engine: Engine, chunks: Sequence[Batch], config: LossConfig, *, s
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
             torch.manual_seed(seed + number)
-            embeddings.append(engine(chunk, embed_only=True).embeddings)
+            embeddings.append(engine(chunk.to(device), embed_only=True).embeddings)
     cached_ND = torch.cat(embeddings).requires_grad_()
     retrieval = retrieval_of(cached_ND, chunks, config)
     retrieval.loss.backward()
@@ -89,7 +92,7 @@ def train_step(engine: Engine, chunks: Sequence[Batch], config: LossConfig, *, s
     gradients = cached_ND.grad.split([len(part) for part in embeddings])
     for number, (chunk, gradient_ND) in enumerate(zip(chunks, gradients, strict=True)):
         torch.manual_seed(seed + number)
-        output = engine(chunk)
+        output = engine(chunk.to(device))
         surrogate, share = (output.embeddings * gradient_ND).sum(), lm_loss(output.lm_loss_sum, answer_tokens)
         engine.backward(joint_loss(surrogate, share, config) * ranks * len(chunks))
         engine.step()
@@ -118,16 +121,20 @@ def retrieval_of(embeddings_ND: Tensor, chunks: Sequence[Batch], config: LossCon
         targets.append(chunk.candidates[:count] + start)
         negatives.append(chunk.candidates[count:] + start)
         start += len(chunk.z)
+    device = embeddings_ND.device
     queries_QD, targets_QD, negatives_ND = (
-        gather_rows(embeddings_ND[torch.cat(places)]) for places in (queries, targets, negatives)
+        gather_rows(embeddings_ND[torch.cat(places).to(device)]) for places in (queries, targets, negatives)
     )
-    query_keys_Q = gather_rows(torch.cat([chunk.query_keys for chunk in chunks]))
-    target_keys_Q = gather_rows(torch.cat([chunk.candidate_keys[: len(chunk.queries)] for chunk in chunks]))
+    query_keys_Q = gather_rows(torch.cat([chunk.query_keys for chunk in chunks]).to(device))
+    target_keys_Q, negative_keys_N = (
+        gather_rows(torch.cat(keys).to(device))
+        for keys in zip(*(c.candidate_keys.tensor_split([len(c.queries)]) for c in chunks), strict=True)
+    )
     loss = info_nce(
         queries_QD,
         torch.cat([targets_QD, negatives_ND]),
         query_keys=query_keys_Q,
-        candidate_keys=torch.cat([target_keys_Q, target_keys_Q.new_full((len(negatives_ND),), -1)]),
+        candidate_keys=torch.cat([target_keys_Q, negative_keys_N]),
         temperature=config.temperature,
         symmetric=config.symmetric,
         margin=config.false_negative_margin,

@@ -39,7 +39,7 @@ from pipelines.emoji.concepts import (
 )
 from pipelines.emoji.rows import TRAIN_VENDORS, Row, evaluation_rows, image_name, training_rows
 
-__all__ = ["build", "fetch", "render"]
+__all__ = ["build", "draw", "fetch", "render"]
 
 log = logging.getLogger(__name__)
 
@@ -120,20 +120,25 @@ def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
 
 
 def render(svg: str) -> bytes:
-    """A drawing as WebP, ``SIDE_PIXELS`` square, on white; a drawing that is not square is centred."""
+    """A drawing as the corpus stores it: WebP, ``SIDE_PIXELS`` square."""
+    encoded = io.BytesIO()
+    draw(svg, SIDE_PIXELS).save(encoded, "WEBP", quality=WEBP_QUALITY, method=6)
+    return encoded.getvalue()
+
+
+def draw(svg: str, side_pixels: int) -> Image.Image:
+    """A drawing as RGB, ``side_pixels`` square, on white; a drawing that is not square is centred."""
     try:
         import resvg_py  # only this script needs it, so it is an extra
     except ImportError as error:
         raise CremError(
             "drawings are rendered by resvg-py, which is not installed: pip install 'crem[corpus]'"
         ) from error
-    sized = svg.replace("<svg ", f'<svg width="{SIDE_PIXELS}" height="{SIDE_PIXELS}" ', 1)
+    sized = svg.replace("<svg ", f'<svg width="{side_pixels}" height="{side_pixels}" ', 1)
     png = resvg_py.svg_to_bytes(svg_string=sized, background="#ffffff", skip_system_fonts=True)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    assert image.size == (SIDE_PIXELS, SIDE_PIXELS), image.size
-    encoded = io.BytesIO()
-    image.save(encoded, "WEBP", quality=WEBP_QUALITY, method=6)
-    return encoded.getvalue()
+    assert image.size == (side_pixels, side_pixels), image.size
+    return image
 
 
 def fetch(npm_dir: Path) -> None:

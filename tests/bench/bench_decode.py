@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = MODEL.format(width=args.width, ffn=args.width * 4, layers=args.layers)
     limits = "model.image={min_pixels: 256, max_pixels: 262144}"
     config = load_config(
-        "micro", [f"model.scratch={shape}", "model.chorus_tokens=16", limits, "model.prompt.max_text_tokens=4096"]
+        "micro-base", [f"model.scratch={shape}", "model.chorus_tokens=16", limits, "model.prompt.max_text_tokens=4096"]
     )
     model, collator = build_model(config.model, texts=["a red fox", "what is this?"] * 8)
     model.to(args.device).eval()

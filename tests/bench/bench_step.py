@@ -2,9 +2,10 @@
 
     python -m tests.bench.bench_step [--rows 32] [--repeats 9] [--width 128] [--sides 64 160]
 
-Three ways to train on the same rows, with the same model, optimizer and packing, interleaved in one run:
-contrastive-only (queries and targets), joint (the same sequences, with question and answer behind the queries, one
-forward), and separate (one contrastive forward and one more of ``[V T U Q A]`` for the LM loss, one update).
+Ways to train on the same rows, with the same model, optimizer and layout, interleaved in one run: contrastive-only
+(queries and targets); contrastive on the very sequences of the joint step, question and answer included, with L_r
+alone; joint (one forward for both losses); and separate (a contrastive forward and one more of ``[V T U Q A]`` for the
+LM loss, one update).
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from PIL import Image
+from torch import Tensor
 
-from crem.checkpoint import build_model
-from crem.config import load_config
-from crem.data.items import Item, Pair
+from crem.losses import joint_loss, lm_loss
 from crem.train.optim import parameter_groups
-from crem.train.step import crem_losses
+from crem.train.step import retrieval_of
+from tests.bench.steps import build, rows
 from tests.bench.timing import environment, interleaved, table
 
-CAPTION = "a small red fox that sits beside a green tree and looks at the animals of the forest"
+CONTRASTIVE, EQUAL, JOINT = "contrastive only", "contrastive, joint's sequences", "joint, one forward"
+SEPARATE = "both, two forwards"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,67 +39,70 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rows = [row for side in args.sides for row in measure(side, args)]
+    lines = [line for side in args.sides for line in measure(side, args)]
     print(f"\n{args.rows} rows a step, micro preset at width {args.width}. {environment(args.device)}\n")
-    table(["image", "step", "tokens", "ms", "rows/s", "to contrastive only", "to two forwards"], rows)
+    header = [
+        "image",
+        "step",
+        "tokens",
+        "ms",
+        "rows/s",
+        "to contrastive only",
+        "to joint's sequences",
+        "to two forwards",
+    ]
+    table(header, lines)
 
 
 def measure(side: int, args: argparse.Namespace) -> list[list[str]]:
     """Rows of the table for one size of image."""
-    config = load_config("micro", [f"model.scratch.hidden_size={args.width}"])
-    image_config = config.model.image.model_copy(update={"max_pixels": side**2})
-    model_config = config.model.model_copy(update={"image": image_config})
-    model, collator = build_model(model_config, texts=[CAPTION, "what is this?", "a fox"] * 8)
-    model.to(args.device).train()
+    model, collator, config = build(args.width, side, args.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1e-6)
-
-    image = Image.effect_noise((side, side), 90).convert("RGB")
-    joint = [
-        Pair(Item(None, [image]), Item(f"{CAPTION} {i}"), (), "what is this?", "a red fox", z=i % 2 == 0, target_key=i)
-        for i in range(args.rows)
-    ]
-    rows = {
-        "joint": joint,
-        "contrastive": [replace(p, question=None, answer=None) for p in joint],
+    joint = [replace(p, query=replace(p.query, text=None), answer="a red fox") for p in rows(args.rows, side, (16, 18))]
+    pairs = {
+        JOINT: joint,
+        CONTRASTIVE: [replace(p, question=None, answer=None) for p in joint],
         "generative": [replace(p, target=None) for p in joint],
     }
-    batches = {name: collator.pairs(pairs).to(args.device) for name, pairs in rows.items()}
+    batches = {name: collator.pairs(some).to(args.device) for name, some in pairs.items()}
 
-    def update(*losses: Callable[[], torch.Tensor]) -> Callable[[], Callable[[], None]]:
+    def loss(name: str, *, retrieval_only: bool = False) -> Tensor:
+        batch = batches[name]
+        out = model(batch, embed_only=retrieval_only)
+        retrieval = retrieval_of(out.embeddings, [batch], config.loss).loss
+        return joint_loss(retrieval, lm_loss(out.lm_loss_sum, int(batch.answer_tokens)), config.loss)
+
+    def update(*losses: Callable[[], Tensor]) -> Callable[[], Callable[[], None]]:
         def step() -> None:
-            for loss in losses:  # backward after each forward: one graph in memory at a time
-                loss().backward()
+            for one in losses:  # backward after each forward: one graph in memory at a time
+                one().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return lambda: step
 
-    def loss_of(name: str) -> torch.Tensor:
-        return crem_losses(model(batches[name]), batches[name], config.loss)[0].total
-
     seconds = interleaved(
         {
-            "contrastive only": update(lambda: loss_of("contrastive")),
-            "joint, one forward": update(lambda: loss_of("joint")),
-            "both, two forwards": update(lambda: loss_of("contrastive"), lambda: loss_of("generative")),
+            CONTRASTIVE: update(lambda: loss(CONTRASTIVE, retrieval_only=True)),
+            EQUAL: update(lambda: loss(JOINT, retrieval_only=True)),
+            JOINT: update(lambda: loss(JOINT)),
+            SEPARATE: update(lambda: loss(CONTRASTIVE, retrieval_only=True), lambda: loss("generative")),
         },
         args.repeats,
         args.device,
     )
-    tokens = {n: int((b.segments >= 0).sum()) for n, b in batches.items()}
-    counts = [tokens["contrastive"], tokens["joint"], tokens["contrastive"] + tokens["generative"]]
-    least, most = seconds["contrastive only"], seconds["both, two forwards"]
+    tokens = {name: batch.tokens for name, batch in batches.items()}
+    counts = [tokens[CONTRASTIVE], tokens[JOINT], tokens[JOINT], tokens[CONTRASTIVE] + tokens["generative"]]
     return [
         [
             f"{side} x {side}",
             name,
-            f"{n}",
+            f"{count}",
             f"{t * 1e3:.0f}",
             f"{args.rows / t:.0f}",
-            f"{t / least:.2f}",
-            f"{t / most:.2f}",
+            *(f"{t / seconds[other]:.2f}" for other in (CONTRASTIVE, EQUAL, SEPARATE)),
         ]
-        for (name, t), n in zip(seconds.items(), counts, strict=True)
+        for (name, t), count in zip(seconds.items(), counts, strict=True)
     ]
 
 

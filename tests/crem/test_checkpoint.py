@@ -326,6 +326,29 @@ def test_training_a_pretrained_backbone(tmp_path: Path, tied: bool, lora: bool) 
     assert loaded.config.lora is None
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_merged_adapters_answer_as_they_did_in_training(tmp_path: Path, tied: bool) -> None:
+    """transformers' plain class on the exported checkpoint against the adapted model: logits over the chorus tokens,
+    whose rows are trained beside the adapters, and over words."""
+    model, collator = build_model(pretrained(tmp_path, tied=tied, vocab_size=512, lora=True))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # adapters start as nothing (B = 0)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.eval()
+    save_model(model, collator, tmp_path / "crem")
+    plain = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "crem").eval()
+    ids = torch.tensor([[*collator.prompts.tokenizer("a red apple").input_ids, *model.chorus_ids, 5, 6]])
+    with torch.no_grad():
+        adapted, merged = model.core(input_ids=ids).logits, plain(input_ids=ids).logits
+        model.backbone.disable_adapter_layers()
+        before = model.core(input_ids=ids).logits
+    assert (adapted - before).abs().max() > 0.1, "the adapters do something"
+    assert (merged - adapted).abs().max() < 1e-5 * adapted.abs().max()
+    assert torch.equal(plain.lm_head.weight, plain.get_input_embeddings().weight) == tied
+
+
 @pytest.mark.parametrize("vocab_size", [512, 300], ids=["reserved rows", "grown"])
 def test_the_seed_decides_every_new_weight(tmp_path: Path, vocab_size: int) -> None:
     """Ranks seed torch differently for dropout, and must yet start from the same adapters."""
@@ -401,7 +424,8 @@ def test_presets_build_and_take_a_joint_step(
 ) -> None:
     folder = reduced_qwen(tmp_path / "stock", vocab_size=vocab_size, tied=tied)
     overrides = [f"model.backbone={folder}", *(["model.lora=null"] if full else [])]
-    config = load_config(preset, [*overrides, "train.global_batch=8", "train.workers=1", "optim.warmup_steps=1"])
+    small = ["train.global_batch=8", "train.chunk_rows=8", "train.workers=1"]
+    config = load_config(preset, [*overrides, "optim.warmup_steps=1", *small])
     model, collator = build_model(config.model)
     assert len(model.chorus_ids) == 16 and model.core.config.text_config.vocab_size == vocab_size
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}

@@ -112,6 +112,12 @@ def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int
         assert batch.input_ids.shape == (len(lengths), max(lengths)) and batch.two_part is None
 
 
+def test_a_hard_negative_brings_its_content(collator: Collator) -> None:
+    known = Pair(Item("a"), Item("b"), (Item("c"), Item("d")), target_key=4, negative_keys=(5, 6))
+    unknown = Pair(Item("e"), Item("f"), (Item("g"),), target_key=7)
+    assert collator.pairs([known, unknown]).candidate_keys.tolist() == [4, 7, 5, 6, -1]
+
+
 def test_z_stays_with_its_row(collator: Collator) -> None:
     pairs = [Pair(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
     batch = collator.pairs(pairs)

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from crem.config import RunConfig, load_config, preset_names
 from crem.errors import ConfigError
 
 
-def test_presets_are_the_three_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    assert preset_names() == ["2b", "7b", "micro"]
+def test_presets_are_complete_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    full = {"2b-full", "2b-full-64gpu", "2b-full-offload", "7b-full", "7b-full-64gpu", "7b-full-offload"}
+    assert set(preset_names()) >= {"2b", "2b-64gpu", "7b", "7b-64gpu", "micro", "micro-base"} | full
     for name in preset_names():
         config = load_config(name)
         assert config.preset == name
         (tmp_path / "c.yaml").write_text(config.to_yaml())
         assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_presets_cover_adapters_stages_offload_and_sizes() -> None:
+    """{LoRA, full} x {ZeRO 2, 3} x {with, without offload} x {8, 64 GPUs}, where the combination has a use."""
+    held = set()
+    for name in preset_names():
+        c = load_config(name)
+        if c.model.backbone is not None and c.model.backbone.startswith("Qwen/"):
+            held.add((c.model.lora is None, c.train.zero_stage, c.train.offload, c.train.workers))
+            assert c.train.chunk_rows and c.train.global_batch == 1024
+    lora, full = False, True
+    assert held >= {(lora, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
+    assert held >= {(full, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
+    assert held >= {(full, 2, "optimizer", 8), (full, 3, "all", 8)}
+
+
+def test_a_base_is_laid_below(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: 2b\npreset: a\nmodel: {lora: null}\noptim: {lr: 1.0e-6}\n")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path}/a.yaml\npreset: b\ntrain: {{workers: 4}}\n")
+    c, below = load_config(tmp_path / "b.yaml", ["loss.temperature=0.1"]), load_config("2b")
+    assert (c.preset, c.model.lora, c.optim.lr, c.train.workers, c.loss.temperature) == ("b", None, 1e-6, 4, 0.1)
+    assert c.data == below.data and c.model.image == below.model.image
+    assert c.optim.warmup_steps == below.optim.warmup_steps, "beside what is replaced, a section stays"
+
+
+def test_a_wrong_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: 2b-ful\n")
+    with pytest.raises(ConfigError, match=r"base of .*a\.yaml': unknown preset '2b-ful'; did you mean '2b-full'"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(f"base: {tmp_path}/b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path}/a.yaml\n")
+    with pytest.raises(ConfigError, match="is its own base"):
+        load_config(tmp_path / "a.yaml")
 
 
 def test_2b_is_the_papers_setting() -> None:
@@ -46,6 +82,8 @@ def test_unknown_keys_name_the_nearest(override: str, hint: str) -> None:
         ("train.min_workers=9", "train.min_workers=9 is above train.workers=8"),
         ("train.min_workers=3", r"multiple of train.workers=7 \(every number of workers from train.min_workers=3\)"),
         ("train.zero_stage=4", "train.zero_stage"),
+        ("train.offload=all", "train.zero_stage=3 or more, and it is 2"),
+        ("train.offload=disk", "train.offload"),
         ("train.steps", "section.key=value"),
         ("model.scratch={}", "exactly one"),
     ],

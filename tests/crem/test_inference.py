@@ -37,7 +37,7 @@ def spelling() -> crem.Crem:
     pairs = [Pair(Item(w), None, (), "say it", a, z=True) for w, a in SPELLINGS.items()] * 2
     batch = collator.pairs(pairs)
     engine = PlainEngine(network.train(), config)
-    losses = [train_step(engine, batch, config.loss).loss for _ in range(85)]
+    losses = [train_step(engine, [batch], config.loss).loss for _ in range(85)]
     assert losses[-1] < 0.1 < losses[0], losses[-1]
     return Crem(network.eval(), collator, "")
 

@@ -120,3 +120,105 @@ def test_no_rows_is_an_error_with_the_remedy() -> None:
     none = np.empty(0, dtype=np.int64)
     with pytest.raises(ConfigError, match="manifest"):
         plan(retrieval=none, heterogeneous=none)
+
+
+def skewed(temperature: float, **changes: Any) -> MixingPlan:
+    """Four tasks of 160, 40, 10 and 2 rows."""
+    settings: dict[str, Any] = {
+        "retrieval": np.arange(212),
+        "heterogeneous": np.empty(0, dtype=np.int64),
+        "tasks": np.repeat(np.arange(4), SIZES),
+        "config": DataConfig(source_temperature=temperature),
+    }
+    return plan(**(settings | changes))
+
+
+SIZES = np.array([160, 40, 10, 2])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, 1e9])
+def test_tasks_come_by_size_to_the_power_of_the_inverse_temperature(temperature: float) -> None:
+    mixing = skewed(temperature)
+    drawn = np.concatenate([mixing.tasks[mixing.step(s).rows] for s in range(1000)])  # standard error below 0.004
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    expected = SIZES ** (1 / temperature) / (SIZES ** (1 / temperature)).sum()
+    assert shares == pytest.approx(expected, abs=0.015)
+    if temperature > 100:
+        assert shares == pytest.approx(np.full(4, 0.25), abs=0.015), "evenly"
+
+
+def test_temperature_one_is_the_plan_without_tasks() -> None:
+    assert order(skewed(1.0), 30) == order(skewed(1.0, tasks=np.zeros(212, dtype=np.int64)), 30)
+    near = np.concatenate([skewed(1.0 + 1e-9).step(s).rows for s in range(500)])
+    assert np.bincount(skewed(1.0).tasks[near]) / len(near) == pytest.approx(SIZES / 212, abs=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 1e9])
+def test_every_epoch_of_a_task_holds_its_rows_once(temperature: float) -> None:
+    """Whatever is drawn for the others: the rows of a task, in the order of steps, are whole epochs one by one."""
+    mixing = skewed(temperature, global_batch=7)
+    steps = [mixing.step(s).rows for s in range(400)]
+    complete = 0
+    for task in range(4):
+        members = np.flatnonzero(mixing.tasks == task)
+        begun = np.zeros(212, dtype=np.int64)
+        for rows in steps:
+            np.add.at(begun, rows[mixing.tasks[rows] == task], 1)
+            assert begun[members].max() - begun[members].min() <= 1, "no row again before all others came"
+        complete += int(begun[members].min())
+    assert complete > 10
+
+
+def test_streams_have_their_own_temperature_and_epochs() -> None:
+    """Homogeneous and heterogeneous rows of one task are two streams, in their fixed shares."""
+    mixing = plan(config=DataConfig(retrieval_share=0.75, source_temperature=3.0), tasks=np.arange(70) % 2)
+    steps = [mixing.step(s).rows for s in range(200)]
+    assert {int((rows < 50).sum()) for rows in steps} == {12}
+    counts = np.bincount(np.concatenate(steps), minlength=70)
+    for members in (np.arange(0, 50, 2), np.arange(1, 50, 2), np.arange(50, 70, 2), np.arange(51, 70, 2)):
+        assert counts[members].max() - counts[members].min() <= 1 < counts[members].min()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("sub_batch", [0, 4])
+def test_sampling_and_chorus_counts_do_not_depend_on_the_ranks(ranks: int, sub_batch: int) -> None:
+    config = DataConfig(source_temperature=4.0, sub_batch=sub_batch)
+    whole = skewed(4.0, config=config, chorus_counts=(1, 2, 4))
+    parts = [skewed(4.0, config=config, chorus_counts=(1, 2, 4)) for _ in range(ranks)]  # each rank has its own plan
+    for step in range(40):
+        expected = whole.step(step)
+        got = [mixing.step(step, rank=r, ranks=ranks) for r, mixing in enumerate(parts)]
+        assert np.concatenate([p.rows for p in got]).tolist() == expected.rows.tolist()
+        assert np.concatenate([p.z for p in got]).tolist() == expected.z.tolist()
+        assert {p.chorus_tokens for p in got} == {expected.chorus_tokens}
+
+
+def test_chorus_counts_are_drawn_evenly() -> None:
+    mixing = plan(chorus_counts=(1, 4, 16))
+    drawn = [mixing.step(s).chorus_tokens for s in range(1500)]
+    counts = {k: drawn.count(k) for k in (1, 4, 16)}
+    assert sum(counts.values()) == 1500
+    assert list(counts.values()) == pytest.approx([500] * 3, abs=75)  # four standard deviations
+    assert drawn != [plan(chorus_counts=(1, 4, 16), seed=6).step(s).chorus_tokens for s in range(1500)]
+    rows = [mixing.step(s).rows.tolist() for s in range(20)]
+    assert rows == [plan().step(s).rows.tolist() for s in range(20)], "the order of rows does not depend on them"
+    for counts_of_one in ((), (16,)):
+        assert plan(chorus_counts=counts_of_one).step(3).chorus_tokens is None, "all K"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_resumes_at_any_step(seed: int) -> None:
+    """A fresh plan asked for one step alone gives what a plan gives that went through all of them."""
+    draw = np.random.default_rng(seed)
+    config = DataConfig(
+        source_temperature=float(draw.choice([1.0, 2.0, 50.0])),
+        sub_batch=int(draw.choice([0, 2, 5])),
+        retrieval_share=float(draw.choice([0.5, 0.8])),
+    )
+    settings: dict[str, Any] = {"config": config, "seed": seed, "chorus_counts": (2, 4), "tasks": np.arange(70) % 5}
+    through = plan(**settings)
+    steps = [through.step(s) for s in range(120)]
+    for step in [0, 1, 119, *draw.integers(0, 120, 8).tolist()]:
+        alone = plan(**settings).step(step)
+        assert alone.rows.tolist() == steps[step].rows.tolist()
+        assert alone.z.tolist() == steps[step].z.tolist() and alone.chorus_tokens == steps[step].chorus_tokens

@@ -325,10 +325,11 @@ def test_pool_is_the_normalised_mean_of_the_chorus_states() -> None:
 def test_positions_are_the_backbones(tiny: tuple[CremModel, Collator]) -> None:
     model, collator = tiny
     batch = collator.pad(sequences(collator, False))
+    assert batch.image_grid_thw is not None and batch.image_index is not None
     expected, _ = model.core.model.get_rope_index(
         input_ids=batch.input_ids,
         mm_token_type_ids=(batch.input_ids == model.core.config.image_token_id).int(),
-        image_grid_thw=batch.image_grid_thw,
+        image_grid_thw=batch.image_grid_thw[batch.image_index],
         attention_mask=(batch.segments >= 0).long(),
     )
     real = (batch.segments >= 0).expand(3, -1, -1)

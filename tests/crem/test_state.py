@@ -23,8 +23,8 @@ from crem.config import RunConfig
 from crem.errors import CheckpointError
 from crem.train.state import common_mark, convert, files_needed, load_state, read_marks, save_state, verify
 from crem.train.step import train_step
-from tests.crem.runs import PlainEngine, run_config, share, spawn, stock_backbone
-from tests.crem.test_zero import LORA, started
+from tests.crem.runs import PlainEngine, run_config, share, spawn, started, stock_backbone
+from tests.crem.test_zero import LORA
 
 DECAY = "optim.weight_decay=0.1"
 RUNS = {
@@ -32,8 +32,8 @@ RUNS = {
     "zero 1": ["train.zero_stage=1", DECAY],
     "zero 2": ["train.zero_stage=2", DECAY],
     "zero 3": ["train.zero_stage=3", DECAY],
-    "lora zero 2": ["train.zero_stage=2", DECAY, LORA, "model.scratch=null", "model.backbone=BACKBONE"],
-    "lora zero 3": ["train.zero_stage=3", DECAY, LORA, "model.scratch=null", "model.backbone=BACKBONE"],
+    "lora zero 2": ["train.zero_stage=2", DECAY, *LORA],
+    "lora zero 3": ["train.zero_stage=3", DECAY, *LORA],
 }
 RANKS = (2, 4, 1, 2)
 """Ranks of the legs of the run; each leg continues where the one before stopped."""

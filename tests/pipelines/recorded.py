@@ -23,7 +23,7 @@ def recording_worker(spec: dict[str, Any]) -> None:
     from crem.train import loop
     from pipelines import rows
     from pipelines.storage import Folder
-    from pipelines.train import _worker
+    from pipelines.training.train import _worker
 
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
@@ -59,7 +59,7 @@ def recording_worker(spec: dict[str, Any]) -> None:
 
 def main() -> int:
     from crem.cli import main as crem
-    from pipelines import train
+    from pipelines.training import train
 
     train._worker = recording_worker
     return crem(sys.argv[1:])

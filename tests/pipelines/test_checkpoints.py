@@ -15,8 +15,8 @@ import pytest
 import s3fs
 
 from crem.train.state import Mark, read_marks, verify
-from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently
 from pipelines.storage import Folder
+from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently
 
 
 def part(folder: Path, step: int, rank: int = 0, ranks: int = 1, stage: int = 0) -> Path:

@@ -18,14 +18,15 @@ import pytest
 
 import crem
 from crem.config import load_config
-from crem.errors import ConfigError
+from crem.errors import ConfigError, TrainingError
 from pipelines import session
 from pipelines.evaluate import evaluate, table
-from pipelines.metrics import read_metrics
 from pipelines.prepare import prepare
 from pipelines.rows import read_rows
 from pipelines.storage import Folder
-from pipelines.train import train
+from pipelines.training.held_out import split_rows
+from pipelines.training.metrics import read_metrics
+from pipelines.training.train import train
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 
@@ -99,11 +100,17 @@ def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path) -> None:
-    config = load_config(
-        "micro", [*RUN, f"train.zero_stage={stage}", "train.steps=200", "train.log_every=20", "optim.lr=1e-3"]
-    )
+    overrides = [*RUN, f"train.zero_stage={stage}", "train.steps=200", "train.log_every=20", "optim.lr=1e-3"]
+    config = load_config("micro", [*overrides, "train.validate_every=50"])
     result = train(prepared, str(tmp_path / "run"), config)
     losses = metrics(tmp_path / "run")
+    validated = {step: m["validation/loss"] for step, m in losses.items() if "validation/loss" in m}
+    assert sorted(validated) == [50, 100, 150, 200] and validated[200] < validated[50]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["loss"] == min(validated.values()) == validated[best["step"]]
+    assert crem.load(str(tmp_path / "run" / "best")).fingerprint == best["fingerprint"]
+    assert 0 < losses[200]["flops_utilisation"] < 1 and losses[200]["tokens_per_s"] > losses[200]["samples_per_s"]
+    assert "complete" in (tmp_path / "run" / "report.html").read_text()
     assert losses[200]["generation"] < 0.5 * losses[20]["generation"]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     report = evaluate(result["model"], prepared, str(tmp_path / "evaluation"), config)
@@ -117,6 +124,25 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert 0 < report["cache"]["ratio"] < 0.5
     assert "P@1" in table(report)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result["fingerprint"]
+
+
+def test_a_run_that_diverges_saves_the_rows_of_the_step(prepared: str, tmp_path: Path) -> None:
+    """A learning rate that throws the weights out of what a float can hold: NaN after the warm-up's first step."""
+    config = load_config("micro", [*RUN, "train.steps=20", "optim.lr=1e30", "train.max_failures=0"])
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"loss of step (\d+) is (nan|inf).*optim\.lr.*failed_step\.json"):
+        train(prepared, str(run), config)
+    saved = json.loads((run / "failed_step.json").read_text())
+    rows = read_rows(prepared, split_prefix="train")
+    training, _ = split_rows(rows, config)
+    plan = training.plan(config)
+    for rank in (0, 1):
+        share = plan.step(saved["step"], rank=rank, ranks=2)
+        ids = training.table.column("id").to_numpy()[share.rows].tolist()
+        assert [row["id"] for row in saved["ranks"][rank]["rows"]] == ids and len(ids) == 8
+    assert max(metrics(run), default=0) <= saved["step"]
+    assert "failed: the loss of step" in (run / "report.html").read_text()
+    assert not (run / "model").exists()
 
 
 def test_a_run_on_object_storage(prepared: str, s3_server: Any, s3_env: Any) -> None:

@@ -29,11 +29,11 @@ import crem
 from cluster.local import LocalCluster
 from crem.config import load_config
 from crem.train.state import verify
-from pipelines.checkpoints import Checkpoints
-from pipelines.metrics import read_metrics
 from pipelines.prepare import prepare
 from pipelines.rows import read_rows
 from pipelines.storage import Folder
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.metrics import read_metrics
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 

@@ -4,7 +4,8 @@ The driver reads the rows and starts the workers; a worker is ``_worker`` below,
 ``crem.train.step``. What stays in the output folder:
 
     config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
-    model/           the trained checkpoint              checkpoints/                   ``pipelines.checkpoints``
+    model/           the trained checkpoint              checkpoints/                   ``checkpoints.py``
+    best/, best.json the model of the lowest validation  report.html                    curves, configuration, data
 
 A run whose workers died is started again by Ray Train, and one that was killed as a whole with ``resume``: the workers
 take the newest good checkpoint, and the order of rows is a pure function of seed and step (``crem.data.mixing``), so
@@ -19,7 +20,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import uuid
 from typing import Any
 
@@ -30,18 +30,23 @@ from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crem.config import RunConfig
-from crem.errors import ConfigError, CremError, TrainingError
+from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
-from pipelines.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
-from pipelines.metrics import MetricsLog, read_metrics
 from pipelines.prepare import read_manifest
-from pipelines.rows import share_rows, step_batches, texts_of
+from pipelines.rows import share_rows, step_batches
 from pipelines.storage import Folder
+from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
+from pipelines.training.failed_step import FAILED_STEP, saved_step
+from pipelines.training.follow import Follower
+from pipelines.training.held_out import data_mix, split_rows, training_texts, validation_batches
+from pipelines.training.metrics import read_metrics
+from pipelines.training.trackers import check_tracker, open_tracker
+from pipelines.training.watch import Heart, Watch
 
 __all__ = ["train"]
 
@@ -72,6 +77,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         ConfigError: no training rows, or ``out`` holds a run and neither ``resume`` nor ``fresh`` is given, or a
             resumed run's configuration differs.
     """
+    check_tracker(config.train.tracker)
     source, target = Folder.at(prepared), Folder.at(out)
     stamp = {"prepared": source.uri, "manifest": schema.content_id(json.dumps(read_manifest(source)).encode())}
     _claim(target, config, stamp, resume=resume, fresh=fresh)
@@ -79,6 +85,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     if finished is not None:
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
+    target.remove(FAILED_STEP)
     session.connect()
     session.require_shared(target)
     workers = config.train.min_workers or config.train.workers
@@ -92,12 +99,14 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     with session.remote_errors():
         if config.model.backbone is not None:
             ray.get(ray.remote(num_cpus=_DATA_CPUS)(local_copy).remote(config.model.backbone))  # a wrong one fails here
-        rows = share_rows(prepared, split_prefix="train")
-    plan = rows.plan(config)
+        rows = share_rows(prepared, split_prefix=("train", "validation"))
+    training, held_out = split_rows(rows, config)
+    plan = training.plan(config)
     log.info(
-        "%d retrieval rows, %d heterogeneous rows; %d steps of %d rows (%.1f epochs of the retrieval rows)",
+        "%d retrieval rows, %d heterogeneous rows, %d for validation; %d steps of %d rows (%.1f epochs of the former)",
         len(plan.retrieval),
         len(plan.heterogeneous),
+        held_out.table.num_rows if held_out else 0,
         config.train.steps,
         config.train.global_batch,
         config.train.steps * plan.retrieval_per_step / max(1, len(plan.retrieval)),
@@ -105,20 +114,29 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     # on this node: where the driver lives, progress can be told
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    tracker = open_tracker(target, config)
+    watch = Watch(config.train.hang_timeout_s)
     spec = {
         "config": config.model_dump(mode="json"),
-        "texts": texts_of(rows) if config.model.scratch is not None else None,
-        "rows": [ray.put(rows)],
+        "texts": training_texts(rows) if config.model.scratch is not None else None,
+        "rows": [ray.put(training)],
+        "held_out": [ray.put(held_out)] if held_out else [],
         "queue": queue,
+        "pulse": watch.pulse,
         "out": target.uri,
         "run": _identity(config, stamp),
     }
-    with session.remote_errors(), _Listener(queue, MetricsLog(target, fresh=not resume), config.train.steps) as heard:
-        _fit(spec, target, config)
+    mix = data_mix(training, held_out)
+    heard = Follower(queue, target, config, mix=mix, fresh=not resume, tracker=tracker)
+    with session.remote_errors(), heard, watch:
+        try:
+            _fit(spec, target, config)
+        except DivergenceError as error:
+            raise saved_step(error, training, config, target) from error
     if heard.result is None:
         raise TrainingError(f"the run in {target.uri} ended without saying its result; run again with --resume")
     last = heard.last or next(iter(read_metrics(target)[-1:]), {})  # a run that only wrote its model this time
-    result = {**heard.result, "rows": rows.table.num_rows, "metrics": last}
+    result = {**heard.result, "rows": training.table.num_rows, "metrics": last}
     patiently("writing the result", lambda: target.write_json(result, _DONE))
     return result
 
@@ -158,7 +176,8 @@ def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: 
                     f"{getattr(new, key)!r}; resume with the same settings ({target.uri}/config.yaml) or start anew"
                 )
         return
-    for name in (_DONE, "config.yaml", "model", _CHECKPOINTS, "metrics.jsonl", "tensorboard"):
+    made = ("model", "best", "best.json", "report.html", "tracker.json", "metrics.jsonl", "tensorboard")
+    for name in (_DONE, "config.yaml", _CHECKPOINTS, *made):
         target.remove(name)
     target.write_json(stamp, _DATA)
     target.write_bytes(config.to_yaml().encode(), "config.yaml")
@@ -174,6 +193,9 @@ _MAY_CHANGE = {
     "train.workers",
     "train.min_workers",
     "train.resize_every_s",
+    "train.explosion_factor",
+    "train.hang_timeout_s",
+    "train.tracker",
 }
 """Settings of a run that do not change its result. The number of workers belongs here: the order of rows does not
 depend on it, and a ZeRO checkpoint is converted. (LoRA's dropout does: another number of workers draws otherwise.)"""
@@ -192,7 +214,7 @@ def _identity(config: RunConfig, stamp: dict[str, Any]) -> str:
 
 def _fit(spec: dict[str, Any], target: Folder, config: RunConfig) -> None:
     """Run to the end; a failed run raises the worker's own error, or says which worker failed and how to go on."""
-    # Ray Train's own folder holds nothing that outlives this call: see pipelines.checkpoints
+    # Ray Train's own folder holds nothing that outlives this call: see pipelines.training.checkpoints
     with tempfile.TemporaryDirectory(prefix="crem-ray-train-") as storage:
         try:
             _trainer(spec, config, storage).fit()
@@ -257,11 +279,14 @@ def _worker(spec: dict[str, Any]) -> None:
     from crem.train.loop import Progress, train_loop
     from crem.train.optim import initialise
     from crem.train.state import load_state, save_state
+    from crem.train.validate import validate
+    from pipelines.training.best import BestModel
 
     logging.getLogger("deepspeed").setLevel(logging.WARNING)
     config = RunConfig.model_validate(spec["config"])
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
+    heart = Heart(spec["pulse"], rank=rank, ranks=ranks)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.train.threads_per_worker)
@@ -308,7 +333,17 @@ def _worker(spec: dict[str, Any]) -> None:
         local = place / f"save-{rank}"
         save_state(engine, local, step=step, run=spec["run"])
         uploads.start(local, step)
-        # the best model by validation loss is exported here, by whoever validates; it is not one of these checkpoints
+
+    best = BestModel(out, _upload) if spec["held_out"] else None
+
+    def on_validation(step: int) -> dict[str, float]:
+        assert best is not None
+        rows = ray.get(spec["held_out"][0])
+        held_out = validation_batches(rows, config, collator, rank=rank, ranks=ranks)
+        terms = validate(engine, held_out, config.loss, device).as_dict()
+        heart.phase(step - 1, "export")
+        best.offer(step, terms, engine, collator)
+        return terms
 
     batches = step_batches(spec["rows"][0], config, collator, start_step=start_step, rank=rank, ranks=ranks)
     train_loop(
@@ -319,11 +354,14 @@ def _worker(spec: dict[str, Any]) -> None:
         device=device,
         on_progress=on_progress,
         on_checkpoint=on_checkpoint,
+        on_phase=heart.phase,
+        validate=on_validation if best else None,
     )
     uploads.finish()
     anywhere(False)  # now the last checkpoint is complete, if it ever will be
     if rank == 0:
         uploads.tidy()
+    heart.phase(config.train.steps, "export")
     for empty in (place / "leader", place, *place.parents[:2]):  # the last rank of the node leaves nothing
         with contextlib.suppress(OSError):
             empty.rmdir()
@@ -353,61 +391,3 @@ def _upload(folder: str, target: Folder) -> None:
         with open(os.path.join(folder, name), "rb") as source, target.open(name, mode="wb") as file:
             while block := source.read(2**24):
                 file.write(block)
-
-
-class _Listener:
-    """Receives progress from rank 0 in a thread of the driver, and writes it down."""
-
-    def __init__(self, queue: Queue, metrics: MetricsLog, steps: int):
-        self._queue, self._metrics, self._steps = queue, metrics, steps
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self.last: dict[str, float] = {}
-        self.result: dict[str, Any] | None = None
-
-    def __enter__(self) -> _Listener:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=30)
-        try:
-            self._metrics.close()
-        except Exception:  # as below
-            log.warning("the last metrics could not be written", exc_info=True)
-        self._queue.shutdown()
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                message = self._queue.get(timeout=0.5)
-            except Empty:
-                if self._stop.is_set():
-                    return
-                continue
-            if "warning" in message:
-                log.warning("%s", message["warning"])
-                continue
-            if "resumed" in message:
-                log.info("going on at step %d (%d workers)", message["resumed"], message["workers"])
-                continue
-            if "result" in message:
-                self.result = message["result"]
-                continue
-            p = self.last = message["progress"]
-            try:
-                self._metrics.write(p)
-            except Exception:  # a run does not end because a metric could not be written down
-                log.warning("the metrics of step %d could not be written", p["step"], exc_info=True)
-            log.info(
-                "step %d/%d  loss %.3f (retrieval %.3f, generation %.3f)  lr %.1e  %.0f samples/s  %d s left",
-                p["step"],
-                self._steps,
-                p["loss"],
-                p["retrieval"],
-                p["generation"],
-                p["lr"],
-                p["samples_per_s"],
-                p["seconds_left"],
-            )

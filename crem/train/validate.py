@@ -1,0 +1,88 @@
+"""Validation during a run: both losses and in-batch Precision@1 on rows that are not trained on.
+
+The rows are one batch of InfoNCE, gathered from all ranks, so the figures do not depend on the number of workers. Every
+row is run twice: with z = 0 its answer comes from the full context (native), with z = 1 from the chorus tokens alone
+(compressed). Embeddings are the same in both, because U never depends on z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from crem.config import LossConfig
+from crem.data.collator import Batch
+from crem.distributed import gather_rows, sum_over_ranks
+from crem.losses import lm_loss
+from crem.metrics import precision_at_1
+from crem.train.step import retrieval_of
+
+__all__ = ["ValidationResult", "validate"]
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Terms over all held-out rows, the same on every rank."""
+
+    loss: float
+    """what training minimises, in expectation over z: the measure by which the best model is kept"""
+    retrieval: float
+    """InfoNCE; 0 without pairs"""
+    precision_at_1: float
+    """share of queries whose nearest target is their own or one of the same content; NaN without pairs"""
+    generation_native: float
+    """per answer token, from the full context; 0 without answers"""
+    generation_compressed: float
+    """per answer token, from the chorus tokens alone"""
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def validate(
+    engine: Any, batches: Iterable[tuple[Batch, Batch]], config: LossConfig, device: torch.device
+) -> ValidationResult:
+    """Validate; a collective, and the engine is in training mode again afterwards.
+
+    Args:
+        engine: of DeepSpeed, whose forward applies the run's precision.
+        batches: this rank's rows in as many batches as on every rank, each with z = 0 and with z = 1.
+    """
+    engine.eval()
+    embeddings, chunks = [], []
+    sums = torch.zeros(2, device=device)
+    answer_tokens = torch.zeros((), dtype=torch.long, device=device)
+    for pair in batches:
+        native, compressed = (_for_every_rank(batch, engine).to(device) for batch in pair)
+        output = engine(native)
+        embeddings.append(output.embeddings)
+        sums += torch.stack([output.lm_loss_sum, engine(compressed).lm_loss_sum]).float()
+        answer_tokens += output.answer_tokens
+        chunks.append(replace(native, pixel_values=None, two_part=None))  # what InfoNCE needs of it
+    engine.train()
+    native_loss, compressed_loss = lm_loss(sum_over_ranks(sums), int(sum_over_ranks(answer_tokens))).tolist()
+    retrieval = retrieval_of(torch.cat(embeddings), chunks, config)
+    query_keys, target_keys = (
+        gather_rows(torch.cat(keys))
+        for keys in zip(*((c.query_keys, c.candidate_keys[: len(c.queries)]) for c in chunks), strict=True)
+    )
+    share = config.compression_probability
+    return ValidationResult(
+        loss=config.alpha_r * float(retrieval.loss)
+        + config.alpha_g * ((1 - share) * native_loss + share * compressed_loss),
+        retrieval=float(retrieval.loss),
+        precision_at_1=precision_at_1(retrieval.queries_QD, retrieval.targets_QD, query_keys, target_keys),
+        generation_native=native_loss,
+        generation_compressed=compressed_loss,
+    )
+
+
+def _for_every_rank(batch: Batch, engine: Any) -> Batch:
+    """Under ZeRO-3 every rank must run the vision tower, also one whose rows have no picture."""
+    blank: Batch = engine.module.with_blank_image(batch) if batch.pixel_values is None else batch
+    return blank

@@ -1,0 +1,136 @@
+"""What the driver hears of a running training: it writes metrics and the report, and tells a person the progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from ray.util.queue import Empty, Queue
+
+from crem.config import RunConfig
+from pipelines.storage import Folder
+from pipelines.training.metrics import MetricsLog
+from pipelines.training.trackers import Tracker
+
+__all__ = ["Follower", "duration", "progress_line"]
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY_S = 60.0
+"""Drawing the page takes about a second of the driver."""
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def progress_line(p: dict[str, float], steps: int) -> str:
+    """One log interval for the terminal; losses are those of its last step, rates those of the interval."""
+    tokens = p["tokens_per_s"]
+    return (
+        f"step {p['step']}/{steps}  loss {p['loss']:.3f} (retrieval {p['retrieval']:.3f}, generation "
+        f"{p['generation']:.3f})  lr {p['lr']:.1e}  grad {p['grad_norm']:.2f}  {p['samples_per_s']:.0f} samples/s  "
+        f"{f'{tokens / 1000:.1f}k' if tokens >= 1000 else f'{tokens:.0f}'} tokens/s  MFU "
+        f"{100 * p['flops_utilisation']:.1f} %  {duration(p['seconds_left'])} left"
+    )
+
+
+def _validation_line(p: dict[str, float]) -> str:
+    v = {name.partition("/")[2]: value for name, value in p.items() if name.startswith("validation/")}
+    return (
+        f"step {p['step']} validated: loss {v['loss']:.3f}  retrieval {v['retrieval']:.3f}  P@1 "
+        f"{100 * v['precision_at_1']:.1f} %  generation {v['generation_native']:.3f} native, "
+        f"{v['generation_compressed']:.3f} compressed"
+    )
+
+
+class Follower:
+    """Receives progress from rank 0 in a thread of the driver. On leaving it finishes metrics and report, also when the
+    run failed."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        run: Folder,
+        config: RunConfig,
+        *,
+        mix: list[dict[str, Any]],
+        fresh: bool,
+        tracker: Tracker | None = None,
+    ):
+        self._queue, self._run, self._config, self._mix = queue, run, config, mix
+        self._metrics = MetricsLog(run, fresh=fresh, tracker=tracker)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="crem-follower")
+        self._began = self._drawn = time.monotonic()
+        self.last: dict[str, float] = {}
+        self.result: dict[str, Any] | None = None
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        try:
+            self._metrics.close(failed=error is not None)
+        except Exception:  # as in ``_progress``
+            log.warning("the last metrics could not be written", exc_info=True)
+        self._queue.shutdown()
+        self._draw("complete" if error is None else f"failed: {error or type(error).__name__}")
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._queue.get(timeout=0.5)
+            except Empty:
+                if self._stop.is_set():
+                    return
+                continue
+            if "warning" in message:
+                log.warning("%s", message["warning"])
+            elif "resumed" in message:
+                log.info("going on at step %d (%d workers)", message["resumed"], message["workers"])
+            elif "result" in message:
+                self.result = message["result"]
+            else:
+                self._progress(message["progress"])
+
+    def _progress(self, p: dict[str, float]) -> None:
+        self.last = p
+        try:
+            self._metrics.write(p)
+        except Exception:  # a run does not end because a metric could not be written down
+            log.warning("the metrics of step %d could not be written", p["step"], exc_info=True)
+        log.info("%s", progress_line(p, self._config.train.steps))
+        if any(name.startswith("validation/") for name in p):
+            log.info("%s", _validation_line(p))
+        if time.monotonic() - self._drawn > _REPORT_EVERY_S:
+            self._draw("running")
+
+    def _draw(self, state: str) -> None:
+        from pipelines.training.report import (
+            write_training_report,
+        )  # workers import this module, and need no matplotlib
+
+        self._drawn = time.monotonic()
+        try:
+            write_training_report(
+                self._run,
+                self._config,
+                self._metrics.entries,
+                mix=self._mix,
+                state=state,
+                seconds=self._drawn - self._began,
+                result=self.result,
+            )
+        except Exception:  # nor because its page could not be drawn
+            log.warning("report.html could not be written", exc_info=True)
