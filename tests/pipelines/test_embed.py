@@ -126,6 +126,7 @@ def test_files_carry_the_fingerprint_and_plain_vectors(
             "fingerprint": model.fingerprint,
             "dim": model.dim,
             "model": tiny_model_dir,
+            "chorus_tokens": 4,
         }
     assert (counts["fingerprint"], counts["dim"]) == (model.fingerprint, model.dim)
 
