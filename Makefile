@@ -52,6 +52,7 @@ bench: $(STAMP)  ## benchmarks; print ratios
 	$(BIN)/python -m tests.bench.bench_step $(ARGS)
 	$(BIN)/python -m tests.bench.bench_cache $(ARGS)
 	$(BIN)/python -m tests.bench.bench_attention $(ARGS)
+	$(BIN)/python -m tests.bench.bench_compile $(ARGS)
 	$(BIN)/python -m tests.bench.bench_decode $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format

@@ -258,6 +258,9 @@ class TrainConfig(_Section):
     and 3, arXiv 2101.06840), or the weights as well (``all``, ZeRO 3). Source: ours."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """``bfloat16`` is autocast over float32 master weights. Source: VLM2Vec-V2 (bf16)."""
+    compile: bool = False
+    """``torch.compile`` the layers: needs a C++ compiler and about half a minute at the first start, and not ZeRO 3,
+    whose hooks gather weights within a layer. Source: ours; ``tests.bench.bench_compile``."""
     seed: int = Field(0, ge=0)
     """Fixes weights, the order of rows and every z."""
     checkpoint_every: int = Field(500, ge=1)
@@ -288,6 +291,12 @@ class TrainConfig(_Section):
     tracker: Literal["none", "mlflow", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl and TensorBoard. MLflow reads MLFLOW_TRACKING_URI and
     MLFLOW_EXPERIMENT_NAME, Weights & Biases WANDB_MODE, WANDB_PROJECT and WANDB_API_KEY. Source: ours."""
+
+    @model_validator(mode="after")
+    def _compile_fits_stage(self) -> TrainConfig:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("train.compile needs train.zero_stage=2 or less, and it is 3")
+        return self
 
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> TrainConfig:

@@ -59,10 +59,8 @@ def _packages(report: Report) -> None:
         except importlib.metadata.PackageNotFoundError:
             report.add(name, "missing")
             report.problems.append(f"{name} is not installed; run: pip install -c constraints.txt -e .")
-    if shutil.which("gcc") is None and shutil.which("g++") is None:
-        report.problems.append(
-            "no C++ compiler: DeepSpeed builds a small extension at its first start on CPU; run: apt-get install g++"
-        )
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        report.problems.append("no C++ compiler: train.compile needs one on CPU; run: apt-get install g++")
 
 
 def _devices(report: Report) -> None:

@@ -13,6 +13,7 @@ Choices:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from crem.config import BackboneShape, ImageConfig
+from crem.errors import ConfigError
 from crem.model.attention import TWO_PART, attend
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "Qwen2VLForConditionalGeneration",
     "blank_image",
+    "compile_layers",
     "config_from_shape",
     "image_features",
     "image_processor",
@@ -91,7 +94,7 @@ def _grouped_attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(_GROUPED, _grouped_attention)
+AttentionInterface.register(_GROUPED, torch.compiler.disable(_grouped_attention))  # loops over what the batch brings
 
 
 class _PatchProjection(torch.nn.Conv3d):
@@ -123,6 +126,23 @@ def use_fast_attention(model: Qwen2VLForConditionalGeneration) -> None:
     visual = model.model.visual
     if not isinstance(visual.patch_embed.proj, _PatchProjection):
         visual.patch_embed.proj = _PatchProjection(visual.patch_embed.proj)
+
+
+def compile_layers(model: Qwen2VLForConditionalGeneration) -> None:
+    """``torch.compile`` of every layer of both towers, in place, for any number of tokens; attention stays as it is.
+
+    Layers, not the whole model: all layers of a tower share one piece of code, and what differs between batches (which
+    image is where, the groups of the attention) lies outside. Parameters and their names stay.
+
+    Raises:
+        ConfigError: there is no C++ compiler, which torch needs to compile for this device.
+    """
+    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ConfigError("train.compile needs a C++ compiler; run: apt-get install g++, or set train.compile=false")
+    # by default 8: two towers, with and without gradient, in and out of training, first layer and others
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
+        layer.compile(dynamic=True)
 
 
 def _attend_by(tower: Any, name: str) -> None:

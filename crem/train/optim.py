@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crem.config import RunConfig
 from crem.distributed import world_size
+from crem.model.backbone import compile_layers
+from crem.model.crem import CremModel
 
 __all__ = ["deepspeed_config", "initialise", "learning_rate_share", "parameter_groups"]
 
@@ -75,7 +77,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def initialise(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
+def initialise(model: CremModel, config: RunConfig, device: torch.device) -> Any:
     """A ``deepspeed.DeepSpeedEngine`` around the model, with optimizer and learning-rate schedule."""
     import deepspeed
     import deepspeed.ops
@@ -83,6 +85,8 @@ def initialise(model: nn.Module, config: RunConfig, device: torch.device) -> Any
     # On CPU DeepSpeed would compile a shared-memory reduction that only its inference calls. A process that is killed
     # while it compiles leaves torch's lock file behind, and every later start on that machine waits for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if config.train.compile:
+        compile_layers(model.core)
     warmup_steps, steps = config.optim.warmup_steps, config.train.steps
     engine, _, _, _ = deepspeed.initialize(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from crem.train.step import train_step
 from pipelines.emoji import corpus_path
-from tests.bench import bench_attention, bench_baseline, bench_cache, bench_decode, bench_step
+from tests.bench import bench_attention, bench_baseline, bench_cache, bench_compile, bench_decode, bench_step
 from tests.bench.live_memory import peak_bytes
 from tests.bench.steps import Accumulating, build, rows
 
@@ -26,6 +27,13 @@ def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
     contrastive, equal, joint, separate = cells(capsys.readouterr().out)
     assert int(contrastive[2]) < int(equal[2]) == int(joint[2]) < int(separate[2]), "one forward reads fewer tokens"
     assert float(contrastive[5]) == float(equal[6]) == float(separate[7]) == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_bench_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_compile.main(["--rows", "4", "--repeats", "1", "--width", "48"])
+    ((width, eager, compiled, ratio),) = cells(capsys.readouterr().out)
+    assert width == "48" and float(ratio) == pytest.approx(int(eager) / int(compiled), rel=0.2)
 
 
 def test_bench_cache(capsys: pytest.CaptureFixture[str]) -> None:

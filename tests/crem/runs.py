@@ -23,7 +23,13 @@ from crem.checkpoint import build_model
 from crem.config import ModelConfig, RunConfig, load_config
 from crem.data.collator import Batch, Collator
 from crem.data.items import Item, Pair
-from crem.model.backbone import CHAT_TEMPLATE, image_processor, model_from_shape, tokenizer_from_texts
+from crem.model.backbone import (
+    CHAT_TEMPLATE,
+    compile_layers,
+    image_processor,
+    model_from_shape,
+    tokenizer_from_texts,
+)
 from crem.model.crem import CremModel, CremOutput
 from crem.train.optim import parameter_groups
 from crem.train.step import train_step
@@ -108,6 +114,8 @@ def trained(
     """``steps`` steps by plain PyTorch: terms and gradients of every step, weights after the last."""
     config = run_config(*CASES[case], *overrides)
     model, collator = started(config)
+    if config.train.compile:
+        compile_layers(model.core)
     engine = PlainEngine(model, config, chunks)
     terms, gradients = [], []
     for step in range(steps):

@@ -5,6 +5,7 @@ One process, fp32, bound 1e-5 (``assert_same``); ranks are in ``test_distributed
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,12 @@ def test_chunks_are_the_whole_batch(case: str, chunks: int) -> None:
 def test_recomputed_activations_change_nothing() -> None:
     assert_same(trained("mixed", CHECKPOINTED, chunks=2), whole("mixed"))
     assert_same(trained("nested", CHECKPOINTED, chunks=4), whole("nested"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("overrides", [(), (CHECKPOINTED,)], ids=["kept", "recomputed"])
+def test_compiled_layers_change_nothing(overrides: tuple[str, ...]) -> None:
+    assert_same(trained("nested", "train.compile=true", *overrides, chunks=2), whole("nested"))
 
 
 def test_every_case_is_another_run() -> None:

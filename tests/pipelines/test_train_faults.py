@@ -186,7 +186,9 @@ def test_rows_come_once_in_an_epoch(prepared: str, reference: Job) -> None:
     assert sorted(rows) == list(range(STEPS))
     for pool in (plan.retrieval, plan.heterogeneous):
         drawn = np.zeros(len(pool), dtype=int)
-        for step in range(STEPS):  # a step shuffles its rows, so an epoch that ends within one is seen at the step's end
+        for step in range(
+            STEPS
+        ):  # a step shuffles its rows, so an epoch that ends within one is seen at the step's end
             drawn += [rows[step].count(row) for row in pool]
             assert drawn.max() - drawn.min() <= 1, f"after step {step} a row came twice before another came once"
         assert drawn.min() >= 2
