@@ -96,6 +96,16 @@ def build_parser() -> Parser:
     sub.add_argument("--out", required=True, help="folder or URI for the tables")
 
     sub = job(
+        "graft",
+        _graft,
+        "Make a language model the language half of a Qwen2-VL with a new vision tower, the backbone of small-base.",
+        "crem graft HuggingFaceTB/SmolLM2-135M-Instruct --out out/small/graft   |   crem graft model.gguf --out …",
+        "small-base",
+    )
+    sub.add_argument("language_model", help="of Llama's architecture: folder, URI or hub name, or a .gguf file")
+    sub.add_argument("--out", required=True, help="local folder for the checkpoint")
+
+    sub = job(
         "train",
         _train,
         "Train a CREM model on prepared tables: DeepSpeed under Ray Train.",
@@ -290,6 +300,17 @@ def _prepare(args: argparse.Namespace) -> None:
     print(f"images  {m['images']}")
     for reason, count in sorted(m["by_reason"].items(), key=lambda pair: -pair[1]):
         print(f"  rejected {count:>8}  {reason}")
+
+
+def _graft(args: argparse.Namespace) -> None:
+    from crem.graft import graft
+
+    config = _config(args)
+    made = graft(args.language_model, args.out, config.graft, seed=config.train.seed)
+    print(
+        f"{made['out']}: {made['language'] / 1e6:.1f} M parameters, {made['vision'] / 1e6:.1f} M of a new vision tower"
+    )
+    print(f"next: crem train PREPARED --out out/small/base --preset small-base model.backbone={made['out']}")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
+    "GraftConfig",
     "ImageConfig",
     "IndexConfig",
     "LoraSettings",
@@ -124,6 +125,19 @@ class BackboneShape(_Section):
         if head_dim % 2 or (self.vision_embed_dim // self.vision_num_heads) % 4:
             raise ValueError("rotary embedding needs an even text head size and a vision head size divisible by 4")
         return self
+
+
+class GraftConfig(_Section):
+    """The new vision tower of a grafted language model (``crem graft``): 3.7 M parameters as it is here.
+
+    Source: ours; patches and merging are Qwen2-VL's.
+    """
+
+    vision_depth: int = Field(6, ge=1)
+    vision_embed_dim: int = Field(192, ge=8)
+    vision_num_heads: int = Field(3, ge=1)
+    patch_size: int = Field(14, ge=2)
+    spatial_merge_size: int = Field(2, ge=1)
 
 
 class ModelConfig(_Section):
@@ -432,6 +446,7 @@ class RunConfig(_Section):
 
     preset: str = "2b"
     model: ModelConfig = ModelConfig()
+    graft: GraftConfig = GraftConfig()
     prepare: PrepareConfig = PrepareConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()

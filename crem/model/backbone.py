@@ -41,6 +41,7 @@ __all__ = [
     "config_from_shape",
     "image_features",
     "image_processor",
+    "initialise_by_fan_in",
     "model_from_shape",
     "rope_positions",
     "tokenizer_from_texts",
@@ -196,13 +197,15 @@ def model_from_shape(shape: BackboneShape, tokenizer: Any, seed: int) -> Qwen2VL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config_from_shape(grown, ids))
-        _initialise_by_fan_in(model)
+        initialise_by_fan_in(model)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return cast(Qwen2VLForConditionalGeneration, model)
 
 
-def config_from_shape(shape: BackboneShape, ids: Mapping[str, int]) -> Qwen2VLConfig:
+def config_from_shape(
+    shape: BackboneShape, ids: Mapping[str, int], *, rope_theta: float = 10_000.0, rms_norm_eps: float = 1e-5
+) -> Qwen2VLConfig:
     """transformers' configuration of a shape; ``ids`` are those of ``SPECIAL_TOKENS``."""
     half = shape.hidden_size // shape.num_attention_heads // 2
     spatial = half * 3 // 8  # Qwen2-VL splits 64 frequencies 16 : 24 : 24
@@ -215,9 +218,10 @@ def config_from_shape(shape: BackboneShape, ids: Mapping[str, int]) -> Qwen2VLCo
             "num_attention_heads": shape.num_attention_heads,
             "num_key_value_heads": shape.num_key_value_heads,
             "max_position_embeddings": shape.max_position_embeddings,
+            "rms_norm_eps": rms_norm_eps,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
+                "rope_theta": rope_theta,
                 "mrope_section": [half - 2 * spatial, spatial, spatial],
             },
             "bos_token_id": ids["<|endoftext|>"],
@@ -241,7 +245,7 @@ def config_from_shape(shape: BackboneShape, ids: Mapping[str, int]) -> Qwen2VLCo
 
 
 @torch.no_grad()
-def _initialise_by_fan_in(model: torch.nn.Module) -> None:
+def initialise_by_fan_in(model: torch.nn.Module) -> None:
     """Matrices ~ N(0, 1 / fan-in), embeddings at half that width.
 
     transformers' fixed 0.02 suits widths of thousands; at a width of 128 it made the first 100 steps flat.
