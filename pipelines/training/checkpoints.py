@@ -32,10 +32,12 @@ from crem.errors import CheckpointError, CremError
 from crem.train.state import Mark, common_mark, convert, files_needed, read_marks, verify
 from pipelines.storage import Folder
 
-__all__ = ["Checkpoints", "Found", "Uploads", "fetch_newest", "leads", "patiently", "scratch"]
+__all__ = ["CHECKPOINTS", "Checkpoints", "Found", "Uploads", "fetch_newest", "leads", "patiently", "scratch"]
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Their folder in that of a run."""
 _DAMAGED = "damaged.json"
 _PATIENCE_S = 600.0
 """How long a start or an end waits for storage that does not answer. Source: ours."""

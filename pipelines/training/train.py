@@ -1,6 +1,6 @@
 """``crem train``: the joint training run, DeepSpeed under Ray Train.
 
-The driver reads the rows and starts the workers; a worker is ``_worker`` below, and the step that it repeats is
+The driver, below, reads the rows and starts the workers (``worker.py``); the step that they repeat is
 ``crem.train.step``. What stays in the output folder:
 
     config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
@@ -14,13 +14,9 @@ the run goes on as if it had not stopped. The number of workers may change from 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import shutil
 import tempfile
-import uuid
 from typing import Any
 
 import ray
@@ -28,7 +24,6 @@ import ray.train
 import yaml
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,15 +33,16 @@ from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines import schema, session
 from pipelines.prepare import read_manifest
-from pipelines.rows import share_rows, step_batches
+from pipelines.rows import share_rows
 from pipelines.storage import Folder
-from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
+from pipelines.training.checkpoints import CHECKPOINTS, patiently
 from pipelines.training.failed_step import FAILED_STEP, saved_step
 from pipelines.training.follow import Follower
-from pipelines.training.held_out import data_mix, split_rows, training_texts, validation_batches
+from pipelines.training.held_out import data_mix, split_rows, training_texts
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trackers import check_tracker, open_tracker
-from pipelines.training.watch import Heart, Watch
+from pipelines.training.watch import Watch
+from pipelines.training.worker import worker
 
 __all__ = ["train"]
 
@@ -57,7 +53,6 @@ _DONE = "done.json"
 _DATA = "data.json"
 _DATA_CPUS = 1
 """Kept free beside the workers, or no row would ever reach them."""
-_CHECKPOINTS = "checkpoints"
 _SECTIONS = ("model", "data", "loss", "optim", "train")
 
 
@@ -177,7 +172,7 @@ def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: 
                 )
         return
     made = ("model", "best", "best.json", "report.html", "tracker.json", "metrics.jsonl", "tensorboard")
-    for name in (_DONE, "config.yaml", _CHECKPOINTS, *made):
+    for name in (_DONE, "config.yaml", CHECKPOINTS, *made):
         target.remove(name)
     target.write_json(stamp, _DATA)
     target.write_bytes(config.to_yaml().encode(), "config.yaml")
@@ -251,7 +246,7 @@ def _trainer(spec: dict[str, Any], config: RunConfig, storage: str) -> TorchTrai
     if on_gpu:
         resources["GPU"] = train.gpus_per_worker
     return TorchTrainer(
-        _worker,
+        worker,
         train_loop_config=spec,
         scaling_config=ScalingConfig(
             num_workers=train.workers if train.min_workers is None else (train.min_workers, train.workers),
@@ -267,127 +262,3 @@ def _trainer(spec: dict[str, Any], config: RunConfig, storage: str) -> TorchTrai
             worker_runtime_env={"env_vars": environment},
         ),
     )
-
-
-def _worker(spec: dict[str, Any]) -> None:
-    """One rank: take the newest checkpoint, build the model, run the loop."""
-    import torch
-
-    from crem.checkpoint import build_model
-    from crem.distributed import sum_over_ranks
-    from crem.train.export import export
-    from crem.train.loop import Progress, train_loop
-    from crem.train.optim import initialise
-    from crem.train.state import load_state, save_state
-    from crem.train.validate import validate
-    from pipelines.training.best import BestModel
-
-    logging.getLogger("deepspeed").setLevel(logging.WARNING)
-    config = RunConfig.model_validate(spec["config"])
-    context = ray.train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
-    heart = Heart(spec["pulse"], rank=rank, ranks=ranks)
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.train.threads_per_worker)
-
-    def tell(warning: str) -> None:
-        log.warning("%s", warning)
-        spec["queue"].put({"warning": warning})
-
-    def anywhere(problem: bool) -> bool:
-        return bool(sum_over_ranks(torch.tensor(float(problem), device=device)))
-
-    out = Folder.at(spec["out"])
-    checkpoints = Checkpoints(out.child(_CHECKPOINTS))
-    attempt = broadcast_from_rank_zero(uuid.uuid4().hex[:8])
-    place = scratch(f"{out.uri} {spec['run']}", ray.get_runtime_context().get_node_id(), attempt)
-    newest = fetch_newest(
-        checkpoints,
-        place,
-        rank=rank,
-        ranks=ranks,
-        leader=leads(place),
-        from_rank_zero=broadcast_from_rank_zero,
-        anywhere=anywhere,
-        tell=tell,
-    )
-    model, collator = build_model(config.model, texts=spec["texts"], seed=config.train.seed)
-    engine = initialise(model.to(device), config, device)
-    start_step = 0
-    if newest is not None:
-        folder, start_step = newest
-        load_state(engine, folder, run=spec["run"])
-        anywhere(False)  # all have read before the first removes
-        shutil.rmtree(folder, ignore_errors=True)
-        if rank == 0:
-            spec["queue"].put({"resumed": start_step, "workers": ranks})
-    uploads = Uploads(checkpoints, rank=rank, attempt=attempt, keep=config.train.keep_checkpoints, tell=tell)
-
-    def on_progress(progress: Progress) -> None:
-        if rank == 0:
-            spec["queue"].put({"progress": progress.as_dict()})
-
-    def on_checkpoint(step: int, progress: Progress) -> None:
-        uploads.make_room()
-        local = place / f"save-{rank}"
-        save_state(engine, local, step=step, run=spec["run"])
-        uploads.start(local, step)
-
-    best = BestModel(out, _upload) if spec["held_out"] else None
-
-    def on_validation(step: int) -> dict[str, float]:
-        assert best is not None
-        rows = ray.get(spec["held_out"][0])
-        held_out = validation_batches(rows, config, collator, rank=rank, ranks=ranks)
-        terms = validate(engine, held_out, config.loss, device).as_dict()
-        heart.phase(step - 1, "export")
-        best.offer(step, terms, engine, collator)
-        return terms
-
-    batches = step_batches(spec["rows"][0], config, collator, start_step=start_step, rank=rank, ranks=ranks)
-    train_loop(
-        engine,
-        batches,
-        config,
-        start_step=start_step,
-        device=device,
-        on_progress=on_progress,
-        on_checkpoint=on_checkpoint,
-        on_phase=heart.phase,
-        validate=on_validation if best else None,
-    )
-    uploads.finish()
-    anywhere(False)  # now the last checkpoint is complete, if it ever will be
-    if rank == 0:
-        uploads.tidy()
-    heart.phase(config.train.steps, "export")
-    for empty in (place / "leader", place, *place.parents[:2]):  # the last rank of the node leaves nothing
-        with contextlib.suppress(OSError):
-            empty.rmdir()
-    with tempfile.TemporaryDirectory() as exported:
-        fingerprint = export(engine, collator, exported)
-        if rank == 0:
-            patiently("writing the model", lambda: _upload(exported, out.child("model")))
-            parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
-            spec["queue"].put(
-                {
-                    "result": {
-                        "model": out.child("model").uri,
-                        "fingerprint": fingerprint,
-                        "steps": config.train.steps,
-                        "parameters": parameters,
-                    }
-                }
-            )
-
-
-def _upload(folder: str, target: Folder) -> None:
-    """Copy a finished checkpoint; ``crem.json``, without which it is no checkpoint, goes last."""
-    from crem.checkpoint import CREM_FILE
-
-    target.remove(CREM_FILE)
-    for name in sorted(os.listdir(folder), key=lambda n: n == CREM_FILE):
-        with open(os.path.join(folder, name), "rb") as source, target.open(name, mode="wb") as file:
-            while block := source.read(2**24):
-                file.write(block)

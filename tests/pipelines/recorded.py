@@ -23,7 +23,7 @@ def recording_worker(spec: dict[str, Any]) -> None:
     from crem.train import loop
     from pipelines import rows
     from pipelines.storage import Folder
-    from pipelines.training.train import _worker
+    from pipelines.training.worker import worker
 
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
@@ -54,14 +54,14 @@ def recording_worker(spec: dict[str, Any]) -> None:
         return train_step(*args, **kwargs)
 
     rows._collate, Folder.upload, loop.train_step = recorded, slow_upload, slow_step
-    _worker(spec)
+    worker(spec)
 
 
 def main() -> int:
     from crem.cli import main as crem
     from pipelines.training import train
 
-    train._worker = recording_worker
+    train.worker = recording_worker
     return crem(sys.argv[1:])
 
 

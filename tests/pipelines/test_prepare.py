@@ -17,14 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from crem.checkpoint import read_model
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
+from crem.train.step import retrieval_of
 from pipelines import prepare as job
 from pipelines import schema, session, sources
 from pipelines.pictures import Pictures
 from pipelines.prepare import decide, prepare
+from pipelines.rows import read_rows
 from pipelines.storage import Folder
 from tests.pipelines.conftest import (
     JSON_ROWS,
@@ -338,3 +342,34 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
     assert len(table(tmp_path / "got" / "images")) == manifest["images"] == STORED_PICTURES
     assert len(table(tmp_path / "got" / "rows")) == manifest["rows_out"]
     assert not (tmp_path / "got" / "_staging").exists()
+
+
+@pytest.mark.ray
+def test_a_hard_negative_that_is_a_target_is_masked(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
+    """From the raw row to the loss: a query's negative with the content of a target is no negative of that target."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "d.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "images" / "copy of d.png").write_bytes(encoded(picture(1)))
+    negative = {"images": ["copy of d.png"], "instruction": "another instruction"}
+    corpus = write_rows(
+        tmp_path / "rows" / "a.jsonl",
+        [
+            {"key": "1", "query_text": "a", "target_text": "b", "negatives": [negative, {"text": "n"}]},
+            {"key": "2", "query_text": "c", "target_images": ["d.png"]},
+        ],
+    ).parents[1]
+    prepare(str(corpus), str(tmp_path / "out"), config())
+    pairs = read_rows(str(tmp_path / "out"), split_prefix="train").pairs(np.arange(2), np.zeros(2, dtype=bool))
+    a, c = sorted(pairs, key=lambda pair: pair.query.text or "")
+    model, collator, _ = read_model(tiny_model_dir)
+    batch = collator.pairs([a, c])
+    with torch.no_grad():
+        queries, targets, (copy, n) = model(batch).embeddings.split([2, 2, 2])
+        loss = retrieval_of(model(batch).embeddings, [batch], load_config("micro", ["loss.symmetric=false"]).loss).loss
+    assert not torch.allclose(copy, targets[1], atol=1e-3), "the instruction is no content, but decides the embedding"
+
+    def term(query: torch.Tensor, *candidates: torch.Tensor) -> torch.Tensor:  # the first is the target
+        return -(torch.stack(candidates) @ query / 0.05).log_softmax(0)[0]
+
+    expected = (term(queries[0], targets[0], targets[1], copy, n) + term(queries[1], targets[1], targets[0], n)) / 2
+    torch.testing.assert_close(loss, expected)
