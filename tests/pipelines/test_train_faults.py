@@ -33,6 +33,7 @@ from pipelines.prepare import prepare
 from pipelines.rows import read_rows
 from pipelines.storage import Folder
 from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.held_out import split_rows
 from pipelines.training.metrics import read_metrics
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
@@ -182,13 +183,14 @@ def same(job: Job, reference: Job, *, bound: float = 1e-6) -> None:
 
 
 def test_rows_come_once_in_an_epoch(prepared: str, reference: Job) -> None:
-    rows, plan = reference.rows(), read_rows(prepared, split_prefix="train").plan(load_config("micro", RUN))
+    """A step shuffles its rows, so an epoch that ends within one is seen at the step's end."""
+    config = load_config("micro", RUN)
+    training, _ = split_rows(read_rows(prepared, split_prefix="train"), config)
+    rows, plan = reference.rows(), training.plan(config)
     assert sorted(rows) == list(range(STEPS))
     for pool in (plan.retrieval, plan.heterogeneous):
         drawn = np.zeros(len(pool), dtype=int)
-        for step in range(
-            STEPS
-        ):  # a step shuffles its rows, so an epoch that ends within one is seen at the step's end
+        for step in range(STEPS):
             drawn += [rows[step].count(row) for row in pool]
             assert drawn.max() - drawn.min() <= 1, f"after step {step} a row came twice before another came once"
         assert drawn.min() >= 2
