@@ -134,7 +134,7 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
     out = tmp_path / "ablation"
     command = [sys.executable, "-m", "crem.cli", "ablate", prepared, "--out", str(out), "--seeds", "0", *RUN]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run([*command, "--only", "table3"], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, "--only", "table3"], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     first = json.loads((out / "ablation.json").read_text())
     rows = {row["key"]: row for row in first["rows"]}

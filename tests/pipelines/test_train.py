@@ -98,7 +98,7 @@ def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
     assert crem.load(result["model"]).fingerprint == result["fingerprint"]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path) -> None:
     overrides = [*RUN, f"train.zero_stage={stage}", "train.steps=200", "train.log_every=20", "optim.lr=1e-3"]
     config = load_config("micro", [*overrides, "train.validate_every=50"])

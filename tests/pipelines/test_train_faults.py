@@ -350,7 +350,9 @@ def test_the_s3_server_dies_during_an_upload(
         local = tmp_path / "fetched" / str(number)
         held.fetch(checkpoint, [name for mark in checkpoint.marks for name in mark.files], local)
         assert verify(local).step == checkpoint.step
-    assert set(held.folder.folders()) == {f.name for f in found}, "the half one is gone"
+    objects = held.folder.fs.find(held.folder.path())  # the server itself may keep an empty folder of an upload it lost
+    left = {file.removeprefix(held.folder.path("")).split("/")[0] for file in objects}
+    assert left == {f.name for f in found}, f"the half one is gone: {objects} {job.said()[-2000:]}"
     assert crem.load(f"{out}/model").fingerprint == crem.load(f"{reference.out.uri}/model").fingerprint
 
 
