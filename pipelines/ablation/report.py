@@ -151,7 +151,7 @@ def _bars(axis: Any, source: dict[str, Any], main: int) -> None:
             capsize=2,
             label=metric,
         )
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, color=_INK, padding=2)
+        axis.bar_label(bars, fmt="%.1f", fontsize=6, color=_INK, padding=2)
     if native := source.get(BACKBONE, {}).get("native"):
         axis.axhline(native["mean"], color=_GREEN, linestyle=":", linewidth=1)
         axis.text(3.5, native["mean"], "backbone,\nnative", fontsize=6.5, color=_GREEN, va="center")

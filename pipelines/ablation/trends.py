@@ -30,6 +30,9 @@ _CHANCE_SHARE = 0.1
 """Retrieval that nothing trained, at most this share of what training gives. The paper: 2.9 / 62.3 = 0.05."""
 _MARGIN = 1.0
 """Points within which two figures count as equal. Source: ours."""
+_NESTED_SHARE = 0.95
+"""Share of a separately trained model's figures that a nested one keeps. Source: ours; a share, because a point is
+little at the paper's 66 % and much where training was short."""
 _KEPT_SHARE = 0.75
 """Share of native answers that compressed ones keep. The paper: 44.2 / 53.1 = 0.83."""
 
@@ -153,13 +156,10 @@ def claims(main: int, counts: Sequence[int]) -> list[Claim]:
         )
     for metric in ("retrieval", "native", "compressed"):
         made += [
-            more(
-                f"Nested, K' = {k}: {metric} within {_MARGIN:g} point of the model trained with K = {k}",
-                metric,
-                key_of("nested", k),
-                key_of("crem", k),
-                -_MARGIN,
-                "nested - separate",
+            Claim(
+                f"Nested, K' = {k}: {metric} keeps {_NESTED_SHARE:.0%} of the model trained with K = {k}",
+                ((1, key_of("nested", k), metric), (-_NESTED_SHARE, key_of("crem", k), metric)),
+                note=f"nested - {_NESTED_SHARE:g} x separate",
             )
             for k in counts
         ]
