@@ -183,6 +183,7 @@ def build_parser() -> Parser:
     sub.add_argument("--out", required=True, help="folder or URI for runs and report; continues what it holds")
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (default 0 1 2)")
     sub.add_argument("--only", choices=["table3", "table4", "figure4"], help="only the variants of one of them")
+    sub.add_argument("--report", action="store_true", help="run nothing; report what is finished")
 
     sub = job(
         "serve",
@@ -374,7 +375,9 @@ def _ablate(args: argparse.Namespace) -> None:
     from pipelines.ablation.ablate import ablate
     from pipelines.ablation.report import table
 
-    print(table(ablate(args.prepared, args.out, _config(args), seeds=tuple(args.seeds), only=args.only)))
+    seeds = tuple(args.seeds)
+    result = ablate(args.prepared, args.out, _config(args), seeds=seeds, only=args.only, report_only=args.report)
+    print(table(result))
 
 
 def _serve(args: argparse.Namespace) -> None:

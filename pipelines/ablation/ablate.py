@@ -89,7 +89,13 @@ class _Job:
 
 
 def ablate(
-    prepared: str, out: str, config: RunConfig, *, seeds: tuple[int, ...] = (0, 1, 2), only: str | None = None
+    prepared: str,
+    out: str,
+    config: RunConfig,
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    only: str | None = None,
+    report_only: bool = False,
 ) -> dict[str, Any]:
     """Train and evaluate every variant with every seed, and write the comparison with the paper.
 
@@ -97,6 +103,7 @@ def ablate(
         prepared: folder or URI written by ``crem prepare``, with test splits.
         out: folder or URI; what an earlier ablation finished there is kept.
         only: one of ``variants.TABLES``.
+        report_only: run nothing, and report what is finished.
 
     Returns:
         The content of ``ablation.json``.
@@ -113,6 +120,8 @@ def ablate(
     stamp = {"prepared": source.uri, "backbone": config.model.backbone}
     open_jobs = [job for job in jobs if not _finished(target, job, stamp)]
     log.info("%d runs, %d of them finished earlier", len(jobs), len(jobs) - len(open_jobs))
+    if report_only:
+        return _write(target, jobs, config, rows)
     failures = _run_all(
         open_jobs, source, target, config.ablate.parallel, stamp, partial(_write, target, jobs, config, rows)
     )

@@ -168,5 +168,8 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
     }
     assert fingerprints == {crem.load(model, chorus_tokens=k).fingerprint for k in (1, 2)} and len(fingerprints) == 2
 
+    reported = ablate(prepared, str(out), load_config("micro", RUN), seeds=(0, 1), report_only=True)
+    assert reported["runs"]["finished"] == 7 and reported["seeds"] == [0], "nothing ran, and all that did is told"
+
     with pytest.raises(ConfigError, match=r"train\.steps=2"):
         ablate(prepared, str(out), load_config("micro", [*RUN, "train.steps=3"]), seeds=(0, 1))
