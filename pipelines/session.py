@@ -83,13 +83,17 @@ def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
     A cluster that may grow (``RAY_ADDRESS``) only gets a warning: its autoscaler can still add the node.
     """
     have = ray.cluster_resources()
-    for name, need in (("CPU", cpus), ("GPU", gpus)):
-        if need <= have.get(name, 0):
-            continue
-        message = f"{what} needs {need:g} {name}, and Ray has {have.get(name, 0):g} here; {remedy}"
-        if os.environ.get("RAY_ADDRESS", "local") == "local":
-            raise ResourceError(message)
-        log.warning("%s (unless the cluster grows)", message)
+    needs = {"CPU": cpus, "GPU": gpus}
+    if all(need <= have.get(name, 0) for name, need in needs.items()):
+        return
+    wanted, there = (
+        " and ".join(f"{of.get(name, 0):g} {name}" for name in needs if needs[name] > have.get(name, 0))
+        for of in (needs, have)
+    )
+    message = f"{what} needs {wanted}, and Ray has {there} here; {remedy}"
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        raise ResourceError(message)
+    log.warning("%s (unless the cluster grows)", message)
 
 
 def require_shared(folder: Folder) -> None:

@@ -75,12 +75,10 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     check_tracker(config.train.tracker)
     source, target = Folder.at(prepared), Folder.at(out)
     stamp = {"prepared": source.uri, "manifest": schema.content_id(json.dumps(read_manifest(source)).encode())}
-    _claim(target, config, stamp, resume=resume, fresh=fresh)
-    finished = target.read_json(_DONE)
-    if finished is not None:
+    goes_on = _claim(target, config, stamp, resume=resume, fresh=fresh)
+    if goes_on and (finished := target.read_json(_DONE)) is not None:
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
-    target.remove(FAILED_STEP)
     session.connect()
     session.require_shared(target)
     workers = config.train.min_workers or config.train.workers
@@ -106,6 +104,9 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         config.train.global_batch,
         config.train.steps * plan.retrieval_per_step / max(1, len(plan.retrieval)),
     )
+    target.remove(FAILED_STEP)
+    if not goes_on:  # only here: what was refused above has changed nothing
+        _begin(target, config, stamp)
     # on this node: where the driver lives, progress can be told
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -136,7 +137,8 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     return result
 
 
-def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: bool, fresh: bool) -> None:
+def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: bool, fresh: bool) -> bool:
+    """Whether a run that ``target`` holds goes on; refuses what ``train`` says."""
     target.claim(KIND)
     held = target.exists("config.yaml")
     if held and not (resume or fresh):
@@ -170,7 +172,11 @@ def _claim(target: Folder, config: RunConfig, stamp: dict[str, Any], *, resume: 
                     f"the run in {target.uri} has {section}.{key}={getattr(old, key)!r}, and now it is "
                     f"{getattr(new, key)!r}; resume with the same settings ({target.uri}/config.yaml) or start anew"
                 )
-        return
+    return resume and held
+
+
+def _begin(target: Folder, config: RunConfig, stamp: dict[str, Any]) -> None:
+    """A new run in ``target``, without what an earlier one left."""
     made = ("model", "best", "best.json", "report.html", "tracker.json", "metrics.jsonl", "tensorboard")
     for name in (_DONE, "config.yaml", CHECKPOINTS, *made):
         target.remove(name)

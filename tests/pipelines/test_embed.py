@@ -179,7 +179,7 @@ def test_what_cannot_be_embedded_is_refused_with_the_remedy(
         embed(tiny_model_dir, str(write_rows(tmp_path / "blank.jsonl", [])), out, config())
     with pytest.raises(CheckpointError, match="the folder does not exist"):
         embed(str(tmp_path / "no-model"), source, out, config())
-    with pytest.raises(ResourceError, match=r"1 GPU, and Ray has 0 here; lower embed\.min_actors"):
+    with pytest.raises(ResourceError, match=r"1 GPU, and Ray has 0 GPU here; lower embed\.min_actors"):
         embed(tiny_model_dir, source, out, config("embed.gpus_per_actor=1"))
     (tmp_path / "half" / "rejected").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds no completed prepared tables"):

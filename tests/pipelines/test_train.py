@@ -172,7 +172,18 @@ def test_rows_and_the_plan_read_each_row_once_per_epoch(prepared: str) -> None:
     assert pair.z and pair.target is not None and pair.target_key > 0
 
 
-def test_too_few_devices_is_said_at_once(prepared: str, tmp_path: Path) -> None:
+def test_too_few_devices_is_said_at_once_and_begins_nothing(prepared: str, tmp_path: Path) -> None:
     session.connect()
-    with pytest.raises(crem.errors.ResourceError, match=r"train\.workers"):
-        train(prepared, str(tmp_path / "run"), load_config("micro", [*RUN, "train.cpus_per_worker=400"]))
+    out, greedy = tmp_path / "run", ["train.cpus_per_worker=400", "train.gpus_per_worker=1"]
+    with pytest.raises(crem.errors.ResourceError, match=r"801 CPU and 2 GPU, .* and 0 GPU here; lower train\.workers"):
+        train(prepared, str(out), load_config("micro", [*RUN, *greedy]))
+    assert not (out / "config.yaml").exists()  # the next start needs no --fresh
+
+
+def test_a_refused_fresh_start_leaves_the_run_that_is_there(prepared: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    short = load_config("micro", [*RUN, "train.workers=1", "train.steps=1"])
+    done = train(prepared, str(out), short)
+    with pytest.raises(crem.errors.ResourceError):
+        train(prepared, str(out), load_config("micro", [*RUN, "train.cpus_per_worker=400"]), fresh=True)
+    assert train(prepared, str(out), short, resume=True) == done
