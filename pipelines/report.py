@@ -66,7 +66,7 @@ def _precision(shipped: dict[str, Any], short: dict[str, Any], untrained: dict[s
             axis.bar_label(bars, fmt="%.1f", fontsize=7, color=INK)
         axis.set_xticks(list(places), [s.replace("_", "\n") for s in splits], fontsize=7)
         axis.set_title(f"{task.replace('_', ' ')}: Precision@1, %", fontsize=9, color=INK, loc="left")
-    panels[0].legend(fontsize=7, frameon=False)
+    panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return svg(figure)
 
 
