@@ -484,7 +484,7 @@ def load_config(preset: str | os.PathLike[str] = "2b", overrides: list[str] | tu
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
         try:
-            _assign(tree, key.strip(), yaml.safe_load(_scientific(value)))
+            _assign(tree, key.strip(), _read_yaml(_scientific(value), f"override {override!r}"))
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return _validate(tree)
@@ -503,11 +503,8 @@ def _read_preset(preset: str | os.PathLike[str], above: tuple[str, ...] = ()) ->
     name = os.fspath(preset)
     if name in above:
         raise ConfigError(f"preset {name!r} is its own base: {' -> '.join([*above, name])}; remove one base:")
-    if name in preset_names():
-        text = (resources.files("crem.presets") / f"{name}.yaml").read_text(encoding="utf-8")
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    else:
+    file = Path(str(resources.files("crem.presets") / f"{name}.yaml")) if name in preset_names() else Path(name)
+    if not file.is_file():
         known = preset_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -516,13 +513,39 @@ def _read_preset(preset: str | os.PathLike[str], above: tuple[str, ...] = ()) ->
             f"{asked}unknown preset {name!r}{hint} Known: {', '.join(known)}, or the path of a YAML file."
         )
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = _read_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: a configuration is a mapping of sections, not a {type(tree).__name__}")
     base = tree.pop("base", None)
     return tree if base is None else _laid_over(_read_preset(str(base), (*above, name)), tree)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a mapping holds each key once; PyYAML by itself takes the last value without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise ConfigError(
+                    f"{self.name}, line {line}: the key {name!r} is given twice, first in line {lines[name]}; remove one"
+                )
+            lines[name] = line
+        return node
+
+
+def _read_yaml(text: str, name: str) -> Any:
+    """The value of a YAML document; ``name`` is the file or override that errors name."""
+    loader = _UniqueKeys(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
