@@ -532,7 +532,7 @@ class _UniqueKeys(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, str(key.value)
             if name in lines:
                 raise ConfigError(
-                    f"{self.name}, line {line}: the key {name!r} is given twice, first in line {lines[name]}; remove one"
+                    f"{self.name}, line {line}: key {name!r} is given twice, first in line {lines[name]}; remove one"
                 )
             lines[name] = line
         return node

@@ -56,12 +56,12 @@ def test_a_wrong_base_is_refused(tmp_path: Path) -> None:
 def test_a_key_given_twice_is_refused_with_file_line_and_key(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("base: 2b\ntrain:\n  steps: 3\n  workers: 8\n  steps: 4\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml, line 5: the key 'steps' is given twice, first in line 3"):
+    with pytest.raises(ConfigError, match=r"a\.yaml, line 5: key 'steps' is given twice, first in line 3"):
         load_config(file)
     file.write_text("train: {steps: 3}\nloss: {symmetric: true}\ntrain: {workers: 8}\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml, line 3: the key 'train' is given twice, first in line 1"):
+    with pytest.raises(ConfigError, match=r"a\.yaml, line 3: key 'train' is given twice, first in line 1"):
         load_config(file)
-    with pytest.raises(ConfigError, match=r"override 'model\.lora=.*the key 'r'"):
+    with pytest.raises(ConfigError, match=r"override 'model\.lora=.*key 'r'"):
         load_config("2b", ["model.lora={r: 8, r: 16}"])
 
 
