@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,9 +47,26 @@ __all__ = [
     "save_model",
 ]
 
+logger = logging.getLogger(__name__)
+
 CREM_FILE = "crem.json"
 FORMAT = 1
 _POOLING = "l2(mean(last-layer chorus states))"
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+    ".py",
+)
+"""Endings of weights, which are written anew, and of code, which is never run."""
+_COPIED_UP_TO_BYTES = 64 * 2**20
 _TEXT_FILES = ("tokenizer.json", "preprocessor_config.json", "config.json")
 
 
@@ -68,7 +87,7 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         tokenizer = tokenizer_from_texts(texts, room)
         tokenizer.chat_template = CHAT_TEMPLATE
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
-        backbone = model_from_shape(config.scratch, tokenizer, seed)
+        backbone, stock = model_from_shape(config.scratch, tokenizer, seed), None
         processor = image_processor(config.scratch, None, config.image)
     else:
         assert config.backbone is not None
@@ -84,6 +103,7 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
                 backbone.resize_token_embeddings(max(chorus_ids) + 1)
         # a CREM checkpoint taken as backbone brings trained chorus rows, which stay
         initialise_rows(backbone.get_input_embeddings().weight.data, [i for i in chorus_ids if i >= known], seed=seed)
+        stock = folder
     with _seeded(seed):
         adapted = backbone if config.lora is None else adapt(backbone, chorus_ids, config)
     if config.gradient_checkpointing:
@@ -91,7 +111,7 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         # it makes embeddings ask for gradients, patch embeddings too, which only reentrant checkpoints need: a frozen
         # vision tower would be held, recomputed and gone through backward for nothing. (PEFT, above, would do it too.)
         backbone.disable_input_require_grads()
-    return CremModel(adapted, chorus_ids, config), Collator(tokenizer, processor, chorus_ids, config)
+    return CremModel(adapted, chorus_ids, config, stock), Collator(tokenizer, processor, chorus_ids, config)
 
 
 def build_collator(config: ModelConfig, *, texts: list[str] | None = None) -> Collator:
@@ -140,6 +160,8 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if model.stock_folder is not None:
+        _copy_stock_files(model.stock_folder, folder)
     backbone, weights = _plain(model, state_dict)
     dtype = _dtype(model.config.dtype)
     weights = {k: v.to("cpu", dtype) for k, v in (weights or backbone.state_dict()).items()}
@@ -160,6 +182,18 @@ def save_model(
     }
     (folder / CREM_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return fingerprint(folder, config.dtype)
+
+
+def _copy_stock_files(source: Path, folder: Path) -> None:
+    """What the backbone's publisher put beside the weights; what is saved after it replaces files of the same name."""
+    for file in sorted(source.iterdir()):
+        known = file.name == CREM_FILE or file.name.startswith(".") or file.name.lower().endswith(_NOT_COPIED)
+        if known or not file.is_file() or file.resolve() == (folder / file.name).resolve():
+            continue
+        if file.stat().st_size <= _COPIED_UP_TO_BYTES:
+            shutil.copyfile(file, folder / file.name)
+        else:
+            logger.warning("%s is not copied to the checkpoint: it is over %d bytes", file, _COPIED_UP_TO_BYTES)
 
 
 def _plain(
@@ -187,6 +221,7 @@ def _plain(
         warnings.filterwarnings("ignore", message=".*no longer tied.*")
         plain = merged.merge_and_unload()
     plain.config.tie_word_embeddings = model.core.config.tie_word_embeddings
+    plain.generation_config = model.core.generation_config
     return plain, None
 
 
@@ -217,7 +252,7 @@ def read_model(
         chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
     except AssertionError as error:
         raise CheckpointError(f"{folder} does not fit its {CREM_FILE} ({error}); copy the checkpoint again") from error
-    model = CremModel(backbone, chorus_ids, config).to(device).eval()
+    model = CremModel(backbone, chorus_ids, config, folder).to(device).eval()
     mark = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
     return model, Collator(tokenizer, processor, chorus_ids, config), mark
 

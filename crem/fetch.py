@@ -27,6 +27,9 @@ MODELS = Path(".cache", "crem", "models")
 """Where downloads are kept, from the home folder; the manifests mount a volume above it."""
 
 
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README*"]
+
+
 def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
     """A local folder with the checkpoint: itself, a shipped one by its name, a cached download, or a hub snapshot.
 
@@ -111,7 +114,7 @@ def _hub_copy(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise CheckpointError(
             f"{name!r} is neither a folder here nor a checkpoint that the model hub gave "

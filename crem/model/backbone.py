@@ -158,7 +158,10 @@ def image_processor(shape: BackboneShape | None, source: str | Path | None, boun
     """The image processor of a scratch shape or of the checkpoint at ``source``, with our pixel bounds."""
     size = {"shortest_edge": bounds.min_pixels, "longest_edge": bounds.max_pixels}
     if source is not None:
-        return Qwen2VLImageProcessorPil.from_pretrained(str(source), size=size)
+        # by both names: a published preprocessor_config.json has min_pixels and max_pixels, which win over a size
+        return Qwen2VLImageProcessorPil.from_pretrained(
+            str(source), size=size, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels
+        )
     assert shape is not None
     return Qwen2VLImageProcessorPil(patch_size=shape.patch_size, merge_size=shape.spatial_merge_size, size=size)
 

@@ -18,6 +18,7 @@ Shape suffixes: N sequences in B rows of T tokens, D model width, A answer token
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,15 @@ class CremModel(nn.Module):
         backbone: the plain transformers model, or a PEFT model around one.
         chorus_ids: ids of the K chorus tokens.
         config: prompt, attention and image settings.
+        stock_folder: where the backbone was read from; checkpoints of this model get the other files of its publisher.
     """
 
-    def __init__(self, backbone: nn.Module, chorus_ids: list[int], config: ModelConfig):
+    def __init__(
+        self, backbone: nn.Module, chorus_ids: list[int], config: ModelConfig, stock_folder: Path | None = None
+    ):
         super().__init__()
         self.backbone = backbone
+        self.stock_folder = stock_folder
         self.chorus_ids = chorus_ids
         self.config = config
         use_fast_attention(self.core)
