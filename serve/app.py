@@ -1,15 +1,11 @@
 """The Ray Serve application: how it is put together, and how it is started.
 
 ``build`` makes the application, ``run`` starts it (and Ray, where there is none), ``application`` is the builder that
-``serve deploy`` and a RayService name by import path::
+``serve deploy`` and a RayService name by import path (``serve/config/``).
 
-    applications:
-    - name: crem
-      import_path: serve.app:application
-      args: {model: "s3://bucket/model", preset: 2b, overrides: ["serve.max_replicas=8"]}
+This module has no ``from __future__ import annotations``: Ray converts a builder's arguments only where the annotation
+is the class itself, not its name.
 """
-
-from __future__ import annotations
 
 import logging
 import math
@@ -83,12 +79,19 @@ class ApplicationArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str
+    """checkpoint: folder, URI or the name of a shipped one"""
     preset: str = "2b"
+    """preset whose section ``serve`` is used, or the path of a YAML file"""
     overrides: list[str] = []
+    """``section.key=value``"""
 
 
 def application(args: ApplicationArgs) -> serve.Application:
-    """Builder for ``serve deploy`` and RayService: ``import_path: serve.app:application``."""
+    """Builder for ``serve deploy`` and RayService: ``import_path: serve.app:application``.
+
+    Raises:
+        ConfigError: unknown preset, key or value.
+    """
     return build(args.model, load_config(args.preset, args.overrides))
 
 
