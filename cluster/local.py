@@ -116,9 +116,15 @@ class LocalCluster:
             self.stop()
             raise
 
-    def add_node(self, resources: dict[str, float] | None = None, *, wait: bool = True) -> int:
-        """Start one more worker node; returns its number (the head is 0)."""
-        self._start([f"--address={self.address}", "--include-log-monitor=false"], resources or {})
+    def add_node(
+        self, resources: dict[str, float] | None = None, *, wait: bool = True, prefix: Sequence[str] = ()
+    ) -> int:
+        """Start one more worker node; returns its number (the head is 0).
+
+        Args:
+            prefix: put before the node's command line, such as ``unshare`` for a mount namespace of its own.
+        """
+        self._start([f"--address={self.address}", "--include-log-monitor=false"], resources or {}, prefix)
         if wait:
             self._wait(sum(node is not None for node in self._nodes), 60)
         return len(self._nodes) - 1
@@ -173,10 +179,18 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
-    def _start(self, arguments: list[str], resources: dict[str, float]) -> None:
+    def _start(self, arguments: list[str], resources: dict[str, float], prefix: Sequence[str] = ()) -> None:
         number = len(self._nodes)
         metrics, agent, agent_grpc, runtime_env = free_ports(4)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+        ]
         command += [f"--num-cpus={self._cpus}", "--num-gpus=0", f"--object-store-memory={self._store_bytes}"]
         command += [f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}"]

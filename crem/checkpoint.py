@@ -278,7 +278,7 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
     if not file.is_file():
         kind = "a folder without config.json"
         if (folder / "config.json").is_file():
-            kind = f"a {_model_type(folder)!r} checkpoint"
+            kind = f"a {_read_config(folder).get('model_type')!r} checkpoint"
         raise CheckpointError(
             f"{named!r} is {kind}, not a CREM checkpoint ({CREM_FILE} is missing). Train one from a Qwen2-VL: "
             f"crem train PREPARED --out RUN --preset 2b model.backbone={named}"
@@ -295,18 +295,34 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
     return description
 
 
-def _model_type(folder: Path) -> str | None:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        kind: str | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be read ({error}); copy the checkpoint again") from error
-    return kind
+    return config
+
+
+def backbone_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a backbone's folder.
+
+    Raises:
+        CheckpointError: unreadable, or of another architecture than Qwen2-VL.
+    """
+    config = _read_config(folder)
+    kind = config.get("model_type")
+    if kind != "qwen2_vl":
+        named = "".join(f" ({name})" for name in config.get("architectures") or ())
+        raise CheckpointError(
+            f"{folder} holds a {kind!r} model{named}; CREM's backbone is Qwen2-VL (model_type 'qwen2_vl', "
+            "Qwen2VLForConditionalGeneration): set model.backbone to one"
+        )
+    return config
 
 
 def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
-    kind = _model_type(folder)
-    if kind != "qwen2_vl":
-        raise CheckpointError(f"{folder} holds a {kind!r} model; CREM's backbone is Qwen2-VL (model_type 'qwen2_vl')")
+    backbone_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors; other weight formats are not read, convert it first")

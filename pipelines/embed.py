@@ -69,6 +69,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
     pictures = Pictures.of(table.root, config.model.image)
     session.connect()
+    session.require_readable(table.root, table.names[0])
     session.require(
         f"embedding with {config.embed.min_actors} actors",
         cpus=config.embed.min_actors * config.embed.cpus_per_actor,
@@ -78,6 +79,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
     with session.remote_errors():
         plan = {**_describe(model, config.embed), "files": sources.stamp(table)}
         plan["shards"] = [sum(piece.rows for piece in shard) for shard in shards]
+        session.require_shared(target)
         _claim(target, plan, fresh=fresh)
         return _run(model, target, plan, shards, pictures, config.embed)
 
@@ -212,15 +214,29 @@ def part_name(shard: int) -> str:
 
 def _finished(target: Folder, shard: int, plan: dict[str, Any]) -> dict[str, int] | None:
     """Counts of a shard that an earlier run wrote, or ``None`` where it has to be done."""
-    if not target.exists(part_name(shard)):
+    name = part_name(shard)
+    if not target.exists(name):
         return None
-    with target.open(part_name(shard)) as file:
-        written = pq.ParquetFile(file)
-        errors = written.read(columns=["error"])["error"]
-        stamp = json.loads((written.schema_arrow.metadata or {}).get(b"crem", b"{}"))
+    try:
+        with target.open(name) as file:
+            stamp, errors = _stamp_and_errors(file)
+    except (pa.ArrowException, OSError):
+        data = target.read_bytes(name)  # a storage that fails raises here again: only the file itself can be damaged
+        try:
+            stamp, errors = _stamp_and_errors(pa.BufferReader(data))
+        except (pa.ArrowException, OSError) as error:
+            log.warning("%s is damaged (%s) and is embedded again", target.path(name), error)
+            return None
     if stamp.get("fingerprint") != plan["fingerprint"] or len(errors) != plan["shards"][shard]:
         return None
     return {"embedded": errors.null_count, "errors": len(errors) - errors.null_count}
+
+
+def _stamp_and_errors(file: Any) -> tuple[dict[str, Any], pa.ChunkedArray]:
+    """What model a part is of, and its column of errors; reads all of it, and checks the pages' checksums."""
+    written = pq.ParquetFile(file, page_checksum_verification=True)
+    stamp = json.loads((written.schema_arrow.metadata or {}).get(b"crem", b"{}"))
+    return stamp, written.read()["error"]
 
 
 class ShardEmbedder:
@@ -253,7 +269,7 @@ class ShardEmbedder:
         parts = [self._embed(loaded) for loaded in self._batches(pieces)]
         table = pa.concat_tables(parts)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.target.write_bytes(sink.getvalue().to_pybytes(), part_name(shard))
         embedded = table["error"].null_count
         return {"embedded": embedded, "errors": table.num_rows - embedded}

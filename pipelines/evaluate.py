@@ -59,6 +59,7 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     target = Folder.at(out)
     target.claim(KIND)
     session.connect()
+    session.require_readable(Folder.at(prepared), "manifest.json")
     session.require(
         f"evaluating with {config.embed.min_actors} actors",
         cpus=config.embed.min_actors * config.embed.cpus_per_actor,

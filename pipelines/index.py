@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from crem.config import IndexConfig, RunConfig
 from crem.errors import CheckpointError, ConfigError
+from pipelines import session
 from pipelines.storage import Folder
 
 __all__ = ["Hit", "Index", "build", "search"]
@@ -65,6 +66,9 @@ def build(embeddings: str, out: str, config: RunConfig) -> dict[str, Any]:
     names, stamp, rows = _survey(source)
     target = Folder.at(out)
     target.claim(KIND)
+    if session.on_cluster():  # the job needs no Ray, but an index that only this node sees would be lost with it
+        session.connect()
+        session.require_shared(target)
     target.remove(SUMMARY)
     with tempfile.TemporaryDirectory(prefix="crem-index-") as scratch:
         summary = _build(source, names, stamp, rows, Path(scratch), config.index)
@@ -94,9 +98,7 @@ def _survey(source: Folder) -> tuple[list[str], dict[str, Any], int]:
                 raw = (parquet.schema_arrow.metadata or {}).get(b"crem")
                 rows += parquet.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"{source.uri}/{name} cannot be read: {error}; remove it and run crem embed again"
-            ) from error
+            raise _unreadable(source, name, error) from error
         if raw is None:
             raise ConfigError(f"{source.uri}/{name} carries no model fingerprint; it was not written by crem embed")
         stamp = json.loads(raw)
@@ -105,6 +107,13 @@ def _survey(source: Folder) -> tuple[list[str], dict[str, Any], int]:
         both = " and ".join(f"{fingerprint} ({name})" for fingerprint, (name, _) in sorted(stamps.items())[:3])
         raise ConfigError(f"{source.uri} mixes embeddings of the models {both}; index them apart")
     return names, next(iter(stamps.values()))[1], rows
+
+
+def _unreadable(source: Folder, name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{source.uri}/{name} cannot be read ({error}); if the file is damaged, run crem embed into that folder again: "
+        "it replaces what is damaged"
+    )
 
 
 def _build(
@@ -154,8 +163,13 @@ def _empty_index(source: Folder, names: list[str], dim: int, rows: int, config: 
 def _good(source: Folder, names: list[str]) -> Iterator[pa.Table]:
     """The rows that have an embedding, file by file."""
     for name in names:
-        with source.open(name) as file:
-            table = pq.ParquetFile(file).read(columns=["id", "embedding", "uri", "text"])
+        try:
+            with source.open(name) as file:
+                table = pq.ParquetFile(file, page_checksum_verification=True).read(
+                    columns=["id", "embedding", "uri", "text"]
+                )
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(source, name, error) from error
         table = table.filter(table["embedding"].is_valid())
         if table.num_rows:
             yield table

@@ -70,9 +70,11 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
     if not rows_in:
         raise ConfigError(f"{source!r} has {len(corpus.names)} files and not one row in them; fill it first")
     target.claim(KIND)
+    session.connect()
+    session.require_readable(corpus.root, corpus.names[0])
+    session.require_shared(target)
     for old in (MANIFEST, *TABLES, STAGING):
         target.remove(old)
-    session.connect()
     log.info("preparing %d rows of %d files from %s", rows_in, len(corpus.names), corpus.root.uri)
     with session.remote_errors():
         ledgers = _stage(target, corpus.root.name, pictures, pieces, rows_in, config)

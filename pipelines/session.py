@@ -6,6 +6,7 @@ the user therefore travels as a value: ``attempt`` wraps it in the worker, ``res
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,7 +24,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from crem.errors import ConfigError, CremError, ResourceError
 from pipelines.storage import Folder
 
-__all__ = ["attempt", "connect", "remote_errors", "require", "require_shared", "results", "root_cause"]
+__all__ = [
+    "attempt",
+    "connect",
+    "on_cluster",
+    "remote_errors",
+    "require",
+    "require_readable",
+    "require_shared",
+    "results",
+    "root_cause",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +52,18 @@ def connect() -> None:
     """Connect to Ray once: one that is initialised, else ``RAY_ADDRESS``, else one started here for this process.
 
     Raises:
-        ResourceError: the cluster at ``RAY_ADDRESS`` does not answer.
+        ConfigError: ``RAY_ADDRESS`` is a Ray Client address. ResourceError: the cluster there does not answer.
     """
     _quieten_data()
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} is not the address of a cluster's control store. Ray Client (ray://) cannot run "
+            "these jobs: send the job to the cluster with crem submit --address http://HEAD:8265 -- JOB …, or run it "
+            "on a node of the cluster with RAY_ADDRESS=HEAD:6379 (or auto)"
+        )
     if address and address != "local":
         try:
             ray.init(address=address, logging_level=logging.WARNING)
@@ -77,6 +94,11 @@ def _quieten_data() -> None:
             handler.setLevel(logging.WARNING)
 
 
+def on_cluster() -> bool:
+    """Whether jobs run on a cluster rather than on a Ray that they start themselves."""
+    return ray.is_initialized() or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
 def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
     """Refuse a job that would wait for devices forever.
 
@@ -97,46 +119,70 @@ def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
 
 
 def require_shared(folder: Folder) -> None:
-    """Refuse a local output folder that another node of the cluster does not see.
+    """Refuse a local output folder that another node of the cluster does not see; call ``connect`` first.
 
     Raises:
         ConfigError: a node does not see it.
     """
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    if not folder.is_local or not others:
+    if not folder.is_local or not _other_nodes():
         return
-    token = f"_shared_{uuid.uuid4().hex}"
+    token, existed = f"_shared_{uuid.uuid4().hex}", folder.exists()
     folder.write_bytes(b"", token)
     try:
-        look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
-        asked = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                folder.path(token)
-            ): node["NodeManagerAddress"]
-            for node in others
-        }
-        ready, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_SHARED_TIMEOUT_S)
-        for answer in ready:
-            try:
-                sees = ray.get(answer)
-            except ray.exceptions.RayError:  # the node went meanwhile
-                waiting.append(answer)
-                continue
-            if not sees:
-                raise ConfigError(
-                    f"the node {asked[answer]} of this cluster does not see {folder.uri}; give --out a path on a file "
-                    "system that all nodes share, or an s3:// URI"
-                )
-        if waiting:
-            log.warning(
-                "whether %s is on a file system that all nodes share could not be seen for %d nodes; if it is not, "
-                "give --out a shared path or an s3:// URI",
-                folder.uri,
-                len(waiting),
-            )
+        _require_seen(folder.path(token), f"{folder.uri}; give --out a path", folder.uri)
     finally:
         folder.remove(token)
+        if not existed:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder.path())
+
+
+def require_readable(folder: Folder, file: str) -> None:
+    """Refuse a local input folder that another node of the cluster does not see; call ``connect`` first.
+
+    Args:
+        file: one that is in it.
+
+    Raises:
+        ConfigError: a node does not see it.
+    """
+    if folder.is_local and _other_nodes():
+        _require_seen(folder.path(file), f"{folder.uri}, from which its workers would read; copy it to", folder.uri)
+
+
+def _other_nodes() -> list[dict[str, Any]]:
+    here = ray.get_runtime_context().get_node_id()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+
+
+def _require_seen(path: str, remedy: str, named: str) -> None:
+    """Look for a local file from every other node."""
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path): node[
+            "NodeManagerAddress"
+        ]
+        for node in _other_nodes()
+    }
+    ready, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_SHARED_TIMEOUT_S)
+    for answer in ready:
+        try:
+            sees = ray.get(answer)
+        except ray.exceptions.RayError:  # the node went meanwhile
+            waiting.append(answer)
+            continue
+        if not sees:
+            raise ConfigError(
+                f"the node {asked[answer]} of this cluster does not see {remedy} on a file system that all nodes "
+                "share, or an s3:// URI"
+            )
+    if waiting:
+        log.warning(
+            "%d nodes did not say whether they see %s; if it is not on a file system that all nodes share, use a "
+            "shared path or an s3:// URI",
+            len(waiting),
+            named,
+        )
 
 
 def attempt(function: Callable[[], Any]) -> dict[str, bytes]:

@@ -124,6 +124,11 @@ class Folder:
             self._make_parents(path)
         return self.fs.open(path, mode)  # type: ignore[no-any-return]
 
+    def read_bytes(self, *parts: str) -> bytes:
+        """The content of a file."""
+        with self._refusal_explained():
+            return bytes(self.fs.cat_file(self.path(*parts)))
+
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a whole file so that a reader sees all of it or nothing."""
         path = self.path(*parts)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,15 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
     assert main(["search", "a green square", "--index", str(tmp_path / "index"), "-k", "2", "--json"]) == 0
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [h["rank"] for h in hits] == [1, 2] and hits[0]["id"] == 2 and hits[0]["score"] > 0.9999
+
+
+def test_a_ray_client_address_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"query_text": "a", "target_text": "b"}\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "crem.cli", "prepare", str(tmp_path), "--out", str(tmp_path / "out")],
+        env=os.environ | {"RAY_ADDRESS": "ray://head:10001"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "crem submit" in done.stderr and "Traceback" not in done.stderr, done.stderr

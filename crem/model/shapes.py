@@ -5,16 +5,15 @@ Sources: ``config.json`` of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instr
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crem.checkpoint import adapt
+from crem.checkpoint import adapt, backbone_config
 from crem.config import BackboneShape, ModelConfig
-from crem.errors import ConfigError
+from crem.errors import CheckpointError, ConfigError
 from crem.fetch import shipped
 from crem.model.backbone import SPECIAL_TOKENS, Qwen2VLForConditionalGeneration, config_from_shape
 
@@ -58,19 +57,27 @@ def shape_of(config: ModelConfig) -> BackboneShape:
 
     Raises:
         ConfigError: the backbone is neither here nor known.
+        CheckpointError: its ``config.json`` is damaged, or of another architecture.
     """
     if config.scratch is not None:
         return config.scratch
     assert config.backbone is not None
     if config.backbone in PUBLISHED:
         return PUBLISHED[config.backbone]
-    file = (shipped(config.backbone) or Path(config.backbone)) / "config.json"
-    if not file.is_file():
+    folder = shipped(config.backbone) or Path(config.backbone)
+    if not (folder / "config.json").is_file():
         raise ConfigError(
             f"the shape of model.backbone={config.backbone!r} is not known here: it is no folder with a config.json "
             f"and none of {', '.join(PUBLISHED)}; download it first and name its folder"
         )
-    return _from_json(json.loads(file.read_text(encoding="utf-8")))
+    held = backbone_config(folder)
+    try:
+        return _from_json(held)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json does not describe a Qwen2-VL ({type(error).__name__}: {error}); copy the checkpoint "
+            "again"
+        ) from error
 
 
 def _from_json(held: dict[str, Any]) -> BackboneShape:

@@ -80,6 +80,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
     session.connect()
+    session.require_readable(source, "manifest.json")
     session.require_shared(target)
     workers = config.train.min_workers or config.train.workers
     session.require(

@@ -115,6 +115,35 @@ def test_the_command_says_how_many_gpus(capsys: pytest.CaptureFixture[str]) -> N
     assert "crem prepare" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048},
+            "holds a 'llama' model (LlamaForCausalLM); CREM's backbone is Qwen2-VL",
+        ),
+        (
+            {
+                "model_type": "qwen3_5",
+                "architectures": ["Qwen3_5ForConditionalGeneration"],
+                "text_config": {"hidden_size": 2048},
+                "vision_config": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "patch_size": 16},
+            },
+            "holds a 'qwen3_5' model (Qwen3_5ForConditionalGeneration); CREM's backbone is Qwen2-VL",
+        ),
+        ({"model_type": "qwen2_vl"}, "does not describe a Qwen2-VL (KeyError: 'vision_config')"),
+        ([], "config.json cannot be read"),
+    ],
+)
+def test_another_backbone_is_refused_by_its_name(
+    config: object, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["train", "--dry-run", "--preset", "2b", f"model.backbone={tmp_path}"]) == 1
+    shown = capsys.readouterr().err
+    assert says in shown and "Traceback" not in shown, shown
+
+
 def test_training_itself_needs_tables_and_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["train", "--preset", "micro"]) == 2
     assert "PREPARED" in capsys.readouterr().err

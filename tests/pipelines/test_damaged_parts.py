@@ -1,0 +1,49 @@
+"""An embedding output with a damaged part: said by name, and mended by embedding again; through the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.conftest import table, write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def crem(*words: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", "crem.cli", *words], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def zeros_in_the_middle(data: bytes) -> bytes:
+    """The footer stays, the columns do not."""
+    return data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :]
+
+
+def one_bit(data: bytes) -> bytes:
+    at = len(data) // 3
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [half, zeros_in_the_middle, one_bit])
+def test_a_damaged_part_is_named_and_embedded_again(tmp_path: Path, tiny_model_dir: str, damage) -> None:  # type: ignore[no-untyped-def]
+    write_rows(tmp_path / "items.parquet", [{"id": i, "text": f"item {i}"} for i in range(600)])
+    embed = ("embed", str(tmp_path / "items.parquet"), "--model", tiny_model_dir, "--out", str(tmp_path / "vectors"))
+    code, output = crem(*embed)
+    assert code == 0, output
+    before = table(tmp_path / "vectors")
+    part = tmp_path / "vectors" / "part-000001.parquet"
+    part.write_bytes(damage(part.read_bytes()))
+    code, output = crem("index", str(tmp_path / "vectors"), "--out", str(tmp_path / "index"))
+    assert code == 2 and "part-000001.parquet cannot be read" in output and "crem embed" in output, output
+    assert "bug in crem" not in output
+    code, output = crem(*embed)
+    assert code == 0 and "part-000001.parquet is damaged" in output and "rows in 600 = embedded 600" in output, output
+    assert table(tmp_path / "vectors") == before
