@@ -294,7 +294,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from pipelines.prepare import prepare
+    from pipelines.corpus.prepare import prepare
 
     m = prepare(args.source, args.out, _config(args))
     print(f"rows in {m['rows_in']} = out {m['rows_out']} + rejected {m['rejected']} + filtered {m['filtered']}")
@@ -304,7 +304,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _graft(args: argparse.Namespace) -> None:
-    from crem.graft import graft
+    from crem.model.graft import graft
 
     config = _config(args)
     made = graft(args.language_model, args.out, config.graft, seed=config.train.seed)
@@ -316,7 +316,7 @@ def _graft(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
-        from pipelines.training.dryrun import dry_run
+        from pipelines.training.dry_run import dry_run
 
         print(dry_run(args.prepared, _config(args)).text)
         return
@@ -330,7 +330,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    from pipelines.embed import embed
+    from pipelines.embedding.embed import embed
 
     r = embed(args.model, args.source, args.out, _config(args), fresh=args.fresh)
     print(
@@ -340,7 +340,7 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from pipelines.index import build
+    from pipelines.search.index import build
 
     print(json.dumps(build(args.embeddings, args.out, _config(args)), indent=2))
 
@@ -348,7 +348,7 @@ def _index(args: argparse.Namespace) -> None:
 def _search(args: argparse.Namespace) -> None:
     if not args.text and not args.image:
         raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
-    from pipelines.index import Index, search
+    from pipelines.search.search import Index, search
 
     opened = Index(args.index)
     model = args.model or opened.summary["model"]
@@ -366,7 +366,7 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from pipelines.evaluate import evaluate, table
+    from pipelines.evaluation.evaluate import evaluate, table
 
     print(table(evaluate(args.model, args.prepared, args.out, _config(args))))
 

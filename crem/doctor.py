@@ -83,7 +83,7 @@ def _devices(report: Report) -> None:
 def _memory(report: Report) -> None:
     import psutil
 
-    from crem.memory import available_bytes
+    from crem.host_memory import available_bytes
 
     free, total = available_bytes() / 2**30, psutil.virtual_memory().total / 2**30
     disk = shutil.disk_usage(os.getcwd()).free / 2**30

@@ -32,17 +32,17 @@ import ray
 from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, ResourceError
 from crem.fetch import local_copy
-from crem.memory import available_bytes
-from pipelines import index as vector_index
-from pipelines import session
-from pipelines.embed import embed
+from crem.host_memory import available_bytes
+from pipelines.corpus.prepare import prepare
+from pipelines.embedding.embed import embed
 from pipelines.emoji import corpus_path
-from pipelines.evaluate import evaluate, table
-from pipelines.prepare import prepare
-from pipelines.report import write_report
-from pipelines.rows import Rows, read_rows, texts_of
-from pipelines.storage import Folder
-from pipelines.training.metrics import read_metrics
+from pipelines.evaluation.evaluate import evaluate, table
+from pipelines.reports.demo_page import write_report
+from pipelines.search import index as vector_index
+from pipelines.tables import session
+from pipelines.tables.prepared import Rows, read_rows, texts_of
+from pipelines.tables.storage import Folder
+from pipelines.training.metrics_log import read_metrics
 from pipelines.training.train import train
 
 __all__ = ["demo"]
@@ -167,7 +167,8 @@ def _checks(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _save_untrained(rows: Rows, folder: str, config: RunConfig) -> None:
     """The model as it was before the first step: same seed, same tokenizer."""
-    from crem.checkpoint import build_model, save_model
+    from crem.checkpoint import save_model
+    from crem.model.build import build_model
 
     save_model(*build_model(config.model, texts=texts_of(rows), seed=config.train.seed), folder)
 

@@ -42,7 +42,8 @@ def lively(model: torch.nn.Module, seed: int = 1) -> None:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a saved two-layer CREM checkpoint with lively random weights."""
-    from crem.checkpoint import build_model, save_model
+    from crem.checkpoint import save_model
+    from crem.model.build import build_model
 
     model, collator = build_model(tiny_config(), texts=TEXTS)
     lively(model)

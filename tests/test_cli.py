@@ -107,7 +107,7 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
     import pyarrow.parquet as pq
 
     import crem
-    from pipelines import schema
+    from pipelines.tables import schema
 
     model = crem.load(tiny_model_dir)
     texts = ["a red apple", "a green square", "animals"]

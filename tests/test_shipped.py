@@ -13,9 +13,9 @@ import crem
 from crem.checkpoint import describe
 from crem.errors import ConfigError
 from crem.fetch import SHIPPED
+from pipelines.corpus.image_reader import Pictures
 from pipelines.emoji import corpus_path
-from pipelines.pictures import Pictures
-from pipelines.storage import Folder
+from pipelines.tables.storage import Folder
 from tests.conftest import tiny_config
 
 MiB = 2**20

@@ -27,10 +27,10 @@ from crem.config import ModelConfig
 from crem.data.augment import augmented
 from crem.data.images import load_image
 from crem.data.items import Item, Pair
+from crem.data.packing import TwoPart, two_part
+from crem.data.positions import rope_positions
 from crem.data.prompts import Prompt, PromptBuilder, Segment
 from crem.errors import ItemError
-from crem.model.attention import TwoPart, two_part
-from crem.model.backbone import rope_positions
 
 __all__ = ["Batch", "Collator", "Sequence"]
 

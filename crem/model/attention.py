@@ -21,27 +21,22 @@ Shape suffixes: N sequences, B rows, T tokens, H heads, G sequences of a group, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from crem.data.packing import TwoPart
 from crem.data.prompts import Segment
 
-__all__ = ["TWO_PART", "Group", "TwoPart", "attend", "compression_aware_mask", "hidden_from_answer", "two_part"]
+__all__ = ["TWO_PART", "attend", "compression_aware_mask", "hidden_from_answer"]
 
 TWO_PART = "crem_two_part"
 """Name under which transformers finds the attention function."""
-_SHORTEST = 0.75
-"""A sequence joins a call whose longest is at most 1 / 0.75 of its own length. Source: ours, bench_attention."""
 
 
 def hidden_from_answer(segments_BT: Tensor, template_visible: bool) -> Tensor:
@@ -73,91 +68,6 @@ def compression_aware_mask(
 
 _PRODUCTS_UP_TO = 256
 """Keys up to which attention on CPU is two products. Source: ours, measured (``attend``)."""
-
-
-class Group(NamedTuple):
-    """One call: each of G sequences' queries over its keys, causal, the last query seeing the last key."""
-
-    queries_GQ: Tensor
-    """int64 places in the row; short sequences repeat their last one, behind what any real query sees"""
-    keys_GK: Tensor
-    triangle_QK: Tensor | None
-    """bool; None where there are as many queries as keys, which is plain causal attention"""
-
-
-@dataclass(frozen=True)
-class TwoPart:
-    """How the attention of one row falls into calls; the same for every layer."""
-
-    groups: tuple[Group, ...]
-    order_T: Tensor
-    """int64: where each token's result stands among the results of all groups"""
-
-    def to(self, device: torch.device | str) -> TwoPart:
-        """The same on ``device``."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        groups = tuple(Group(moved(q), moved(k), None if mask is None else moved(mask)) for q, k, mask in self.groups)
-        return TwoPart(groups, moved(self.order_T))
-
-    def with_token(self) -> TwoPart:
-        """The same with one more token at the end of the row, which sees itself alone."""
-        place = self.order_T.new_full((1, 1), self.order_T.shape[0])
-        done = sum(group.queries_GQ.numel() for group in self.groups)
-        return TwoPart((*self.groups, Group(place, place, None)), F.pad(self.order_T, (0, 1), value=done))
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the queries that are padding."""
-        return 1 - self.order_T.shape[0] / max(1, sum(g.queries_GQ.numel() for g in self.groups))
-
-
-def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, template_visible: bool = True) -> TwoPart:
-    """The calls for sequences that stand one behind the other in a single row.
-
-    Args:
-        segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md section 2).
-        z: for each sequence, whether its answer must come from the chorus tokens alone.
-    """
-    spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    at = 0
-    for segments_T, bit in zip(segments, z, strict=True):
-        places = np.arange(at, at + len(segments_T))
-        at += len(segments_T)
-        prefix = int(np.searchsorted(segments_T, Segment.Q)) if bit else len(segments_T)
-        spans.append((places[:prefix], places[:prefix]))
-        if prefix < len(segments_T):
-            kept = (segments_T >= Segment.U) | ((segments_T == Segment.S) & template_visible)
-            spans.append((places[prefix:], places[kept]))
-    # what precedes the queries among the keys is the same for all members of a group, or their ends would not align
-    spans.sort(key=lambda span: (len(span[1]) - len(span[0]), -len(span[0])))
-    groups: list[Group] = []
-    order_T = np.empty(at, dtype=np.int64)
-    done = start = 0
-    while start < len(spans):
-        ahead, longest = len(spans[start][1]) - len(spans[start][0]), len(spans[start][0])
-        stop = start
-        while (
-            stop < len(spans)
-            and len(spans[stop][1]) - len(spans[stop][0]) == ahead
-            and len(spans[stop][0]) >= _SHORTEST * longest
-        ):
-            stop += 1
-        members = spans[start:stop]
-        queries_GQ, keys_GK = (np.stack([_filled(m[i], longest + i * ahead) for m in members]) for i in (0, 1))
-        triangle = torch.ones(longest, longest + ahead, dtype=torch.bool).tril(ahead) if ahead else None
-        groups.append(Group(torch.from_numpy(queries_GQ), torch.from_numpy(keys_GK), triangle))
-        for number, (queries, _) in enumerate(members):
-            order_T[queries] = done + number * longest + np.arange(len(queries))
-        done += len(members) * longest
-        start = stop
-    return TwoPart(tuple(groups), torch.from_numpy(order_T))
-
-
-def _filled(places: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    return places[np.minimum(np.arange(length), len(places) - 1)]
 
 
 def attend(

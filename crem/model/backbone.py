@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -43,7 +42,6 @@ __all__ = [
     "image_processor",
     "initialise_by_fan_in",
     "model_from_shape",
-    "rope_positions",
     "tokenizer_from_texts",
     "use_fast_attention",
 ]
@@ -257,35 +255,6 @@ def initialise_by_fan_in(model: torch.nn.Module) -> None:
         if parameter.ndim > 1:
             scale = 0.5 if "embed_tokens" in name else 1.0
             torch.nn.init.normal_(parameter, std=scale * parameter[0].numel() ** -0.5)
-
-
-def rope_positions(
-    is_image_T: NDArray[np.bool_], grids: Sequence[tuple[int, int, int]], merge_size: int
-) -> NDArray[np.int64]:
-    """M-RoPE positions (time, height, width) of one sequence; int64 [3, T] (method.md section 3).
-
-    Text advances all three by one; an image of h x w merged patches fills a plane and advances by max(h, w).
-
-    Args:
-        is_image_T: True at vision tokens (not at their start and end marks).
-        grids: (t, h, w) in patches, one per image.
-        merge_size: patches per token along each side.
-    """
-    positions = np.empty((3, len(is_image_T)), dtype=np.int64)
-    at = here = 0
-    for t, h, w in grids:
-        rows, columns = h // merge_size, w // merge_size
-        start = at + int(np.argmax(is_image_T[at:]))
-        positions[:, at:start] = here + np.arange(start - at)
-        here += start - at
-        plane = np.indices((t, rows, columns)).reshape(3, -1)
-        at = start + plane.shape[1]
-        assert is_image_T[start:at].all(), "fewer vision tokens than the image grids need"
-        positions[:, start:at] = here + plane
-        here += max(rows, columns)
-    assert not is_image_T[at:].any(), "more vision tokens than image grids"
-    positions[:, at:] = here + np.arange(len(is_image_T) - at)
-    return positions
 
 
 def image_features(

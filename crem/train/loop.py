@@ -11,7 +11,7 @@ import torch
 from crem.config import RunConfig
 from crem.data.collator import Batch
 from crem.distributed import rank, sum_over_ranks, world_size
-from crem.memory import give_back_memory
+from crem.host_memory import give_back_memory
 from crem.train.guard import LossGuard
 from crem.train.progress import Meter, Progress
 from crem.train.step import train_step

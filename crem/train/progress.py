@@ -19,7 +19,7 @@ import torch
 from crem.config import RunConfig
 from crem.data.collator import Batch
 from crem.distributed import sum_over_ranks, world_size
-from crem.train.flops import ModelFlops, peak_flops
+from crem.forecast.flops import ModelFlops, peak_flops
 from crem.train.step import StepResult
 
 __all__ = ["Meter", "Progress"]
@@ -46,7 +46,7 @@ class Progress:
     tokens_per_s: float
     """tokens of the language model, without padding, over all ranks"""
     flops_utilisation: float
-    """model FLOPs per second over the peak of all devices (``crem.train.flops``)"""
+    """model FLOPs per second over the peak of all devices (``crem.forecast.flops``)"""
     peak_flops: float
     """FLOP/s of all devices that utilisation is measured by"""
     waiting_share: float

@@ -1,7 +1,7 @@
 """``crem ablate``: the paper's Tables 3 and 4 and Figure 4 with seeds and error bars, beside the paper's figures.
 
 Every variant (``variants.py``) is trained with every seed by ``pipelines.training.train`` and evaluated by
-``pipelines.evaluate`` at each of its chorus counts. What stays in the output folder:
+``pipelines.evaluation.evaluate`` at each of its chorus counts. What stays in the output folder:
 
     runs/<variant>-<seed>/              the training run          ablation.json      all figures, trends and settings
     evaluations/<variant>-<seed>.json   its figures               report.html, ablation.png, maps.png
@@ -40,9 +40,9 @@ from crem.errors import ConfigError, CremError, TrainingError
 from pipelines.ablation.report import write_ablation_report
 from pipelines.ablation.trends import NO_SEED, claims, estimate, judge, map_claims
 from pipelines.ablation.variants import BACKBONE, MAP_METRICS, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
-from pipelines.prepare import read_manifest
-from pipelines.rows import Rows, read_rows
-from pipelines.storage import Folder
+from pipelines.tables.manifest import read_manifest
+from pipelines.tables.prepared import Rows, read_rows
+from pipelines.tables.storage import Folder
 
 __all__ = ["ablate"]
 
@@ -287,8 +287,8 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
     import torch
 
     import crem
-    from pipelines import session
     from pipelines.ablation.attention_maps import measure_maps
+    from pipelines.tables import session
     from pipelines.training.train import train
 
     began = time.monotonic()
@@ -321,7 +321,7 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
 def _evaluate(job: _Job, model: str, rows: Rows, trained_s: float) -> dict[str, Any]:
     """The figures of a checkpoint at every chorus count of the job."""
     import crem
-    from pipelines.evaluate import evaluate_loaded
+    from pipelines.evaluation.evaluate import evaluate_loaded
 
     began = time.monotonic()
     evaluations = {}
@@ -337,8 +337,9 @@ def _evaluate(job: _Job, model: str, rows: Rows, trained_s: float) -> dict[str, 
 
 def _save_backbone(prepared: str, folder: str, config: RunConfig) -> str:
     """The backbone as the variants start from it, read by EOS pooling."""
-    from crem.checkpoint import build_model, save_model
-    from pipelines.rows import texts_of
+    from crem.checkpoint import save_model
+    from crem.model.build import build_model
+    from pipelines.tables.prepared import texts_of
 
     texts = texts_of(read_rows(prepared, split_prefix="train")) if config.model.scratch is not None else None
     save_model(*build_model(config.model, texts=texts, seed=config.train.seed), folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crem.data.items import Item
-from pipelines.rows import Rows
+from pipelines.tables.prepared import Rows
 
 if TYPE_CHECKING:
     import crem

@@ -20,7 +20,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from pipelines.ablation.variants import BACKBONE
-from pipelines.rows import Rows
+from pipelines.tables.prepared import Rows
 
 __all__ = ["table", "write_ablation_report"]
 

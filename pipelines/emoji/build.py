@@ -37,7 +37,7 @@ from pipelines.emoji.concepts import (
     read_drawings,
     unpacked,
 )
-from pipelines.emoji.rows import TRAIN_VENDORS, Row, evaluation_rows, image_name, training_rows
+from pipelines.emoji.corpus_rows import TRAIN_VENDORS, Row, evaluation_rows, image_name, training_rows
 
 __all__ = ["build", "draw", "fetch", "render"]
 

@@ -11,7 +11,7 @@ import torch
 from crem.data.collator import Collator
 from crem.distributed import rank, sum_over_ranks
 from crem.train.export import export
-from pipelines.storage import Folder
+from pipelines.tables.storage import Folder
 
 __all__ = ["BestModel"]
 

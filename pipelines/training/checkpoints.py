@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from crem.errors import CheckpointError, CremError
 from crem.train.state import Mark, common_mark, convert, files_needed, read_marks, verify
-from pipelines.storage import Folder
+from pipelines.tables.storage import Folder
 
 __all__ = ["CHECKPOINTS", "Checkpoints", "Found", "Uploads", "fetch_newest", "leads", "patiently", "scratch"]
 

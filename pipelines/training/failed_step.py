@@ -10,8 +10,8 @@ from typing import Any
 
 from crem.config import RunConfig
 from crem.errors import DivergenceError, TrainingError
-from pipelines.rows import Rows
-from pipelines.storage import Folder
+from pipelines.tables.prepared import Rows
+from pipelines.tables.storage import Folder
 
 __all__ = ["FAILED_STEP", "rows_of_step", "saved_step"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from ray.util.queue import Empty, Queue
 
 from crem.config import RunConfig
-from pipelines.storage import Folder
-from pipelines.training.metrics import MetricsLog
+from pipelines.tables.storage import Folder
+from pipelines.training.metrics_log import MetricsLog
 from pipelines.training.trackers import Tracker
 
 __all__ = ["Follower", "duration", "progress_line"]
@@ -117,9 +117,7 @@ class Follower:
             self._draw("running")
 
     def _draw(self, state: str) -> None:
-        from pipelines.training.report import (
-            write_training_report,
-        )  # workers import this module, and need no matplotlib
+        from pipelines.reports.training_page import write_training_report
 
         self._drawn = time.monotonic()
         try:

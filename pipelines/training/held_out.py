@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
-from pipelines.rows import Rows, texts_of
+from pipelines.tables.prepared import Rows, texts_of
 
 if TYPE_CHECKING:
     from crem.data.collator import Batch, Collator

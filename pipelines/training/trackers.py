@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from crem.config import RunConfig
 from crem.errors import ConfigError
-from pipelines.storage import Folder
+from pipelines.tables.storage import Folder
 
 __all__ = ["Tracker", "check_tracker", "open_tracker"]
 

@@ -31,15 +31,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from crem.config import RunConfig
 from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
-from pipelines import schema, session
-from pipelines.prepare import read_manifest
-from pipelines.rows import share_rows
-from pipelines.storage import Folder
+from pipelines.tables import schema, session
+from pipelines.tables.manifest import read_manifest
+from pipelines.tables.prepared import share_rows
+from pipelines.tables.storage import Folder
 from pipelines.training.checkpoints import CHECKPOINTS, patiently
 from pipelines.training.failed_step import FAILED_STEP, saved_step
 from pipelines.training.follow import Follower
 from pipelines.training.held_out import data_mix, split_rows, training_texts
-from pipelines.training.metrics import read_metrics
+from pipelines.training.metrics_log import read_metrics
 from pipelines.training.trackers import check_tracker, open_tracker
 from pipelines.training.watch import Watch
 from pipelines.training.worker import worker

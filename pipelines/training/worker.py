@@ -19,9 +19,9 @@ import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from crem.config import RunConfig
-from pipelines.rows import step_batches
-from pipelines.storage import Folder
+from pipelines.tables.storage import Folder
 from pipelines.training.checkpoints import CHECKPOINTS, Checkpoints, Uploads, fetch_newest, leads, patiently, scratch
+from pipelines.training.feed import step_batches
 from pipelines.training.held_out import validation_batches
 from pipelines.training.watch import Heart
 
@@ -67,7 +67,7 @@ class _Rank:
 
     def start(self) -> int:
         """Build the engine, from the newest good checkpoint where there is one; returns the first step to make."""
-        from crem.checkpoint import build_model
+        from crem.model.build import build_model
         from crem.train.optim import initialise
         from crem.train.state import load_state
 

@@ -16,11 +16,11 @@ from copy import deepcopy
 import torch
 from PIL import Image
 
-from crem.checkpoint import build_model
 from crem.config import load_config
 from crem.data.collator import Collator
 from crem.data.items import Item
 from crem.data.prompts import Segment
+from crem.model.build import build_model
 from crem.model.generation import Context, decode, prefill
 from tests.bench.timing import environment, interleaved, table
 

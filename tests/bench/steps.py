@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crem.checkpoint import build_model
 from crem.config import RunConfig, load_config
 from crem.data.collator import Batch, Collator
 from crem.data.items import Item, Pair
+from crem.model.build import build_model
 from crem.model.crem import CremModel, CremOutput
 
 __all__ = ["Accumulating", "build", "rows"]

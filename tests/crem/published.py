@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tests.crem.runs import stock_backbone
+from tests.crem.train.runs import stock_backbone
 
 GENERATION = {"do_sample": True, "top_k": 1, "top_p": 0.001, "temperature": 0.01, "repetition_penalty": 1.0}
 """Sampling settings of the publisher's ``generation_config.json``."""

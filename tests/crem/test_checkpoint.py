@@ -20,16 +20,17 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGene
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import crem
-from crem.checkpoint import build_model, fingerprint, save_model
+from crem.checkpoint import fingerprint, save_model
 from crem.config import ModelConfig, load_config
 from crem.data.items import Item
 from crem.errors import CheckpointError, ConfigError, ResourceError
 from crem.fetch import local_copy
 from crem.inference import Crem
 from crem.model.backbone import SPECIAL_TOKENS, tokenizer_from_texts
+from crem.model.build import build_model
 from crem.train.step import train_step
 from tests.conftest import TEXTS, lively, tiny_config
-from tests.crem.runs import PlainEngine, run_config, share, stock_backbone
+from tests.crem.train.runs import PlainEngine, run_config, share, stock_backbone
 
 ITEMS = ["a red apple", Image.new("RGB", (70, 40), (200, 30, 0)), Item("both", [Image.new("RGB", (64, 64))])]
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 import crem
 from crem import Item
-from crem.checkpoint import build_model
 from crem.data.items import Pair
 from crem.errors import ItemError
 from crem.inference import Answer, Crem
+from crem.model.build import build_model
 from crem.train.step import train_step
 from tests.conftest import TEXTS, tiny_config
-from tests.crem.runs import PlainEngine, run_config
+from tests.crem.train.runs import PlainEngine, run_config
 
 RED = Image.new("RGB", (64, 64), (255, 0, 0))
 NOISE = Image.effect_noise((90, 50), 90).convert("RGB")

@@ -11,13 +11,14 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import crem
-from crem.checkpoint import build_collator, build_model, save_model
+from crem.checkpoint import save_model
 from crem.config import ImageConfig, load_config
 from crem.data.items import Item
 from crem.model.backbone import image_processor
+from crem.model.build import build_collator, build_model
 from crem.train.export import export
 from tests.crem.published import GENERATION, PUBLISHED_PIXELS, published_backbone
-from tests.crem.runs import PlainEngine
+from tests.crem.train.runs import PlainEngine
 
 VISION_TOKENS = {(2000, 1500): 1230, (1200, 1000): 1248, (30, 30): 4}
 """Merged patches of 28 x 28 pixels under 4 and 1280 x 28 x 28 pixels, by Qwen2-VL's resize."""

@@ -21,8 +21,8 @@ def recording_worker(spec: dict[str, Any]) -> None:
     import ray.train
 
     from crem.train import loop
-    from pipelines import rows
-    from pipelines.storage import Folder
+    from pipelines.tables import prepared as rows
+    from pipelines.tables.storage import Folder
     from pipelines.training.worker import worker
 
     context = ray.train.get_context()

@@ -1,0 +1,39 @@
+"""Typed configuration of every run. Imports neither torch nor Ray, so that ``crem --help`` is immediate."""
+
+from __future__ import annotations
+
+from crem.config.jobs import (
+    AblateConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    GraftConfig,
+    IndexConfig,
+    PrepareConfig,
+    ServeConfig,
+)
+from crem.config.loading import load_config, preset_names
+from crem.config.model import BackboneShape, ImageConfig, LoraSettings, ModelConfig, PromptConfig
+from crem.config.run import RunConfig
+from crem.config.training import DataConfig, LossConfig, OptimConfig, TrainConfig
+
+__all__ = [
+    "AblateConfig",
+    "BackboneShape",
+    "DataConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "GraftConfig",
+    "ImageConfig",
+    "IndexConfig",
+    "LoraSettings",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PrepareConfig",
+    "PromptConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "load_config",
+    "preset_names",
+]

@@ -1,0 +1,109 @@
+"""``crem search``: an index opened for queries."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crem.errors import CheckpointError, ConfigError
+from pipelines.search.index import ITEMS, KIND, SUMMARY, VECTORS
+from pipelines.tables.storage import Folder
+
+__all__ = ["Hit", "Index", "search"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result, best first; ``score`` is the cosine."""
+
+    id: int
+    score: float
+    uri: str | None
+    text: str | None
+
+
+class Index:
+    """An index opened for search. Remote ones are copied to a temporary folder first."""
+
+    def __init__(self, place: str):
+        """Raises ``ConfigError`` where there is no complete index."""
+        folder = Folder.at(place)
+        summary = folder.read_json(SUMMARY)
+        if not isinstance(summary, dict) or summary.get("kind") != KIND:
+            raise ConfigError(f"{place!r} is not an index (no {SUMMARY}); run crem index into it first")
+        self.summary: dict[str, Any] = summary
+        self._scratch = None if folder.is_local else tempfile.TemporaryDirectory(prefix="crem-index-")
+        if self._scratch is not None:
+            for name in (VECTORS, ITEMS):
+                folder.fs.get_file(folder.path(name), str(Path(self._scratch.name) / name))
+        root = Path(self._scratch.name if self._scratch else folder.uri)
+        try:
+            self._vectors = faiss.read_index(str(root / VECTORS))
+            self._items = pq.ParquetFile(root / ITEMS)
+        except (RuntimeError, OSError, pa.ArrowException) as error:
+            raise ConfigError(f"{place!r} is damaged: {error}; run crem index again") from error
+        if isinstance(self._vectors, faiss.IndexIVF):
+            self._vectors.nprobe = summary["probes"]
+        groups = (self._items.metadata.row_group(i).num_rows for i in range(self._items.num_row_groups))
+        self._starts = np.cumsum([0, *groups])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.summary["fingerprint"])
+
+    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+        """The ``k`` best hits of each query vector [N, dim], fewer if the index holds fewer."""
+        if k < 1:
+            raise ConfigError(f"k={k} asks for no result; give 1 or more")
+        scores, positions = self._vectors.search(
+            np.ascontiguousarray(vectors, np.float32), min(k, self.summary["count"])
+        )
+        rows = self._rows(positions)
+        return [
+            [Hit(score=float(s), **rows[int(p)]) for s, p in zip(of_scores, of_query, strict=True) if p >= 0]
+            for of_scores, of_query in zip(scores, positions, strict=True)
+        ]
+
+    def _rows(self, positions: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Item rows by position, reading each row group at most once."""
+        wanted = np.unique(positions[positions >= 0])
+        groups = np.searchsorted(self._starts, wanted, side="right") - 1
+        found: dict[int, dict[str, Any]] = {}
+        for group in np.unique(groups):
+            of_group = wanted[groups == group]
+            taken = self._items.read_row_group(int(group)).take(pa.array(of_group - self._starts[group]))
+            found.update(zip(of_group.tolist(), taken.to_pylist(), strict=True))
+        return found
+
+
+def search(index: str, model: str, query: Any, k: int) -> list[Hit]:
+    """The ``k`` items of ``index`` nearest to ``query``, embedded by ``model``.
+
+    Args:
+        index: folder or URI of an index.
+        model: checkpoint folder or URI; a loaded ``crem.Crem`` is taken as it is.
+        query: a ``crem.Item``, or its shorthands.
+
+    Raises:
+        ConfigError: no index there.
+        CheckpointError: the index was made by another model.
+        ItemError: the query cannot be embedded.
+    """
+    import crem
+
+    opened = Index(index)
+    count = opened.summary.get("chorus_tokens")
+    loaded = crem.load(model, chorus_tokens=count) if isinstance(model, str | Path) else model
+    if loaded.fingerprint != opened.fingerprint:
+        raise CheckpointError(
+            f"the index {index} was made by model {opened.fingerprint} ({opened.summary['model']}), and this model is "
+            f"{loaded.fingerprint}; search with that model, or embed and index again with this one"
+        )
+    return opened.search(loaded.embed([query]), k)[0]

@@ -1,0 +1,213 @@
+"""The training rows of prepared tables, and the stream of them that one worker reads.
+
+The order of a run is ``crem.data.mixing.MixingPlan``: a pure function of seed and step. Each worker therefore has a Ray
+Data shard of its own, over *steps*: Ray Data gathers the rows of its steps from the object store, which spills to disk,
+a window ahead of the device. ``ray.train.get_dataset_shard`` is not used, because its split depends on which block
+arrives first, and a resumed run would have to read again what it has seen. A window is materialised rather than
+streamed: Ray Data's streaming executor polls as long as it is held back by its consumer, and on a CPU machine that cost
+as much as the training. Pictures are decoded in the worker, in a thread beside the device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from crem.config import RunConfig
+from crem.data.items import Item, Pair
+from crem.data.mixing import MixingPlan
+from crem.errors import ConfigError
+from pipelines.tables import schema
+from pipelines.tables.manifest import read_manifest
+from pipelines.tables.storage import Folder
+
+if TYPE_CHECKING:  # data workers carry rows and need neither torch nor transformers
+    pass
+
+__all__ = ["Pictures", "Rows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
+
+
+@dataclass
+class Pictures:
+    """Encoded pictures by id, in parts; a part is a table (id, bytes) or the reference of one in the object store."""
+
+    ids: NDArray[np.int64]
+    """sorted"""
+    places: NDArray[np.int64]
+    """[N, 2] part and row of each id"""
+    parts: list[Any]
+    _opened: dict[int, pa.Table] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> Pictures:
+        """Pictures of parts, whose ids are given in the order of their rows."""
+        counts = [len(ids) for ids in ids_of_parts]
+        ids = np.concatenate([np.empty(0, np.int64), *ids_of_parts])
+        places = np.stack(
+            [
+                np.repeat(np.arange(len(parts)), counts),
+                np.concatenate([np.empty(0, np.int64), *map(np.arange, counts)]),
+            ],
+            axis=1,
+        )
+        order = np.argsort(ids, kind="stable")
+        return cls(ids[order], places[order], parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ids": self.ids, "places": self.places, "parts": self.parts, "_opened": {}}
+
+    def read(self, image_id: int) -> bytes:
+        """Encoded bytes of a picture."""
+        at = int(np.searchsorted(self.ids, image_id))
+        assert at < len(self.ids) and self.ids[at] == image_id, f"image {image_id} is not in the image table"
+        part, row = self.places[at].tolist()
+        if part not in self._opened:
+            held = self.parts[part]
+            self._opened[part] = ray.get(held) if isinstance(held, ray.ObjectRef) else held  # mapped, not copied
+        data: bytes = self._opened[part].column("bytes")[row].as_py()
+        return data
+
+
+@dataclass
+class Rows:
+    """Rows of some splits, and the pictures that they name."""
+
+    table: pa.Table
+    """``schema.ROWS``"""
+    pictures: Pictures
+
+    def image(self, image_id: int) -> bytes:
+        """Encoded bytes of a picture."""
+        return self.pictures.read(image_id)
+
+    def pairs(
+        self,
+        numbers: NDArray[np.int64],
+        z: NDArray[np.bool_],
+        seed: tuple[int, ...] = (),
+        *,
+        retrieval: bool = True,
+        generation: bool = True,
+    ) -> list[Pair]:
+        """Training rows by number, each with its compression bit; ``seed`` is that of the run and step.
+
+        Without ``retrieval`` they have no targets, without ``generation`` no questions and answers.
+        """
+        return [
+            Pair(
+                query=item_of(row["query"], self.image),
+                target=item_of(row["target"], self.image) if row["target"] is not None and retrieval else None,
+                negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()) if retrieval else (),
+                question=row["question"] if generation else None,
+                answer=row["answer"] if generation else None,
+                z=bool(bit),
+                seed=(*seed, int(number)),
+                query_key=_content_key(row["query"]),
+                target_key=_content_key(row["target"]),
+                negative_keys=tuple(_content_key(n) for n in row["negatives"] or ()) if retrieval else (),
+            )
+            for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
+        ]
+
+    def plan(self, config: RunConfig) -> MixingPlan:
+        """The order of a training run over these rows. A loss that weighs nothing takes no rows of its own: without
+        L_r, pairs count for their questions alone; without L_g, only pairs count."""
+        paired = self.table.column("target").is_valid().to_numpy()
+        answered = self.table.column("answer").is_valid().to_numpy()
+        if config.loss.alpha_r == 0:
+            paired = paired & answered
+        if config.loss.alpha_g == 0:
+            answered = paired
+        tasks = self.table.column("task").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        return MixingPlan(
+            retrieval=np.flatnonzero(paired),
+            heterogeneous=np.flatnonzero(~paired & answered),
+            tasks=np.nan_to_num(tasks.astype(np.float64)).astype(np.int64),
+            global_batch=config.train.global_batch,
+            seed=config.train.seed,
+            compression_probability=config.loss.compression_probability,
+            config=config.data,
+            chorus_counts=config.model.chorus_counts,
+        )
+
+
+def item_of(side: dict[str, Any], image: Callable[[int], bytes]) -> Item:
+    """The ``Item`` of one side of a row; ``image`` maps an id to encoded bytes."""
+    return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
+
+
+def texts_of(rows: Rows) -> list[str]:
+    """Every text of the rows, for training a tokenizer."""
+    out: list[str] = []
+    for side in ("query", "target"):
+        out += [t for t in pc.struct_field(rows.table.column(side), "text").to_pylist() if t]
+    for column in ("question", "answer"):
+        out += [t for t in rows.table.column(column).to_pylist() if t]
+    return out
+
+
+def read_rows(prepared: str, *, split_prefix: str) -> Rows:
+    """Rows whose split starts with ``split_prefix``, and their pictures, in this process.
+
+    Raises:
+        ConfigError: no completed prepared tables there, or none of these rows.
+    """
+    table, wanted = read_table(prepared, split_prefix)
+    images = Folder.at(prepared).child("images")
+    parts = [read_part(images, name, wanted) for name in images.files(".parquet")]
+    return Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
+
+
+def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Rows:
+    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: here are their ids."""
+    table, wanted = read_table(prepared, split_prefix)
+    images = Folder.at(prepared).child("images")
+    reference = ray.put(wanted)
+    read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
+    parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
+    return Rows(table, Pictures.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
+
+
+def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
+    """The rows, in the order of their ids, and the ids of the pictures that they name."""
+    folder = Folder.at(prepared)
+    manifest = read_manifest(folder)
+    rows = folder.child("rows")
+    tables = [pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in rows.files(".parquet")]
+    wanted = "^(" + "|".join(map(re.escape, [split_prefix] if isinstance(split_prefix, str) else split_prefix)) + ")"
+    table = pa.concat_tables([t.filter(pc.match_substring_regex(t.column("split"), wanted)) for t in tables])
+    if not table.num_rows:
+        raise ConfigError(
+            f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
+            f"{sorted(manifest.get('by_split_task', {}))}"
+        )
+    table = table.sort_by("id").combine_chunks()
+    named = [pc.list_flatten(pc.struct_field(table.column(s).combine_chunks(), "images")) for s in ("query", "target")]
+    return table, pa.chunked_array([*named, _negative_images(table)], type=pa.int64()).unique()
+
+
+def read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
+    """Ids and encoded bytes of the wanted pictures in one file of the image table."""
+    part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
+    part = part.filter(pc.is_in(part.column("id"), value_set=wanted))
+    return part.column("id").to_numpy(), part
+
+
+def _negative_images(table: pa.Table) -> pa.Array:
+    flat = pc.list_flatten(table.column("negatives")).combine_chunks()
+    return pc.list_flatten(pc.struct_field(flat, "images"))
+
+
+def _content_key(side: dict[str, Any] | None) -> int:
+    """Equal for sides of equal content; never negative but for no side at all, because negative keys match nothing."""
+    return -1 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)

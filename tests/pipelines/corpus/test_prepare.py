@@ -1,0 +1,376 @@
+"""``crem prepare``: every row is accounted for, every picture stored once, nothing of another run survives."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from crem.checkpoint import read_model
+from crem.config import RunConfig, load_config
+from crem.errors import ConfigError
+from crem.train.step import retrieval_of
+from pipelines.corpus import prepare as job
+from pipelines.corpus import sources
+from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.prepare import decide, prepare
+from pipelines.tables import schema, session
+from pipelines.tables.prepared import read_rows
+from pipelines.tables.storage import Folder
+from tests.pipelines.conftest import (
+    JSON_ROWS,
+    STORED_PICTURES,
+    encoded,
+    picture,
+    table,
+    write_nasty_corpus,
+    write_rows,
+)
+
+LIMITS = ["prepare.max_text_chars=200", "model.image.max_images_per_item=4"]
+
+
+def config(rows_per_task: int = 4) -> RunConfig:
+    return load_config("micro", [*LIMITS, f"prepare.rows_per_task={rows_per_task}"])
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_nasty_corpus(tmp_path_factory.mktemp("corpora") / "nasty")
+
+
+@pytest.fixture(scope="module", params=[3, 1000], ids=["many tasks", "one task"])
+def prepared(
+    request: pytest.FixtureRequest, nasty: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    return out, prepare(str(nasty), str(out), config(request.param))
+
+
+@pytest.mark.ray
+def test_every_row_is_accounted_for_with_its_reason(prepared: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = prepared
+    expected = Counter(reason for _, _, reason in JSON_ROWS if reason)
+    assert manifest["by_reason"] == dict(expected)
+    assert manifest["rows_in"] == len(JSON_ROWS)
+    assert manifest["rejected"] == expected.total()
+    assert manifest["rows_out"] == len(JSON_ROWS) - expected.total()
+    assert manifest["filtered"] == 0
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    rejected = table(out / "rejected")
+    assert sorted((r["key"], r["reason"]) for r in rejected) == sorted(
+        (k, reason) for k, _, reason in JSON_ROWS if reason
+    )
+    assert [r["key"] for r in table(out / "rows")] == [key for key, _, reason in JSON_ROWS if not reason]
+    assert all(r["detail"] and r["stage"] == "prepare" for r in rejected)
+
+
+@pytest.mark.ray
+def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = prepared
+    for name, expected in (("rows", schema.ROWS), ("images", schema.IMAGES), ("rejected", schema.REJECTED)):
+        for file in (out / name).glob("*.parquet"):
+            assert pq.ParquetFile(file).schema_arrow.equals(expected)
+    rows = {row["key"]: row for row in table(out / "rows")}
+    for key, row in rows.items():
+        assert row["id"] == schema.row_id("nasty", key)
+        assert row["source"] == "nasty"
+    assert rows["pair"]["query"]["text"] == "a"  # the first of the two rows with this key
+    assert (rows["pair"]["task"], rows["pair"]["split"]) == ("nasty", "train")
+    assert (rows["jpeg"]["task"], rows["jpeg"]["split"]) == ("t2i", "test_x")
+    assert manifest["by_split_task"] == {"test_x/t2i": 1, "train/nasty": len(rows) - 1}
+    assert (rows["three"]["target"], rows["three"]["question"], rows["three"]["answer"]) == (None, "how many?", "3")
+    assert rows["numbers"]["query"] == {"text": "5", "instruction": None, "images": []}
+    assert rows["numbers"]["target"]["text"] == "2.5"
+    assert [n["text"] for n in rows["negatives"]["negatives"]] == ["n"]
+    assert rows["blank target"]["target"] is None
+
+
+@pytest.mark.ray
+def test_each_picture_is_stored_once_and_every_reference_resolves(prepared: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = prepared
+    images = table(out / "images")
+    assert manifest["images"] == len(images) == len({i["id"] for i in images}) == STORED_PICTURES
+    rows = {row["key"]: row for row in table(out / "rows")}
+    referenced = {i for r in rows.values() for side in (r["query"], r["target"]) if side for i in side["images"]}
+    assert referenced == {i["id"] for i in images}
+    assert rows["pair"]["target"]["images"] == rows["copy"]["query"]["images"]
+    first, second, third = rows["three"]["query"]["images"]
+    assert first == third != second
+    by_id = {i["id"]: i for i in images}
+    for image in images:
+        assert image["id"] == schema.content_id(image["bytes"])
+        with Image.open(io.BytesIO(image["bytes"])) as decoded:
+            assert decoded.size == (image["width"], image["height"])
+            assert decoded.mode == "RGB"
+    stored = by_id[rows["pair"]["target"]["images"][0]]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["bytes"]))), np.asarray(picture(1)))
+    clear = by_id[rows["clear"]["query"]["images"][0]]
+    assert Image.open(io.BytesIO(clear["bytes"])).getpixel((0, 0)) == (255, 255, 255)
+    assert (by_id[rows["dot"]["query"]["images"][0]]["width"], stored["uri"]) == (1, "good_a.png")
+
+
+@pytest.mark.ray
+def test_parquet_jsonl_and_gzip_of_the_same_rows_agree(tmp_path: Path, local_ray: None) -> None:
+    rows = [{"key": f"k{i}", "query_text": f"q{i}", "target_text": "t", "split": None} for i in range(23)]
+    results = []
+    for name in ("rows/r.parquet", "r.jsonl", "rows/r.jsonl.gz"):
+        corpus = tmp_path / name.replace("/", "_").replace(".", "_") / "same"
+        write_rows(corpus / name, rows)
+        manifest = prepare(str(corpus), str(corpus.parent / "out"), config(5))
+        assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (23, 23, 0)
+        results.append(table(corpus.parent / "out" / "rows"))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.ray
+def test_pictures_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, local_ray: None) -> None:
+    corpus = tmp_path / "corpus"
+    outside = tmp_path / "elsewhere.png"
+    outside.write_bytes(encoded(picture(7)))
+    inline = encoded(picture(8))
+    rows: list[dict[str, Any]] = [
+        {"key": "zip", "query_images": ["in.png"], "target_text": "t"},
+        {"key": "path", "query_images": [str(outside)], "target_text": "t"},
+        {"key": "file uri", "query_images": [f"file://{outside}"], "target_text": "t"},
+        {"key": "not in zip", "query_images": ["out.png"], "target_text": "t"},
+        {"key": "bomb in zip", "query_images": ["huge.png"], "target_text": "t"},
+    ]
+    write_rows(corpus / "rows" / "a.parquet", rows)
+    write_rows(
+        corpus / "rows" / "b.parquet",
+        [
+            {"key": "bytes", "query_images": [inline], "target_text": "t"},
+            {"key": "no bytes", "query_images": [b""], "target_text": "t"},
+        ],
+    )
+    with zipfile.ZipFile(corpus / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in.png", encoded(picture(9)))
+        archive.writestr("huge.png", bytes(2**20 + 1))
+    limits = load_config("micro", ["model.image.max_source_bytes=1048576"])
+    manifest = prepare(str(corpus), str(tmp_path / "out"), limits)
+    assert manifest["by_reason"] == {"image_corrupt": 1, "image_missing": 1, "image_too_large": 1}
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (7, 4, 3)
+    uris = {row["uri"] for row in table(tmp_path / "out" / "images")}
+    assert uris == {"in.png", str(outside), None}
+
+
+@pytest.mark.ray
+def test_rows_without_key_are_named_by_file_and_number(tmp_path: Path, local_ray: None) -> None:
+    for name in ("a.jsonl", "b.parquet"):
+        write_rows(tmp_path / "c" / "rows" / name, [{"query_text": "q", "target_text": str(i)} for i in range(7)])
+    prepare(str(tmp_path / "c"), str(tmp_path / "out"), config(3))
+    keys = [(row["key"], row["target"]["text"]) for row in table(tmp_path / "out" / "rows")]
+    assert keys == [(f"{name}#{i}", str(i)) for name in ("a.jsonl", "b.parquet") for i in range(7)]
+
+
+@pytest.mark.ray
+def test_a_second_run_replaces_the_first_and_never_mixes(tmp_path: Path, local_ray: None) -> None:
+    for size, name in ((12, "big"), (2, "small")):
+        rows = [{"key": f"{name}{i}", "query_text": "q", "target_text": "t"} for i in range(size)]
+        write_rows(tmp_path / name / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    prepare(str(tmp_path / "big"), str(out), config(2))
+    manifest = prepare(str(tmp_path / "small"), str(out), config(2))
+    assert manifest["rows_out"] == 2
+    assert [row["key"] for row in table(out / "rows")] == ["small0", "small1"]
+    assert sorted(p.name for p in out.iterdir()) == ["_crem.json", "images", "manifest.json", "rejected", "rows"]
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_leaves_no_manifest_and_the_next_starts_clean(tmp_path: Path, local_ray: None) -> None:
+    corpus, out = tmp_path / "c", tmp_path / "out"
+    write_rows(corpus / "rows" / "a.parquet", [{"key": "a", "query_text": "q", "target_text": "t"}])
+    prepare(str(corpus), str(out), config())
+    write_rows(corpus / "rows" / "a.parquet", [{"key": "b", "query_text": "q"}])
+    with pytest.raises(ConfigError, match=r"none of the 1 rows can be used: \{'empty_target': 1\}.*rejected"):
+        prepare(str(corpus), str(out), config())
+    assert not (out / "manifest.json").exists()
+    assert [row["reason"] for row in table(out / "rejected")] == ["empty_target"]
+    (out / "_staging").mkdir(exist_ok=True)
+    (out / "_staging" / "rows-000000-dead.parquet").write_bytes(b"from a task that died")
+    write_rows(corpus / "rows" / "a.parquet", [{"key": "c", "query_text": "q", "target_text": "t"}])
+    assert prepare(str(corpus), str(out), config())["rows_out"] == 1
+    assert [row["key"] for row in table(out / "rows")] == ["c"]
+    assert table(out / "rejected") == []
+    assert not (out / "_staging").exists()
+
+
+def test_what_cannot_be_prepared_is_refused_with_the_remedy(tmp_path: Path, nasty: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match="does not exist"):
+        prepare(str(tmp_path / "nowhere"), out, config())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no \.parquet, \.jsonl"):
+        prepare(str(tmp_path / "empty"), out, config())
+    write_rows(tmp_path / "blank" / "rows.jsonl", [])
+    with pytest.raises(ConfigError, match="not one row"):
+        prepare(str(tmp_path / "blank"), out, config())
+    write_rows(tmp_path / "other" / "x.parquet", [{"caption": "c"}])
+    with pytest.raises(ConfigError, match=r"\['caption'\]; none of them is known"):
+        prepare(str(tmp_path / "other"), out, config())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ConfigError, match=r"x\.parquet cannot be read.*replace"):
+        prepare(str(tmp_path / "broken"), out, config())
+    (tmp_path / "broken" / "x.parquet").unlink()
+    whole = write_rows(tmp_path / "broken" / "x.jsonl.gz", [{"query_text": str(i)} for i in range(99)])
+    whole.write_bytes(whole.read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"x\.jsonl\.gz cannot be read.*replace"):
+        prepare(str(tmp_path / "broken"), out, config())
+    assert not os.path.exists(out)
+
+
+def test_an_output_folder_of_something_else_is_refused_untouched(tmp_path: Path, nasty: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    (precious / "rows").mkdir()
+    with pytest.raises(ConfigError, match=r"holds files that crem prepare did not write \(rows, thesis\.txt\).*choose"):
+        prepare(str(nasty), str(precious), config())
+    assert sorted(p.name for p in precious.iterdir()) == ["rows", "thesis.txt"]
+    with pytest.raises(ConfigError, match="is the corpus itself"):
+        prepare(str(nasty), str(nasty), config())
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare(str(nasty), str(precious / "thesis.txt"), config())
+    assert (nasty / "images" / "good_a.png").exists()
+
+
+def test_a_table_that_would_be_overlooked_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(tmp_path / "rows" / "a.jsonl", [{"query_text": "q"}])
+    (tmp_path / "rows" / "b.csv").write_text("q,t")
+    with caplog.at_level(logging.WARNING):
+        assert sources.find(str(tmp_path)).names == ("a.jsonl",)
+    assert "b.csv" in caplog.text
+
+
+def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_picture() -> None:
+    def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> dict[str, bytes]:
+        columns = {
+            "row_ids": rows,
+            "image_ids": images,
+            "ref_rows": [r for r, _ in refs],
+            "ref_images": [i for _, i in refs],
+        }
+        return {name: np.array(values, np.int64).tobytes() for name, values in columns.items()}
+
+    decided = decide(
+        [
+            ledger([1, 2], [10, 11], [(0, 10), (1, 11)]),
+            ledger([], [], []),
+            ledger([2, 3, 3], [12, 11, 13], [(0, 12), (1, 11), (2, 13)]),  # 12 and 13 belong only to repeated rows
+            ledger([4], [12], [(0, 12)]),
+        ]
+    )
+    assert [rows.tolist() for rows, _ in decided] == [[True, True], [], [False, True, False], [True]]
+    # picture 12 is wanted by row 4, and its first holder keeps it
+    assert [images.tolist() for _, images in decided] == [[True, True], [], [True, False, False], [False]]
+
+
+def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"query_text": [str(i) for i in range(50)]}), path, row_group_size=20)
+    pieces = sources.split(sources.find(str(tmp_path)), ["query_text"], 8)
+    assert [(p.first, p.rows, p.skip) for p in pieces] == [
+        (0, 8, 0), (8, 8, 8), (16, 4, 16), (20, 8, 0), (28, 8, 8), (36, 4, 16), (40, 8, 0), (48, 2, 8),
+    ]  # fmt: skip
+    texts = [r.data["query_text"] for p in pieces for r in sources.read(p, ["query_text"]) if r.data]
+    assert texts == [str(i) for i in range(50)]
+    assert [p.rows for p in sources.split(sources.find(str(tmp_path)), ["query_text"], 45)] == [40, 10]
+    assert [[p.rows for p in g] for g in sources.group(pieces, 16)] == [[8, 8], [4, 8], [8, 4], [8, 2]]
+
+
+@pytest.mark.ray
+def test_an_error_in_a_worker_arrives_as_itself(tmp_path: Path, local_ray: None) -> None:
+    file = write_rows(tmp_path / "c" / "a.jsonl", [{"query_text": "q", "target_text": "t"}] * 5)
+    corpus = sources.find(str(tmp_path / "c"))
+    pieces = sources.split(corpus, ["query_text"], 5)
+    write_rows(file, [{"query_text": "q", "target_text": "t"}] * 4)  # someone else writes to it
+    pictures = Pictures.of(corpus.root, config().model.image)
+    with pytest.raises(ConfigError, match=r"a\.jsonl has 4 rows where it had 5"), session.remote_errors():
+        job._stage(Folder.at(tmp_path / "out"), "c", pictures, pieces, 5, config())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_run_is_replaced(tmp_path: Path, nasty: Path, local_ray: None) -> None:
+    out = tmp_path / "out"
+    program = (
+        "import sys, os, pipelines.corpus.prepare as p; from crem.config import load_config;"
+        "p._settle = lambda *a: os._exit(9);"  # the process dies between the two passes
+        f"p.prepare({str(nasty)!r}, {str(out)!r}, load_config('micro'))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 9
+    assert (out / "_staging").is_dir()
+    assert not (out / "manifest.json").exists()
+    manifest = prepare(str(nasty), str(out), config())
+    assert manifest["rows_in"] == len(JSON_ROWS)
+    assert not (out / "_staging").exists()
+
+
+@pytest.mark.ray
+def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> None:
+    """As a user runs it: another process, credentials from the environment alone, for the driver and Ray's workers."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem()
+    corpus = write_nasty_corpus(tmp_path / "nasty")
+    fs.put(str(corpus), f"{s3_env.bucket}/raw/nasty", recursive=True)
+    program = (
+        "from crem.config import load_config; from pipelines.corpus.prepare import prepare; config = load_config('micro', "
+        f"{LIMITS}); places = 's3://{s3_env.bucket}/raw/nasty', 's3://{s3_env.bucket}/prepared';"
+        "prepare(*places, config); prepare(*places, config)"  # the second replaces the first
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fs.get(f"{s3_env.bucket}/prepared", str(tmp_path / "got"), recursive=True)
+    manifest = json.loads((tmp_path / "got" / "manifest.json").read_text())
+    assert manifest["by_reason"] == dict(Counter(reason for _, _, reason in JSON_ROWS if reason))
+    assert len(table(tmp_path / "got" / "images")) == manifest["images"] == STORED_PICTURES
+    assert len(table(tmp_path / "got" / "rows")) == manifest["rows_out"]
+    assert not (tmp_path / "got" / "_staging").exists()
+
+
+@pytest.mark.ray
+def test_a_hard_negative_that_is_a_target_is_masked(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
+    """From the raw row to the loss: a query's negative with the content of a target is no negative of that target."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "d.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "images" / "copy of d.png").write_bytes(encoded(picture(1)))
+    negative = {"images": ["copy of d.png"], "instruction": "another instruction"}
+    corpus = write_rows(
+        tmp_path / "rows" / "a.jsonl",
+        [
+            {"key": "1", "query_text": "a", "target_text": "b", "negatives": [negative, {"text": "n"}]},
+            {"key": "2", "query_text": "c", "target_images": ["d.png"]},
+        ],
+    ).parents[1]
+    prepare(str(corpus), str(tmp_path / "out"), config())
+    pairs = read_rows(str(tmp_path / "out"), split_prefix="train").pairs(np.arange(2), np.zeros(2, dtype=bool))
+    a, c = sorted(pairs, key=lambda pair: pair.query.text or "")
+    model, collator, _ = read_model(tiny_model_dir)
+    batch = collator.pairs([a, c])
+    with torch.no_grad():
+        queries, targets, (copy, n) = model(batch).embeddings.split([2, 2, 2])
+        loss = retrieval_of(model(batch).embeddings, [batch], load_config("micro", ["loss.symmetric=false"]).loss).loss
+    assert not torch.allclose(copy, targets[1], atol=1e-3), "the instruction is no content, but decides the embedding"
+
+    def term(query: torch.Tensor, *candidates: torch.Tensor) -> torch.Tensor:  # the first is the target
+        return -(torch.stack(candidates) @ query / 0.05).log_softmax(0)[0]
+
+    expected = (term(queries[0], targets[0], targets[1], copy, n) + term(queries[1], targets[1], targets[0], n)) / 2
+    torch.testing.assert_close(loss, expected)

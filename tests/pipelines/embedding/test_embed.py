@@ -1,0 +1,187 @@
+"""``crem embed``: vectors equal the model's own, bad items are rows, a resumed run does only what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import crem
+from crem.config import RunConfig, load_config
+from crem.errors import CheckpointError, ConfigError, ResourceError
+from pipelines.corpus.prepare import prepare
+from pipelines.embedding import embed as job
+from pipelines.embedding.embed import embed
+from tests.pipelines.conftest import bomb, encoded, picture, table, write_nasty_corpus, write_rows
+
+pytestmark = pytest.mark.ray
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config("micro", ["embed.batch_size=4", *overrides])
+
+
+def vectors(rows: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([row["embedding"] for row in rows], np.float32)
+
+
+@pytest.fixture(scope="module")
+def other_model_dir(tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same weights under another prompt: another fingerprint."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    description = json.loads((folder / "crem.json").read_text())
+    description["model"]["prompt"]["embedding_instruction"] = "Otherwise."
+    (folder / "crem.json").write_text(json.dumps(description))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven rows of every kind in two files, six of them bad."""
+    folder = tmp_path_factory.mktemp("items")
+    (folder / "images").mkdir()
+    (folder / "images" / "a.png").write_bytes(encoded(picture(1)))
+    (folder / "images" / "bad.jpg").write_bytes(b"no picture")
+    (folder / "images" / "bomb.png").write_bytes(bomb())
+    good = [
+        {"id": 1, "text": "a red apple"},
+        {"id": 2, "image": "a.png", "uri": "shop/a"},
+        {"id": 3, "text": "both", "images": ["a.png", "a.png"], "instruction": "Find it."},
+        {"id": "word", "text": "ünïcode 漢字 🍎"},
+        {"uri": "a.png"},
+    ]
+    bad: list[dict[str, Any]] = [
+        {"id": 11, "text": "  "},
+        {"id": 12, "image": "bad.jpg", "uri": "kept"},
+        {"id": 13, "image": "bomb.png"},
+        {"id": 14, "images": ["a.png", "gone.png"]},
+        {"id": 15, "image": "http://example.invalid/x.png"},
+    ]
+    write_rows(folder / "a.jsonl", good + bad)
+    with (folder / "a.jsonl").open("a") as file:
+        file.write("{not json\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(items: Path, tiny_model_dir: str, local_ray: None) -> tuple[Path, dict[str, Any]]:
+    return items / "out", embed(tiny_model_dir, str(items / "a.jsonl"), str(items / "out"), config())
+
+
+def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Path, dict[str, Any]]) -> None:
+    out, counts = embedded
+    rows = table(out)
+    assert (counts["rows_in"], counts["rows_out"], counts["embedded"], counts["errors"]) == (11, 11, 5, 6)
+    assert [(row["error"] or "").partition(":")[0] for row in rows] == [
+        *[""] * 5,
+        "empty_item",
+        "image_corrupt",
+        "image_too_large",
+        "image_missing",
+        "uri_refused",
+        "bad_row",
+    ]
+    assert [row["embedding"] is None for row in rows] == [False] * 5 + [True] * 6
+    assert [row["id"] for row in rows[:3] + rows[5:10]] == [1, 2, 3, 11, 12, 13, 14, 15]
+    assert (rows[0]["text"], rows[1]["uri"], rows[6]["uri"]) == ("a red apple", "shop/a", "kept")
+    assert json.loads((out / "manifest.json").read_text()) == counts
+
+
+def test_vectors_are_those_of_the_model_itself(
+    embedded: tuple[Path, dict[str, Any]], items: Path, tiny_model_dir: str
+) -> None:
+    model = crem.load(tiny_model_dir)
+    image = encoded(picture(1))
+    own = model.embed(
+        [
+            "a red apple",
+            crem.Item(images=[image]),
+            crem.Item(text="both", images=[image, image], instruction="Find it."),
+            "ünïcode 漢字 🍎",
+            crem.Item(images=[image]),
+        ]
+    )
+    got = vectors(table(embedded[0])[:5])
+    assert np.abs(np.linalg.norm(got, axis=1) - 1).max() < 1e-5
+    assert (got * own).sum(1).min() > 1 - 1e-5
+    assert (got[0] * own[1]).sum() < 0.999  # the model tells items apart, so the line above can fail
+
+
+def test_files_carry_the_fingerprint_and_plain_vectors(
+    embedded: tuple[Path, dict[str, Any]], tiny_model_dir: str
+) -> None:
+    out, counts = embedded
+    model = crem.load(tiny_model_dir)
+    for file in out.glob("*.parquet"):
+        found = pq.ParquetFile(file).schema_arrow
+        assert found.field("embedding").type == pa.list_(pa.float32(), model.dim)
+        assert json.loads(found.metadata[b"crem"]) == {
+            "fingerprint": model.fingerprint,
+            "dim": model.dim,
+            "model": tiny_model_dir,
+            "chorus_tokens": 4,
+        }
+    assert (counts["fingerprint"], counts["dim"]) == (model.fingerprint, model.dim)
+
+
+def test_images_of_prepared_tables_and_resuming(
+    tmp_path: Path, tiny_model_dir: str, other_model_dir: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_SHARD_ROWS", 3)
+    prepared, out = tmp_path / "prepared", tmp_path / "out"
+    manifest = prepare(str(write_nasty_corpus(tmp_path / "nasty")), str(prepared), config("prepare.rows_per_task=8"))
+    first = embed(tiny_model_dir, str(prepared), str(out), config())
+    assert (first["rows_in"], first["embedded"], first["errors"], first["resumed"]) == (manifest["images"], 8, 0, 0)
+    images = {row["id"]: row["uri"] for row in table(prepared / "images")}
+    assert {row["id"]: row["uri"] for row in table(out)} == images
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert len(before) >= 3
+    complete = table(out)
+
+    (out / "part-000001.parquet").unlink()  # as if the run had been killed there
+    (out / "part-000000.parquet").write_bytes((out / "part-000000.parquet").read_bytes())
+    (out / "manifest.json").unlink()
+    again = embed(tiny_model_dir, str(prepared), str(out), config())
+    after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert {n for n in before if before[n] == after[n]} == set(before) - {"part-000000.parquet", "part-000001.parquet"}
+    assert (again["rows_out"], again["resumed"]) == (8, 8 - pq.read_metadata(out / "part-000001.parquet").num_rows)
+    assert [row["id"] for row in table(out)] == [row["id"] for row in complete]
+    assert np.allclose(vectors(table(out)), vectors(complete), atol=1e-5)
+    assert embed(tiny_model_dir, str(prepared), str(out), config())["resumed"] == 8
+
+    mine, theirs = crem.load(tiny_model_dir).fingerprint, crem.load(other_model_dir).fingerprint
+    assert mine != theirs
+    with pytest.raises(ConfigError, match=f"embeddings of model {mine}.*this model is {theirs}"):
+        embed(other_model_dir, str(prepared), str(out), config())
+    write_rows(tmp_path / "else.jsonl", [{"text": "t"}])
+    with pytest.raises(ConfigError, match=r"begun from other input: else\.jsonl"):
+        embed(tiny_model_dir, str(tmp_path / "else.jsonl"), str(out), config())
+    assert [row["id"] for row in table(out)] == [row["id"] for row in complete]  # the refusals changed nothing
+    fresh = embed(other_model_dir, str(tmp_path / "else.jsonl"), str(out), config(), fresh=True)
+    assert (fresh["rows_out"], fresh["fingerprint"]) == (1, theirs)
+    assert [row["text"] for row in table(out)] == ["t"]
+
+
+def test_what_cannot_be_embedded_is_refused_with_the_remedy(
+    tmp_path: Path, tiny_model_dir: str, local_ray: None
+) -> None:
+    source, out = str(write_rows(tmp_path / "i.jsonl", [{"text": "t"}])), str(tmp_path / "out")
+    with pytest.raises(ConfigError, match="does not exist"):
+        embed(tiny_model_dir, str(tmp_path / "nowhere"), out, config())
+    with pytest.raises(ConfigError, match="has no rows"):
+        embed(tiny_model_dir, str(write_rows(tmp_path / "blank.jsonl", [])), out, config())
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        embed(str(tmp_path / "no-model"), source, out, config())
+    with pytest.raises(ResourceError, match=r"1 GPU, and Ray has 0 GPU here; lower embed\.min_actors"):
+        embed(tiny_model_dir, source, out, config("embed.gpus_per_actor=1"))
+    (tmp_path / "half" / "rejected").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no completed prepared tables"):
+        embed(tiny_model_dir, str(tmp_path / "half"), out, config())
+    assert not Path(out).exists()

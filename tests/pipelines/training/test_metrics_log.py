@@ -1,0 +1,142 @@
+"""Metrics of a run: files always, trackers where they are installed and asked for, and the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crem.config import load_config
+from crem.errors import ConfigError
+from pipelines.reports.training_page import write_training_report
+from pipelines.tables.storage import Folder
+from pipelines.training.follow import duration, progress_line
+from pipelines.training.metrics_log import MetricsLog, read_metrics
+from pipelines.training.trackers import check_tracker, open_tracker
+
+PLAIN = {
+    "loss": 2.0,
+    "retrieval": 1.5,
+    "generation": 0.5,
+    "answer_tokens": 40,
+    "alignment": 0.3,
+    "uniformity": -2.0,
+    "temperature": 0.05,
+    "lr": 2e-3,
+    "grad_norm": 1.25,
+    "samples_per_s": 812.4,
+    "tokens_per_s": 21_480.0,
+    "flops_utilisation": 0.184,
+    "peak_flops": 1.2e11,
+    "waiting_share": 0.02,
+    "padding_share": 0.05,
+    "seconds_left": 4000.0,
+}
+
+
+def entry(step: int, **terms: float) -> dict[str, float]:
+    return {"step": step, **PLAIN, **terms}
+
+
+def test_files_of_every_run(tmp_path: Path) -> None:
+    """JSON lines are JSON (no NaN), TensorBoard has the same numbers, and a resumed run replaces what it does again."""
+    run = Folder.at(tmp_path)
+    log = MetricsLog(run, fresh=True)
+    log.write(entry(10, alignment=float("nan")))
+    log.write(entry(20, **{"validation/loss": 3.0}))
+    log.write(entry(30))
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert first["alignment"] is None and first["loss"] == 2.0
+    resumed = MetricsLog(run, fresh=False)
+    resumed.write(entry(20, loss=1.0))
+    resumed.close()
+    assert [(e["step"], e["loss"]) for e in read_metrics(run)] == [(10, 2.0), (20, 1.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [e.value for e in board.Scalars("validation/loss")] == [3.0]
+    assert [e.step for e in board.Scalars("train/tokens_per_s")] == [10, 20, 30, 20]
+    assert "train/alignment" in board.Tags()["scalars"]
+
+
+def test_the_line_that_a_person_reads() -> None:
+    line = progress_line(entry(120), 560)
+    assert line == (
+        "step 120/560  loss 2.000 (retrieval 1.500, generation 0.500)  lr 2.0e-03  grad 1.25  812 samples/s  "
+        "21.5k tokens/s  MFU 18.4 %  67 min left"
+    )
+    assert [duration(s) for s in (0, 45.4, 600, 3 * 3600 + 300)] == ["0 s", "45 s", "10 min", "3 h 05 min"]
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "wandb"])
+def test_a_missing_package_is_said_before_any_work(kind: str) -> None:
+    if importlib.util.find_spec(kind) is not None:
+        pytest.skip(f"{kind} is installed")
+    with pytest.raises(ConfigError, match=rf"train\.tracker={kind}.*pip install {kind}"):
+        check_tracker(kind)
+
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client on a SQLite store: the resumed run goes on in the same MLflow run."""
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config, run = load_config("micro", ["train.tracker=mlflow"]), Folder.at(tmp_path / "run")
+    for step, loss, failed in ((10, 2.0, True), (20, 1.0, False)):
+        log = MetricsLog(run, fresh=False, tracker=open_tracker(run, config))
+        log.write(entry(step, loss=loss, alignment=float("nan")))
+        log.close(failed=failed)
+    client = tracking.MlflowClient()
+    found = client.get_run(json.loads((tmp_path / "run" / "tracker.json").read_text())["id"])
+    assert found.info.status == "FINISHED" and found.data.params["optim.lr"] == "0.0025"
+    assert [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train/loss")] == [(10, 2), (20, 1)]
+    assert "train/alignment" not in found.data.metrics
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package in its offline mode, twice for one run: what it wrote can be synchronised as one."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config, run = load_config("micro", ["train.tracker=wandb"]), Folder.at(tmp_path / "run")
+    for step in (10, 20):
+        log = MetricsLog(run, fresh=False, tracker=open_tracker(run, config))
+        log.write(entry(step))
+        log.close()
+    known = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
+    files = list(tmp_path.glob(f"wandb/offline-run-*-{known}/run-{known}.wandb"))
+    assert len(files) == 2 and all(b"train/tokens_per_s" in file.read_bytes() for file in files)
+
+
+def write_page(folder: Path, metrics: list[dict[str, Any]], state: str) -> str:
+    mix = [
+        {"source": "emoji", "task": f"task {i}", "rows": 4000 - i, "pairs": 10, "answers": 3, "held_out": 7}
+        for i in range(3)
+    ]
+    config = load_config("micro", ["model.prompt.system=<b>&"])
+    write_training_report(Folder.at(folder), config, metrics, mix=mix, state=state, seconds=90.0, result=None)
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
+    steps = np.arange(10, 210, 10)
+    metrics = [entry(int(s), loss=5 * float(np.exp(-s / 90)), retrieval=float(4 / s)) for s in steps]
+    metrics[9] |= {"validation/loss": 3.25, "validation/precision_at_1": 0.5, "validation/retrieval": 2.0}
+    metrics[19] |= {"validation/loss": 3.5, "validation/precision_at_1": 0.6, "validation/retrieval": 2.5}
+    metrics[3]["alignment"] = None  # type: ignore[typeddict-item]
+    page = write_page(tmp_path, metrics, "running")
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "<script" not in page and "<b>&</td>" not in page and "&lt;b&gt;&amp;" in page
+    assert page.count("<svg") == 1 and "3.25" in page and "step 100" in page and "11,997" in page
+
+
+def test_the_page_of_a_run_that_failed_at_once(tmp_path: Path) -> None:
+    page = write_page(tmp_path, [], "failed: the loss of step 3 is nan")
+    assert "failed: the loss of step 3 is nan" in page and "<svg" not in page
