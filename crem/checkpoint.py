@@ -26,7 +26,7 @@ from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.errors import CheckpointError, ConfigError
 from crem.fetch import local_copy
-from crem.model.build import _dtype, _read_backbone, _read_config, _read_processors
+from crem.model.build import dtype_of, read_backbone, read_config, read_processors
 from crem.model.chorus import chorus_token_ids
 from crem.model.crem import CremModel
 from crem.model.lora import adapt
@@ -69,7 +69,7 @@ def save_model(
     if model.stock_folder is not None:
         _copy_stock_files(model.stock_folder, folder)
     backbone, weights = _plain(model, state_dict)
-    dtype = _dtype(model.config.dtype)
+    dtype = dtype_of(model.config.dtype)
     weights = {k: v.to("cpu", dtype) for k, v in (weights or backbone.state_dict()).items()}
     if model.core.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -150,10 +150,10 @@ def read_model(
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
     config = ModelConfig.model_validate(description["model"])
-    dtype = dtype or _dtype(config.dtype)
+    dtype = dtype or dtype_of(config.dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backbone = _read_backbone(folder, dtype)
-    tokenizer, processor = _read_processors(folder, config)
+    backbone = read_backbone(folder, dtype)
+    tokenizer, processor = read_processors(folder, config)
     try:
         chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
     except AssertionError as error:
@@ -184,7 +184,7 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
     if not file.is_file():
         kind = "a folder without config.json"
         if (folder / "config.json").is_file():
-            kind = f"a {_read_config(folder).get('model_type')!r} checkpoint"
+            kind = f"a {read_config(folder).get('model_type')!r} checkpoint"
         raise CheckpointError(
             f"{named!r} is {kind}, not a CREM checkpoint ({CREM_FILE} is missing). Train one from a Qwen2-VL: "
             f"crem train PREPARED --out RUN --preset 2b model.backbone={named}"

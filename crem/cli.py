@@ -88,7 +88,7 @@ def build_parser() -> Parser:
     sub = job(
         "prepare",
         _prepare,
-        "Read a raw corpus, validate it, re-encode its pictures, write prepared and rejected tables.",
+        "Read a raw corpus, validate it, re-encode its images, write prepared and rejected tables.",
         "crem prepare s3://bucket/corpus --out s3://bucket/prepared --preset 2b",
         "micro",
     )
@@ -150,12 +150,12 @@ def build_parser() -> Parser:
     sub = job(
         "search",
         _search,
-        "Find the items nearest to a text, a picture, or both.",
+        "Find the items nearest to a text, an image, or both.",
         'crem search "a red apple" --index out/demo/index   |   crem search --image photo.png',
         "micro",
     )
     sub.add_argument("text", nargs="?", help="what to look for")
-    sub.add_argument("--image", action="append", default=[], help="picture to look for (may be repeated)")
+    sub.add_argument("--image", action="append", default=[], help="image to look for (may be repeated)")
     sub.add_argument("--index", default="out/demo/index", help="index folder or URI (default out/demo/index)")
     sub.add_argument("--model", help="checkpoint; the one named in the index by default")
     sub.add_argument("-k", type=int, default=10, help="number of results (default 10)")

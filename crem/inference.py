@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from crem.checkpoint import check_chorus_tokens, read_model
 from crem.config import ModelConfig
-from crem.data.collator import Collator
-from crem.data.collator import Sequence as TokenSequence
+from crem.data.collator import Collator, PreparedSequence
 from crem.data.items import as_item
 from crem.data.prompts import Prompt
 from crem.model.chorus import pool
@@ -111,7 +110,7 @@ class Crem:
         """Embeddings of items, float32 [N, D], each of unit length, in the order given.
 
         Args:
-            items: ``crem.Item``, or a plain text, picture, image bytes or ``Path``.
+            items: ``crem.Item``, or a plain text, image, image bytes or ``Path``.
             batch_size: items per forward; the result does not depend on it.
             instruction: embedding instruction of the items that bring none.
             chorus_tokens: K' of a nested checkpoint for this call; vectors of different K' do not compare.
@@ -225,7 +224,7 @@ class Crem:
     @torch.inference_mode()
     def _decode(
         self,
-        sequences: list[TokenSequence],
+        sequences: list[PreparedSequence],
         questions: list[Prompt],
         compressed: bool,
         max_new_tokens: int,
@@ -263,7 +262,7 @@ class Crem:
     def _count(self, chorus_tokens: int | None) -> int:
         return self.chorus_tokens if chorus_tokens is None else check_chorus_tokens(self.config, chorus_tokens)
 
-    def _sequence(self, item: Any, chorus_tokens: int, instruction: str | None = None) -> TokenSequence:
+    def _sequence(self, item: Any, chorus_tokens: int, instruction: str | None = None) -> PreparedSequence:
         item = as_item(item)
         if item.instruction is None and instruction is not None:
             item = replace(item, instruction=instruction)

@@ -40,7 +40,7 @@ from pipelines.evaluation.evaluate import evaluate, table
 from pipelines.reports.demo_page import write_report
 from pipelines.search import index as vector_index
 from pipelines.tables import session
-from pipelines.tables.prepared import Rows, read_rows, texts_of
+from pipelines.tables.prepared import PreparedRows, read_rows, texts_of
 from pipelines.tables.storage import Folder
 from pipelines.training.metrics_log import read_metrics
 from pipelines.training.train import train
@@ -165,7 +165,7 @@ def _checks(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _save_untrained(rows: Rows, folder: str, config: RunConfig) -> None:
+def _save_untrained(rows: PreparedRows, folder: str, config: RunConfig) -> None:
     """The model as it was before the first step: same seed, same tokenizer."""
     from crem.checkpoint import save_model
     from crem.model.build import build_model
@@ -226,8 +226,8 @@ def _queries(url: str, index: str, prepared: str) -> dict[str, Any]:
     chats = []
     for row in asked:
         image = row["query"]["images"][0]
-        picture = "data:image/png;base64," + base64.b64encode(rows.image(image)).decode()
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row["question"]}]
+        data_url = "data:image/png;base64," + base64.b64encode(rows.image(image)).decode()
+        content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": row["question"]}]
         chat = {"question": row["question"], "expected": row["answer"], "image": image}
         for mode in ("native", "compressed"):
             body = {

@@ -108,7 +108,7 @@ class ImageUrl(BaseModel):
 
 
 class ImagePart(BaseModel):
-    """A picture in a message."""
+    """An image in a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -148,7 +148,7 @@ class EmbeddingRequest(_Request):
     input: Annotated[list[Text], BeforeValidator(_as_texts), Field(min_length=1)] | None = None
     """A text or a list of texts."""
     messages: list[Message] | None = Field(None, min_length=1)
-    """In place of ``input``: the texts and pictures of one item."""
+    """In place of ``input``: the texts and images of one item."""
     encoding_format: Literal["float", "base64"] = "float"
     """``base64`` is little-endian float32, as the openai client asks for unless told otherwise."""
     dimensions: int | None = None
@@ -160,7 +160,7 @@ class EmbeddingRequest(_Request):
     def _one_source(self) -> EmbeddingRequest:
         if (self.input is None) == (self.messages is None):
             raise PydanticCustomError(
-                "one_source", "give either 'input' (texts) or 'messages' (one item with pictures)", {"param": "input"}
+                "one_source", "give either 'input' (texts) or 'messages' (one item with images)", {"param": "input"}
             )
         return self
 

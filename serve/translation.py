@@ -2,12 +2,12 @@
 
 Choices:
 
-- ``messages`` in an embeddings request is **one** item: the texts and pictures of all turns.
-- In a chat, the text of the last user message is the generation instruction Q; its pictures and everything before it
+- ``messages`` in an embeddings request is **one** item: the texts and images of all turns.
+- In a chat, the text of the last user message is the generation instruction Q; its images and everything before it
   are the item (V, T). A lone text message is both: an item needs content, and the question has to stand behind the
   chorus tokens, where the model was trained to find it. Earlier texts are joined as they are; once an assistant has
   spoken they carry their role, because who said what then matters.
-- Pictures come as ``data:`` URLs only and become bytes here, so nothing a client writes can name a file or a host.
+- Images come as ``data:`` URLs only and become bytes here, so nothing a client writes can name a file or a host.
 - ``temperature`` is 0 unless asked for, as in ``crem.Crem``: the same request has the same answer.
 """
 

@@ -13,7 +13,7 @@ import crem
 from crem.checkpoint import describe
 from crem.errors import ConfigError
 from crem.fetch import SHIPPED
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.emoji import corpus_path
 from pipelines.tables.storage import Folder
 from tests.conftest import tiny_config
@@ -39,8 +39,8 @@ def drawings(vendor: str, count: int) -> tuple[list[crem.Item], list[str]]:
     with open(os.path.join(corpus_path(), "concepts.csv"), encoding="utf-8") as file:
         concepts = list(csv.DictReader(file))
     concepts = concepts[:: len(concepts) // count][:count]
-    pictures = Pictures.of(Folder.at(corpus_path()), tiny_config().image)
-    items = [crem.Item(images=[pictures.read(f"{vendor}/{c['hexcode']}.webp")]) for c in concepts]
+    reader = ImageReader.of(Folder.at(corpus_path()), tiny_config().image)
+    items = [crem.Item(images=[reader.read(f"{vendor}/{c['hexcode']}.webp")]) for c in concepts]
     return items, [c["label"] for c in concepts]
 
 

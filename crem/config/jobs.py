@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crem.config.section import _Section
+from crem.config.section import Section
 
 __all__ = [
     "AblateConfig",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-class GraftConfig(_Section):
+class GraftConfig(Section):
     """The new vision tower of a grafted language model (``crem graft``): 3.7 M parameters as it is here.
 
     Source: ours; patches and merging are Qwen2-VL's.
@@ -32,7 +32,7 @@ class GraftConfig(_Section):
     spatial_merge_size: int = Field(2, ge=1)
 
 
-class PrepareConfig(_Section):
+class PrepareConfig(Section):
     """Raw corpus to prepared tables."""
 
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
@@ -43,7 +43,7 @@ class PrepareConfig(_Section):
     """Rows per Ray Data task. Source: ours."""
 
 
-class EmbedConfig(_Section):
+class EmbedConfig(Section):
     """Batch embedding with a Ray Data actor pool."""
 
     batch_size: int = Field(64, ge=1)
@@ -65,7 +65,7 @@ class EmbedConfig(_Section):
         return self
 
 
-class IndexConfig(_Section):
+class IndexConfig(Section):
     """Vector store for search."""
 
     exact_below: int = Field(100_000, ge=0)
@@ -76,7 +76,7 @@ class IndexConfig(_Section):
     """Cells visited per query above the threshold. Source: ours."""
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """Precision and answers on the test rows."""
 
     max_answers: int = Field(400, ge=1)
@@ -87,7 +87,7 @@ class EvaluateConfig(_Section):
     """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
 
 
-class AblateConfig(_Section):
+class AblateConfig(Section):
     """The paper's Tables 3 and 4 and Figure 4 (``crem ablate``)."""
 
     chorus_tokens: int = Field(16, ge=1, le=256)
@@ -98,8 +98,8 @@ class AblateConfig(_Section):
     """p of the variants with compression. Source: as ``loss.compression_probability``."""
     parallel: int = Field(1, ge=1)
     """Runs at a time, each a process of its own. Source: ours."""
-    map_pictures: int = Field(200, ge=1)
-    """Test pictures over which coverage and overlap of the attention maps are averaged. Source: ours."""
+    map_images: int = Field(200, ge=1)
+    """Test images over which coverage and overlap of the attention maps are averaged. Source: ours."""
 
     @model_validator(mode="after")
     def _counts(self) -> AblateConfig:
@@ -111,7 +111,7 @@ class AblateConfig(_Section):
         return self
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """Online serving with Ray Serve."""
 
     host: str = "127.0.0.1"

@@ -10,12 +10,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crem.config.section import _Section
+from crem.config.section import Section
 
 __all__ = ["BackboneShape", "ImageConfig", "LoraSettings", "ModelConfig", "PromptConfig"]
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """The compression-based prompt (method.md section 2)."""
 
     system: str = "You are a helpful assistant."
@@ -33,7 +33,7 @@ class PromptConfig(_Section):
     paper; visible, because they carry nothing of the sample."""
 
 
-class ImageConfig(_Section):
+class ImageConfig(Section):
     """Bounds on images; checked on the header, before pixels are decoded."""
 
     min_pixels: int = Field(4 * 28 * 28, ge=1)
@@ -48,7 +48,7 @@ class ImageConfig(_Section):
     """Source: ours."""
 
 
-class LoraSettings(_Section):
+class LoraSettings(Section):
     """Low-rank adaptation through PEFT; the chorus rows stay fully trainable."""
 
     r: int = Field(16, ge=1)
@@ -61,7 +61,7 @@ class LoraSettings(_Section):
     """Linear layers of the language model that get an adapter. Source: VLM2Vec-V2."""
 
 
-class BackboneShape(_Section):
+class BackboneShape(Section):
     """A Qwen2-VL of any size, built from scratch (no pretrained weights). Names are transformers' own."""
 
     vocab_size: int = Field(2048, ge=300)
@@ -93,7 +93,7 @@ class BackboneShape(_Section):
         return self
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which backbone, how many chorus tokens, what is trained."""
 
     backbone: str | None = "Qwen/Qwen2-VL-2B-Instruct"

@@ -14,13 +14,13 @@ from crem.config.jobs import (
     ServeConfig,
 )
 from crem.config.model import ModelConfig
-from crem.config.section import _Section
+from crem.config.section import Section
 from crem.config.training import DataConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = ["RunConfig"]
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that describes a run."""
 
     preset: str = "2b"

@@ -6,19 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crem.config.section import _Section
+from crem.config.section import Section
 
 __all__ = ["DataConfig", "LossConfig", "OptimConfig", "TrainConfig"]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which rows a step takes."""
 
     retrieval_share: float = Field(0.75, ge=0, le=1)
     """Share of a batch with a query and a target (homogeneous generation turns included); the rest is heterogeneous
     generation data. Source: open in the paper; ours."""
     augment: float = Field(0.0, ge=0, le=2)
-    """Strength of random changes of training pictures (shift, scale, turn, colour, blur); 0 is none. Source: the paper
+    """Strength of random changes of training images (shift, scale, turn, colour, blur); 0 is none. Source: the paper
     and VLM2Vec-V2 have none."""
     sub_batch: int = Field(0, ge=0)
     """Consecutive rows of one task within a batch (source-homogeneous); 0 mixes freely. VLM2Vec-V2 uses 64."""
@@ -27,7 +27,7 @@ class DataConfig(_Section):
     multilingual BERT's exponential smoothing; 1 leaves the paper's data as it is."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """L = alpha_r * L_r + alpha_g * L_g (method.md section 4)."""
 
     temperature: float = Field(0.02, gt=0)
@@ -45,7 +45,7 @@ class LossConfig(_Section):
     """p of z ~ Bernoulli(p): how often answers must come from the chorus tokens alone. Source: open; 0.5."""
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW with linear warm-up and linear decay."""
 
     lr: float = Field(5e-5, gt=0)
@@ -62,7 +62,7 @@ class OptimConfig(_Section):
     """Source: the Trainer's default, as in VLM2Vec-V2."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Shape and length of the training run."""
 
     steps: int = Field(5000, ge=1)

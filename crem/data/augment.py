@@ -1,8 +1,8 @@
-"""Random changes of a training picture that leave its meaning alone: a small shift, scale and turn, colour and blur.
+"""Random changes of a training image that leave its meaning alone: a small shift, scale and turn, colour and blur.
 
 A model from scratch that has seen few drawings of each thing learns the hand of the artist along with the thing; this
 is what it sees instead. Off by default: neither the paper nor VLM2Vec-V2 augments. The change is a pure function of
-the generator, which the caller seeds from run, step and row, so a resumed run sees the same pictures."""
+the generator, which the caller seeds from run, step and row, so a resumed run sees the same images."""
 
 from __future__ import annotations
 

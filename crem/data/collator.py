@@ -1,9 +1,9 @@
 """From items and rows to the tensors of one forward.
 
-A ``Sequence`` is one prompt with its pixels. A ``Batch`` holds N of them in B rows of T tokens: for inference one
-sequence per row, padded on the right, where causal attention never looks; for training all sequences in one row
-without padding (a joint batch mixes captions, pictures and questions of very different lengths), with the plan of its
-attention. Neither padding nor neighbours can change a result. A picture that comes several times is held once, and goes
+A ``PreparedSequence`` is one prompt with its pixels. A ``Batch`` holds N of them in B rows of T tokens: for inference
+one sequence per row, padded on the right, where causal attention never looks; for training all sequences in one row
+without padding (a joint batch mixes captions, images and questions of very different lengths), with the plan of its
+attention. Neither padding nor neighbours can change a result. An image that comes several times is held once, and goes
 through the vision tower once. Shape suffixes: N sequences, B rows, T tokens, P patches, I distinct images, J places of
 images.
 """
@@ -11,8 +11,7 @@ images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -26,17 +25,17 @@ from torch import Tensor
 from crem.config import ModelConfig
 from crem.data.augment import augmented
 from crem.data.images import load_image
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.data.packing import TwoPart, two_part
 from crem.data.positions import rope_positions
 from crem.data.prompts import Prompt, PromptBuilder, Segment
 from crem.errors import ItemError
 
-__all__ = ["Batch", "Collator", "Sequence"]
+__all__ = ["Batch", "Collator", "PreparedSequence"]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PreparedSequence:
     """One sequence: tokens with segments, positions and the patches of its images."""
 
     prompt: Prompt
@@ -112,7 +111,7 @@ class Batch:
 class Collator:
     """Turns items and training rows into batches for one model's tokenizer, image processor and configuration."""
 
-    def __init__(self, tokenizer: Any, processor: Any, chorus_ids: SequenceOf[int], config: ModelConfig):
+    def __init__(self, tokenizer: Any, processor: Any, chorus_ids: Sequence[int], config: ModelConfig):
         self.prompts = PromptBuilder(tokenizer, chorus_ids, config.prompt)
         self.processor = processor
         self.limits = config.image
@@ -129,7 +128,7 @@ class Collator:
         z: bool = False,
         chorus_tokens: int | None = None,
         augment: Callable[[Image.Image], Image.Image] | None = None,
-    ) -> Sequence:
+    ) -> PreparedSequence:
         """``[S V T U]`` of an item, followed by ``[Q]`` and ``[A]`` where a question and an answer are given.
 
         Raises:
@@ -144,26 +143,31 @@ class Collator:
         if answer is not None:
             prompt = prompt + self.prompts.answer(answer)
         positions = rope_positions(prompt.input_ids == self.prompts.image_id, grids, merge)
-        return Sequence(prompt, positions, patches, grids, z)
+        return PreparedSequence(prompt, positions, patches, grids, z)
 
-    def items(self, items: SequenceOf[Item], *, chorus_tokens: int | None = None) -> Batch:
+    def items(self, items: Sequence[Item], *, chorus_tokens: int | None = None) -> Batch:
         """A batch of prefixes ``[S V T U]``."""
         return self.pad([self.sequence(item, chorus_tokens=chorus_tokens) for item in items])
 
-    def pairs(
-        self, pairs: SequenceOf[Pair], *, chorus_tokens: int | None = None, augment: float = 0.0, flat: bool = True
+    def examples(
+        self,
+        pairs: Sequence[TrainingExample],
+        *,
+        chorus_tokens: int | None = None,
+        augment: float = 0.0,
+        flat: bool = True,
     ) -> Batch:
         """A training batch: the queries with their generation turns, their targets, their hard negatives.
 
         Args:
             chorus_tokens: how many of the K chorus tokens; all of them where None.
-            augment: strength of the random changes of pictures (``crem.data.augment``).
+            augment: strength of the random changes of images (``crem.data.augment``).
             flat: all sequences in one row without padding; else one per row, padded.
         """
-        queries: list[Sequence] = []
+        queries: list[PreparedSequence] = []
         paired: list[int] = []
-        targets: list[Sequence] = []
-        negatives: list[Sequence] = []
+        targets: list[PreparedSequence] = []
+        negatives: list[PreparedSequence] = []
         for number, p in enumerate(pairs):
             draw = np.random.default_rng(p.seed)
             change = partial(augmented, strength=augment, draw=draw) if augment else None
@@ -187,7 +191,7 @@ class Collator:
             candidate_keys=torch.tensor(keys, dtype=torch.long),
         )
 
-    def pad(self, sequences: SequenceOf[Sequence], layout: list[list[int]] | None = None) -> Batch:
+    def pad(self, sequences: Sequence[PreparedSequence], layout: list[list[int]] | None = None) -> Batch:
         """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default).
 
         A single row of several sequences gets the plan of its attention with it.
@@ -198,7 +202,7 @@ class Collator:
         segments = np.full(size, Segment.PAD, dtype=np.int8)
         sequence_ids = np.full(size, -1, dtype=np.int64)
         positions = np.ones((3, *size), dtype=np.int64)
-        placed: list[Sequence] = []
+        placed: list[PreparedSequence] = []
         for row, members in enumerate(layout):
             at = 0
             for sequence in (sequences[i] for i in members):
@@ -250,7 +254,7 @@ class Collator:
         return out["pixel_values"].astype(np.float32, copy=False), grids
 
 
-def _distinct(sequences: SequenceOf[Sequence]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _distinct(sequences: Sequence[PreparedSequence]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Patches [P, …] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
     known: dict[tuple[Any, bytes], int] = {}
     patches: list[NDArray[np.float32]] = []

@@ -1,4 +1,4 @@
-"""Reading pictures safely: bytes are bounded before they are read, pixels before they are decoded.
+"""Reading images safely: bytes are bounded before they are read, pixels before they are decoded.
 
 Only the schemes of ``_SCHEMES`` are read: a server that fetches what a client names (``http``, ``webhdfs``, ``sftp``,
 …) can be turned against its own network, and a batch job that does so depends on machines it does not know. ``data:``
@@ -28,14 +28,14 @@ __all__ = ["encode_image", "load_image", "read_bytes"]
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _SCHEMES = frozenset({"file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "zip", "tar", "memory"})
 _LOSSLESS_PIXELS = 256 * 256
-"""Pictures up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
+"""Images up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
 
 
 def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = None) -> Image.Image:
-    """Read one picture as RGB, upright (EXIF) and composited on white.
+    """Read one image as RGB, upright (EXIF) and composited on white.
 
     Args:
-        source: picture, encoded bytes, path, URI or data URL.
+        source: image, encoded bytes, path, URI or data URL.
         limits: bounds on bytes and pixels.
         base: folder or URI that relative paths start from; a ``*`` in it stands for the path, which is how the inside
             of an archive is named: ``zip://*::s3://bucket/images.zip``.
@@ -54,14 +54,14 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is the lower one
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                _check_area(picture, limits)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_area(image, limits)
                 # a large JPEG is decoded at a fraction of its size when the model will shrink it anyway
-                scale = math.sqrt(limits.max_pixels / max(1, picture.width * picture.height))
+                scale = math.sqrt(limits.max_pixels / max(1, image.width * image.height))
                 if scale < 0.5:
-                    picture.draft("RGB", (math.ceil(picture.width * scale * 2), math.ceil(picture.height * scale * 2)))
-                picture.load()
-                return _flatten(picture)
+                    image.draft("RGB", (math.ceil(image.width * scale * 2), math.ceil(image.height * scale * 2)))
+                image.load()
+                return _flatten(image)
     except ItemError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound is met while the header is read
@@ -111,7 +111,7 @@ def _schemes(uri: str) -> set[str]:
 
 
 def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
-    """Encode an RGB picture, shrunk to at most ``max_pixels``: PNG when small (lossless), else JPEG quality 95.
+    """Encode an RGB image, shrunk to at most ``max_pixels``: PNG when small (lossless), else JPEG quality 95.
 
     Returns:
         the bytes, and the stored width and height in pixels.

@@ -13,10 +13,10 @@ from PIL import Image
 
 from crem.errors import ItemError
 
-__all__ = ["ImageSource", "Item", "Pair", "as_item"]
+__all__ = ["ImageSource", "Item", "TrainingExample", "as_item"]
 
 ImageSource = Image.Image | bytes | str | Path
-"""A decoded picture, an encoded file's bytes, or a path, ``file://``/``s3://`` URI or ``data:`` URL."""
+"""A decoded image, an encoded file's bytes, or a path, ``file://``/``s3://`` URI or ``data:`` URL."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Item:
 
     Attributes:
         text: its text, if any.
-        images: its pictures, in the order in which the model reads them; they precede the text.
+        images: its images, in the order in which the model reads them; they precede the text.
         instruction: embedding instruction; the checkpoint's own where None.
     """
 
@@ -34,14 +34,14 @@ class Item:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.images, ImageSource):  # one picture without the list around it
+        if isinstance(self.images, ImageSource):  # one image without the list around it
             object.__setattr__(self, "images", (self.images,))
         elif not isinstance(self.images, tuple):  # a list is what people write
             object.__setattr__(self, "images", tuple(self.images))
 
 
 @dataclass(frozen=True)
-class Pair:
+class TrainingExample:
     """One training row, ready to collate: a query, and optionally its target, negatives and generation turn.
 
     ``z`` is the row's compression bit; it is drawn by the plan (``crem.data.mixing``) and stays with the row.
@@ -54,7 +54,7 @@ class Pair:
     answer: str | None = None
     z: bool = False
     seed: tuple[int, ...] = ()
-    """run, step and row: what the random changes of its pictures are drawn from"""
+    """run, step and row: what the random changes of its images are drawn from"""
     query_key: int = -1
     """Content hash of the query: the targets of equal queries are no negatives of each other. -1 matches nothing."""
     target_key: int = -1
@@ -65,7 +65,7 @@ class Pair:
 
 
 def as_item(value: Any) -> Item:
-    """``value`` as an ``Item``: a plain string is a text; a picture, bytes or a ``Path`` is one image.
+    """``value`` as an ``Item``: a plain string is a text; an image, bytes or a ``Path`` is one image.
 
     Raises:
         ItemError: ``bad_item`` for any other type.

@@ -1,4 +1,4 @@
-"""How many devices a run needs, and how long it takes: pure arithmetic over ``crem.forecast.memory`` and the rows' tokens.
+"""How many devices a run needs, and how long it takes: arithmetic over ``crem.forecast.memory`` and the rows' tokens.
 
 Time is work over speed. Work: 2 operations for each weight and token in a product, forward; as much again for the
 gradient of its input, and again for that of a trained weight (Kaplan et al., arXiv 2001.08361, section 2.1); plus
@@ -59,7 +59,7 @@ class RowSize:
     patches: float
     answer_tokens: float
     sequences: float
-    pictures: float
+    images: float
     """distinct ones"""
 
 
@@ -83,7 +83,7 @@ def row_flops(shape: BackboneShape, row: RowSize) -> tuple[float, float, float]:
     text = shape.num_hidden_layers * row.tokens * (2 * layer + 2 * length * D)  # causal: half of 4 x length x D
     merged = E * shape.spatial_merge_size**2
     merger = row.patches / shape.spatial_merge_size**2 * 2 * (merged * merged + merged * D)
-    block = 2 * 12 * E * E + 4 * row.patches / max(1e-9, row.pictures) * E
+    block = 2 * 12 * E * E + 4 * row.patches / max(1e-9, row.images) * E
     patch = 2 * 3 * 2 * shape.patch_size**2 * E
     return (
         text,
@@ -144,9 +144,9 @@ def scaled(chunk: Chunk, share: float) -> Chunk:
 
 
 def full_chunk(config: RunConfig, shape: BackboneShape, rows: int) -> Chunk:
-    """The largest chunk that a preset allows with one picture of full size in each query and each target.
+    """The largest chunk that a preset allows with one image of full size in each query and each target.
 
-    Texts are at their limits only in the answers; a text beside a full picture is taken as 128 tokens (ours).
+    Texts are at their limits only in the answers; a text beside a full image is taken as 128 tokens (ours).
     """
     pixels = (shape.patch_size * shape.spatial_merge_size) ** 2
     vision = config.model.image.max_pixels // pixels
@@ -170,5 +170,5 @@ def assumed_row(config: RunConfig, shape: BackboneShape) -> RowSize:
         patches=vision * shape.spatial_merge_size**2,
         answer_tokens=answer * 0.5,
         sequences=1 + config.data.retrieval_share,
-        pictures=1,
+        images=1,
     )

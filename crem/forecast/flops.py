@@ -7,7 +7,7 @@ Counted are matrix products and attention, each tower at its own number of token
   where it is trained: 6 when trained, 4 when frozen beneath trained parts (LoRA), 2 when nothing before it is trained;
 - attention costs 4 x width per visible pair of query and key forward, twice that backward; causal and
   compression-aware attention are counted at the pairs that they see, not at the square;
-- the LM head at answer positions alone, the vision tower at the distinct pictures.
+- the LM head at answer positions alone, the vision tower at the distinct images.
 
 Not counted, because no result needs it: padding, and what gradient caching or checkpointing computes again. Left out,
 because small: norms, activations, softmax, InfoNCE.

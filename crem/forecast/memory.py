@@ -44,8 +44,8 @@ class Chunk:
     sequences: int
     attended: int | None = None
     """queries of attention with the padding of its groups; ``tokens`` where None"""
-    mixed_pictures: bool = True
-    """whether pictures differ in size, which costs the vision tower a copy"""
+    mixed_images: bool = True
+    """whether images differ in size, which costs the vision tower a copy"""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _Sizes:
         if not self.full:
             return 0
         P, E = self.chunk.patches, self.shape.vision_embed_dim
-        attention = self.c * P * (4 + self.chunk.mixed_pictures) * E + 4 * P * self.shape.vision_num_heads
+        attention = self.c * P * (4 + self.chunk.mixed_images) * E + 4 * P * self.shape.vision_num_heads
         return 2 * (self.norm * P * E + 8 * P) + attention + self.c * P * (2 * E + 3 * 4 * E)
 
     def outside_of_layers(self) -> int:

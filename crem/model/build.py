@@ -23,7 +23,7 @@ from crem.model.chorus import add_chorus_tokens, initialise_rows
 from crem.model.crem import CremModel
 from crem.model.lora import adapt
 
-__all__ = ["build_collator", "build_model"]
+__all__ = ["build_collator", "build_model", "dtype_of", "read_backbone", "read_config", "read_processors"]
 
 
 def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: int = 0) -> tuple[CremModel, Collator]:
@@ -49,8 +49,8 @@ def build_model(config: ModelConfig, *, texts: list[str] | None = None, seed: in
         assert config.backbone is not None
         folder = local_copy(config.backbone)
         # what is trained is trained in float32; frozen weights stay in the inference dtype
-        backbone = _read_backbone(folder, torch.float32 if config.lora is None else _dtype(config.dtype))
-        tokenizer, processor = _read_processors(folder, config)
+        backbone = read_backbone(folder, torch.float32 if config.lora is None else dtype_of(config.dtype))
+        tokenizer, processor = read_processors(folder, config)
         known = len(tokenizer)
         chorus_ids = add_chorus_tokens(tokenizer, config.chorus_tokens)
         embedding = backbone.get_input_embeddings().weight
@@ -74,7 +74,7 @@ def build_collator(config: ModelConfig, *, texts: list[str] | None = None) -> Co
     """The collator of ``build_model``, without reading the weights of a pretrained backbone."""
     if config.backbone is None:
         return build_model(config, texts=texts)[1]
-    tokenizer, processor = _read_processors(local_copy(config.backbone), config)
+    tokenizer, processor = read_processors(local_copy(config.backbone), config)
     return Collator(tokenizer, processor, add_chorus_tokens(tokenizer, config.chorus_tokens), config)
 
 
@@ -86,7 +86,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config.get("model_type")
@@ -101,7 +101,7 @@ def backbone_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable, or of another architecture than Qwen2-VL.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     kind = config.get("model_type")
     if kind != "qwen2_vl":
         named = "".join(f" ({name})" for name in config.get("architectures") or ())
@@ -112,7 +112,7 @@ def backbone_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+def read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
     backbone_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -145,7 +145,7 @@ def _count_weights(files: list[Path]) -> int:
     return count
 
 
-def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
+def read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     """Tokenizer and image processor of a backbone's or CREM's checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -163,5 +163,5 @@ def _read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     return tokenizer, processor
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

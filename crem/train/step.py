@@ -31,10 +31,10 @@ from crem.losses import info_nce, joint_loss, lm_loss
 from crem.metrics import alignment, uniformity
 from crem.model.crem import CremOutput
 
-__all__ = ["Engine", "Retrieval", "StepResult", "retrieval_of", "train_step"]
+__all__ = ["Retrieval", "StepResult", "TrainEngine", "retrieval_of", "train_step"]
 
 
-class Engine(Protocol):
+class TrainEngine(Protocol):
     """What a step needs of ``deepspeed.DeepSpeedEngine`` (or of a plain stand-in in a test)."""
 
     def __call__(self, batch: Batch, *, embed_only: bool = False) -> CremOutput: ...
@@ -58,7 +58,12 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, chunks: Sequence[Batch], config: LossConfig, *, seed: int = 0, device: torch.device | str = "cpu"
+    engine: TrainEngine,
+    chunks: Sequence[Batch],
+    config: LossConfig,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> StepResult:
     """One optimizer step over this rank's share of the global batch.
 

@@ -83,6 +83,6 @@ def validate(
 
 
 def _for_every_rank(batch: Batch, engine: Any) -> Batch:
-    """Under ZeRO-3 every rank must run the vision tower, also one whose rows have no picture."""
+    """Under ZeRO-3 every rank must run the vision tower, also one whose rows have no image."""
     blank: Batch = engine.module.with_blank_image(batch) if batch.pixel_values is None else batch
     return blank

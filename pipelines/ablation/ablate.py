@@ -41,7 +41,7 @@ from pipelines.ablation.report import write_ablation_report
 from pipelines.ablation.trends import NO_SEED, claims, estimate, judge, map_claims
 from pipelines.ablation.variants import BACKBONE, MAP_METRICS, METRICS, PAPER, PAPER_SOURCE, Variant, key_of, variants
 from pipelines.tables.manifest import read_manifest
-from pipelines.tables.prepared import Rows, read_rows
+from pipelines.tables.prepared import PreparedRows, read_rows
 from pipelines.tables.storage import Folder
 
 __all__ = ["ablate"]
@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 KIND = "ablate"
 RESULT = "ablation.json"
 REPORT = "report.html"
-PICTURE = "ablation.png"
-MAPS_PICTURE = "maps.png"
+CHART = "ablation.png"
+MAPS_CHART = "maps.png"
 _EVALUATIONS = "evaluations"
 _MAPS = "maps"
 _BACKBONE = "backbone"
@@ -173,7 +173,7 @@ def _evaluated(target: Folder, job: _Job) -> bool:
 
 def _mapped(target: Folder, job: _Job) -> bool:
     held = target.read_json(_MAPS, f"{job.name}.json")
-    return held is not None and held["asked"] == job.config.ablate.map_pictures
+    return held is not None and held["asked"] == job.config.ablate.map_images
 
 
 def _run_all(
@@ -312,13 +312,13 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
             target.write_json(record, _EVALUATIONS, f"{job.name}.json")
             log.info("trained in %(train).0f s, evaluated in %(evaluate).0f s", record["seconds"])
         if job.wants_maps and not _mapped(target, job):
-            asked = job.config.ablate.map_pictures
+            asked = job.config.ablate.map_images
             target.write_json(
                 {"asked": asked, **measure_maps(crem.load(model), rows, asked)}, _MAPS, f"{job.name}.json"
             )
 
 
-def _evaluate(job: _Job, model: str, rows: Rows, trained_s: float) -> dict[str, Any]:
+def _evaluate(job: _Job, model: str, rows: PreparedRows, trained_s: float) -> dict[str, Any]:
     """The figures of a checkpoint at every chorus count of the job."""
     import crem
     from pipelines.evaluation.evaluate import evaluate_loaded
@@ -346,8 +346,8 @@ def _save_backbone(prepared: str, folder: str, config: RunConfig) -> str:
     return folder
 
 
-def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: Rows) -> dict[str, Any]:
-    """``ablation.json``, the report and its pictures from whatever is finished."""
+def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: PreparedRows) -> dict[str, Any]:
+    """``ablation.json``, the report and its images from whatever is finished."""
     records = {job.name: target.read_json(_EVALUATIONS, f"{job.name}.json") for job in jobs}
     held = [(job, records[job.name]) for job in jobs if records[job.name] is not None]
     scores = _scores(held)
@@ -372,16 +372,16 @@ def _write(target: Folder, jobs: list[_Job], config: RunConfig, rows: Rows) -> d
     }
     target.write_json(result, RESULT)
     shown = _shown(held, maps)
-    page, picture, maps_picture = write_ablation_report(result, shown, rows)
+    page, chart, maps_chart = write_ablation_report(result, shown, rows)
     target.write_bytes(page.encode(), REPORT)
-    target.write_bytes(picture, PICTURE)
-    if maps_picture:
-        target.write_bytes(maps_picture, MAPS_PICTURE)
+    target.write_bytes(chart, CHART)
+    if maps_chart:
+        target.write_bytes(maps_chart, MAPS_CHART)
     return result
 
 
 def _shown(held: list[tuple[_Job, dict[str, Any]]], maps: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """label -> pictures with their maps, of the first seed that has them."""
+    """label -> images with their maps, of the first seed that has them."""
     out: dict[str, list[dict[str, Any]]] = {}
     for family in ("retrieval_only", "generation_only", "crem"):  # the paper's order
         for job, _ in held:

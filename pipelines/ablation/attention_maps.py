@@ -1,7 +1,7 @@
-"""Figure 4 for one model: where its chorus tokens look in test pictures, with coverage and overlap over many of them.
+"""Figure 4 for one model: where its chorus tokens look in test images, with coverage and overlap over many of them.
 
-The numbers and what they mean are in ``crem.model.maps``; here are the pictures: queries of the test rows that are one
-picture and nothing else, each once, in an even spread that is the same for every model.
+The numbers and what they mean are in ``crem.model.maps``; here are the images: queries of the test rows that are one
+image and nothing else, each once, in an even spread that is the same for every model.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crem.data.items import Item
-from pipelines.tables.prepared import Rows
+from pipelines.tables.prepared import PreparedRows
 
 if TYPE_CHECKING:
     import crem
     from crem.model.maps import ImageMaps
 
-__all__ = ["measure_maps", "test_pictures"]
+__all__ = ["measure_maps", "test_images"]
 
 _SHOWN = 5
-"""Pictures whose maps are kept to be drawn."""
+"""Images whose maps are kept to be drawn."""
 _BATCH = 16
 
 
-def test_pictures(rows: Rows, most: int) -> list[int]:
-    """Ids of at most ``most`` distinct pictures that stand alone as a query, an even spread."""
+def test_images(rows: PreparedRows, most: int) -> list[int]:
+    """Ids of at most ``most`` distinct images that stand alone as a query, an even spread."""
     alone: dict[int, None] = {}
     for side in rows.table.column("query").to_pylist():
         if side is not None and len(side["images"] or ()) == 1 and not side["text"]:
@@ -34,17 +34,17 @@ def test_pictures(rows: Rows, most: int) -> list[int]:
     return [ids[i] for i in np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int)]
 
 
-def measure_maps(model: crem.Crem, rows: Rows, most: int) -> dict[str, Any]:
-    """Coverage, overlap and image share, means over the test pictures, and the maps of a few.
+def measure_maps(model: crem.Crem, rows: PreparedRows, most: int) -> dict[str, Any]:
+    """Coverage, overlap and image share, means over the test images, and the maps of a few.
 
     Returns:
-        ``pictures`` (their number), ``coverage``, ``overlap`` (None for one chorus token) and ``image_share`` of the
+        ``images`` (their number), ``coverage``, ``overlap`` (None for one chorus token) and ``image_share`` of the
         mean of all layers; the same three for every layer alone, ``by_layer``; and ``shown``: for each of a few
-        pictures its ``image`` id, its own numbers and ``maps`` [K][height][width].
+        images its ``image`` id, its own numbers and ``maps`` [K][height][width].
     """
     from crem.model.maps import chorus_attention, image_maps
 
-    ids = test_pictures(rows, most)
+    ids = test_images(rows, most)
     shown_at = set(np.linspace(0, len(ids) - 1, min(_SHOWN, len(ids))).astype(int).tolist())
     each: list[dict[str, Any]] = []
     by_layer: dict[int, list[dict[str, Any]]] = {}
@@ -70,7 +70,7 @@ def measure_maps(model: crem.Crem, rows: Rows, most: int) -> dict[str, Any]:
                 grid = maps.maps_Kn.cpu().view(-1, height // side, width // side)
                 shown.append({"image": image, **figures, "maps": np.round(grid.numpy().astype(float), 5).tolist()})
     layers = [_means(by_layer[layer]) for layer in sorted(by_layer)]
-    return {"pictures": len(ids), **_means(each), "by_layer": layers, "shown": shown}
+    return {"images": len(ids), **_means(each), "by_layer": layers, "shown": shown}
 
 
 def _figures(maps: ImageMaps) -> dict[str, float | None]:

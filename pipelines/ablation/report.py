@@ -1,4 +1,4 @@
-"""The report of ``crem ablate``: ours beside the paper's, as one self-contained page and one picture.
+"""The report of ``crem ablate``: ours beside the paper's, as one self-contained page and one image.
 
 Bars of Table 3; curves over K of Table 4 with the nested model as a second line; the numbers; and the list of trends,
 each with what came out. Ours and the paper's have axes of their own: a model of a million parameters on emoji and one
@@ -20,7 +20,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from pipelines.ablation.variants import BACKBONE
-from pipelines.tables.prepared import Rows
+from pipelines.tables.prepared import PreparedRows
 
 __all__ = ["table", "write_ablation_report"]
 
@@ -35,14 +35,14 @@ _SHORT = {"retrieval_only": "retrieval\nonly", "generation_only": "generation\no
 
 
 def write_ablation_report(
-    result: dict[str, Any], shown: dict[str, list[dict[str, Any]]], rows: Rows
+    result: dict[str, Any], shown: dict[str, list[dict[str, Any]]], rows: PreparedRows
 ) -> tuple[str, bytes, bytes | None]:
     """The page, its main figure as PNG and that of the attention maps, where there are any.
 
     Args:
         result: the content of ``ablation.json``.
-        shown: label -> pictures with their attention maps (``attention_maps.measure_maps``).
-        rows: where the pictures are.
+        shown: label -> images with their attention maps (``attention_maps.measure_maps``).
+        rows: where the images are.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["points"] = _points
@@ -50,10 +50,10 @@ def write_ablation_report(
     template = environment.from_string(
         (resources.files("pipelines.ablation") / "report.html.j2").read_text(encoding="utf-8")
     )
-    figure, picture = _drawn(_figure(result))
-    maps, maps_picture = _drawn(_maps(shown, rows)) if shown else (None, None)
+    figure, chart = _drawn(_figure(result))
+    maps, maps_chart = _drawn(_maps(shown, rows)) if shown else (None, None)
     page = template.render(r=result, paper=result["paper"]["figures"], figure=figure, maps=maps)
-    return page, picture, maps_picture
+    return page, chart, maps_chart
 
 
 def _drawn(figure: Any) -> tuple[str, bytes]:
@@ -188,18 +188,18 @@ def _curves(axis: Any, source: dict[str, Any], metric: str, counts: list[int]) -
         axis.legend(fontsize=7, framealpha=0.7, edgecolor="none", loc="best")
 
 
-def _maps(shown: dict[str, list[dict[str, Any]]], rows: Rows) -> Any:
-    """A row for each picture: the picture, and for each model its mean map over it and that of every chorus token."""
-    pictures = [entry["image"] for entry in next(iter(shown.values()))]
+def _maps(shown: dict[str, list[dict[str, Any]]], rows: PreparedRows) -> Any:
+    """A row for each image: the image, and for each model its mean map over it and that of every chorus token."""
+    images = [entry["image"] for entry in next(iter(shown.values()))]
     columns = 1 + 2 * len(shown)
     figure, axes = plt.subplots(
-        len(pictures),
+        len(images),
         columns,
-        figsize=(1.75 * columns, 1.95 * len(pictures)),
+        figsize=(1.75 * columns, 1.95 * len(images)),
         squeeze=False,
         gridspec_kw={"hspace": 0.3},
     )
-    for line, image_id in zip(axes, pictures, strict=True):
+    for line, image_id in zip(axes, images, strict=True):
         image = np.asarray(Image.open(io.BytesIO(rows.image(image_id))).convert("RGB"))
         line[0].imshow(image)
         for number, entries in enumerate(shown.values()):

@@ -171,11 +171,11 @@ def map_claims(main: int) -> list[Claim]:
     crem, found, told = (key_of(f, main) for f in ("crem", "retrieval_only", "generation_only"))
     return [
         Claim(
-            "CREM's chorus tokens cover more of the picture than retrieval only's",
+            "CREM's chorus tokens cover more of the image than retrieval only's",
             ((1, crem, "coverage"), (-1, found, "coverage")),
         ),
         Claim(
-            "CREM's chorus tokens cover more of the picture than generation only's",
+            "CREM's chorus tokens cover more of the image than generation only's",
             ((1, crem, "coverage"), (-1, told, "coverage")),
         ),
         Claim(

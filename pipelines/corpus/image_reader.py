@@ -1,4 +1,4 @@
-"""Where a corpus keeps its pictures: ``images/`` beside the rows, or ``images.zip``, or wherever an absolute name says.
+"""Where a corpus keeps its images: ``images/`` beside the rows, or ``images.zip``, or wherever an absolute name says.
 
 An archive is opened once per process and kept, because its directory of names can be large.
 """
@@ -16,13 +16,13 @@ from crem.errors import ConfigError, ItemError
 from pipelines.corpus.sources import absolute
 from pipelines.tables.storage import Folder
 
-__all__ = ["Pictures"]
+__all__ = ["ImageReader"]
 
 ARCHIVE = "images.zip"
 
 
-class Pictures:
-    """Reads the encoded bytes of the pictures that rows name."""
+class ImageReader:
+    """Reads the encoded bytes of the images that rows name."""
 
     def __init__(self, root: str, archive: str | None, folder: str | None, limits: ImageConfig):
         self.root = root
@@ -32,8 +32,8 @@ class Pictures:
         self.limits = limits
 
     @classmethod
-    def of(cls, root: Folder, limits: ImageConfig) -> Pictures:
-        """Look once, in the driver, where the pictures are.
+    def of(cls, root: Folder, limits: ImageConfig) -> ImageReader:
+        """Look once, in the driver, where the images are.
 
         Raises:
             ConfigError: ``images.zip`` is not a zip archive.
@@ -44,7 +44,7 @@ class Pictures:
         return cls(root.uri, archive, root.child("images").uri if root.exists("images") else root.uri, limits)
 
     def read(self, source: str | bytes) -> bytes:
-        """Encoded bytes of a picture.
+        """Encoded bytes of an image.
 
         Raises:
             ItemError: ``image_missing``, ``image_too_large``, ``image_corrupt``, ``uri_unreadable``, ``uri_refused``.

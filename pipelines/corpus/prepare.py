@@ -1,11 +1,11 @@
 """``crem prepare``: a raw corpus becomes prepared tables.
 
-Two passes, both Ray Data, both streaming; pictures never pass through the driver or the object store.
+Two passes, both Ray Data, both streaming; images never pass through the driver or the object store.
 
-1. *Stage*: each task reads its pieces, validates each row, decodes and re-encodes each of its pictures once, and writes
-   rows, pictures and rejections to files of its own under ``_staging/``. It returns a ledger: only identifiers.
-2. The driver decides from all ledgers which row of a key is the first and which task owns a picture that several hold
-   (24 bytes a row, 8 a picture reference: a shard of ten million rows takes under a gigabyte).
+1. *Stage*: each task reads its pieces, validates each row, decodes and re-encodes each of its images once, and writes
+   rows, images and rejections to files of its own under ``_staging/``. It returns a ledger: only identifiers.
+2. The driver decides from all ledgers which row of a key is the first and which task owns an image that several hold
+   (24 bytes a row, 8 an image reference: a shard of ten million rows takes under a gigabyte).
 3. *Settle*: each task's files become final parts, moved as they are, or rewritten without what was decided against.
 
 A staged file counts only if its task's ledger arrived, so a task that died and ran again leaves nothing behind. The
@@ -32,7 +32,7 @@ import ray
 from crem.config import RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus import sources
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.raw_rows import COLUMNS
 from pipelines.corpus.sources import Piece
 from pipelines.corpus.staging import Stage
@@ -63,7 +63,7 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
     target = Folder.at(out)
     if target.uri == corpus.root.uri:
         raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
-    pictures = Pictures.of(corpus.root, _bounds(config))
+    reader = ImageReader.of(corpus.root, _bounds(config))
     pieces = sources.split(corpus, COLUMNS, config.prepare.rows_per_task)
     rows_in = sum(piece.rows for piece in pieces)
     if not rows_in:
@@ -76,7 +76,7 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
         target.remove(old)
     log.info("preparing %d rows of %d files from %s", rows_in, len(corpus.names), corpus.root.uri)
     with session.remote_errors():
-        ledgers = _stage(target, corpus.root.name, pictures, pieces, rows_in, config)
+        ledgers = _stage(target, corpus.root.name, reader, pieces, rows_in, config)
         settled = _settle(target, ledgers)
     manifest = _manifest(corpus.root.uri, rows_in, settled, config)
     _check(manifest, target)
@@ -94,7 +94,7 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
 
 
 def _bounds(config: RunConfig) -> Any:
-    """Limits of decoding: pictures are kept as large as ``encode_max_pixels`` asks, whatever the model looks at."""
+    """Limits of decoding: images are kept as large as ``encode_max_pixels`` asks, whatever the model looks at."""
     return config.model.image.model_copy(update={"max_pixels": config.prepare.encode_max_pixels})
 
 
@@ -102,12 +102,12 @@ def _bounds(config: RunConfig) -> Any:
 
 
 def _stage(
-    target: Folder, name: str, pictures: Pictures, pieces: list[Piece], rows_in: int, config: RunConfig
+    target: Folder, name: str, reader: ImageReader, pieces: list[Piece], rows_in: int, config: RunConfig
 ) -> list[dict[str, Any]]:
     groups = sources.group(pieces, config.prepare.rows_per_task)
     tasks = [{"task": i, "pieces": json.dumps([p.to_dict() for p in group])} for i, group in enumerate(groups)]
     staged = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        partial(_stage_task, target=target, source=name, pictures=pictures, config=config)
+        partial(_stage_task, target=target, source=name, reader=reader, config=config)
     )
     ledgers: list[dict[str, Any]] = []
     done = rejected = 0
@@ -127,12 +127,12 @@ def _stage(
 
 
 def _stage_task(
-    task: dict[str, Any], *, target: Folder, source: str, pictures: Pictures, config: RunConfig
+    task: dict[str, Any], *, target: Folder, source: str, reader: ImageReader, config: RunConfig
 ) -> dict[str, bytes]:
     token = f"{task['task']:06d}-{uuid.uuid4().hex[:8]}"
 
     def run() -> dict[str, Any]:
-        with Stage(target.child(STAGING), token, source, pictures, config) as stage:
+        with Stage(target.child(STAGING), token, source, reader, config) as stage:
             for piece in json.loads(task["pieces"]):
                 for record in sources.read(Piece.from_dict(piece), COLUMNS):
                     stage.add(record)
@@ -145,9 +145,9 @@ def _stage_task(
 
 
 def decide(ledgers: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Which staged rows and pictures each task keeps, as boolean masks in the order in which they were staged.
+    """Which staged rows and images each task keeps, as boolean masks in the order in which they were staged.
 
-    The first row of an id is kept. A picture is kept once, by the first task that holds it, if a kept row refers to it.
+    The first row of an id is kept. An image is kept once, by the first task that holds it, if a kept row refers to it.
     """
     rows = [np.frombuffer(ledger["row_ids"], np.int64) for ledger in ledgers]
     images = [np.frombuffer(ledger["image_ids"], np.int64) for ledger in ledgers]
@@ -240,7 +240,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def _rewrite(target: Folder, staged: str, final: str, keep: np.ndarray) -> None:
-    """Copy the kept pictures, a row group at a time."""
+    """Copy the kept images, a row group at a time."""
     start = 0
     with target.open(staged) as source, target.open(final, mode="wb") as sink:
         reader = pq.ParquetFile(source)

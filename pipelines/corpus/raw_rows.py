@@ -1,7 +1,7 @@
 """From a raw record to a row that can be trained on, or to the reason why not. Pure functions, no I/O.
 
 Exports are lenient about absence: a text that is null, NaN or blank counts as absent, and so does a side or a negative
-with neither text nor pictures. They are not trusted about types: a value that is not what its column promises makes a
+with neither text nor images. They are not trusted about types: a value that is not what its column promises makes a
 ``bad_row``. Whole numbers and fractions are accepted as text (answers such as 4 are often stored so).
 """
 
@@ -34,7 +34,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class RawItem:
-    """One side of a row; pictures are names or inline bytes."""
+    """One side of a row; images are names or inline bytes."""
 
     text: str | None
     images: tuple[str | bytes, ...]
@@ -144,21 +144,21 @@ def parse_text(record: dict[str, Any], column: str) -> str | None:
 
 
 def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
-    """A column of pictures: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them)."""
+    """A column of images: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them)."""
     if value is None:
         return ()
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_picture(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
+    return tuple(_image(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
 
 
-def _picture(value: Any, where: str) -> str | bytes:
+def _image(value: Any, where: str) -> str | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
         return _valid_name(value, where)
     if isinstance(value, bytes):
-        return value  # zero bytes are a corrupt picture, found when it is decoded
-    raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; a picture is a path, a URI or bytes")
+        return value  # zero bytes are a corrupt image, found when it is decoded
+    raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; an image is a path, a URI or bytes")
 
 
 def _valid_name(value: str, where: str) -> str:

@@ -39,7 +39,7 @@ _RESPLIT_BYTES = 64 * 2**20
 """A Parquet row group is cut into several pieces only below this size, since each piece reads the group again."""
 _GZIP_PIECE_ROWS = 16_384
 _READ_ROWS = 64
-"""Rows turned into Python objects at a time; they may carry inline pictures."""
+"""Rows turned into Python objects at a time; they may carry inline images."""
 _PLAN_THREADS = 16
 
 
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of rows, and the folder that relative picture names start from."""
+    """Files of rows, and the folder that relative image names start from."""
 
     root: Folder
     rows: Folder
@@ -268,7 +268,7 @@ def _read_lines(piece: Piece) -> Iterator[tuple[dict[str, Any] | None, str]]:
 
 def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
     if line is None:
-        return None, f"a line of more than {_MAX_LINE_BYTES} bytes; keep pictures in images/ or in Parquet"
+        return None, f"a line of more than {_MAX_LINE_BYTES} bytes; keep images in images/ or in Parquet"
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -313,5 +313,5 @@ def stamp(source: Source) -> list[dict[str, Any]]:
 
 
 def absolute(name: str) -> bool:
-    """Whether a picture's name stands for itself: an absolute path, a URI or a data URL."""
+    """Whether an image's name stands for itself: an absolute path, a URI or a data URL."""
     return "://" in name or name.startswith("data:") or os.path.isabs(name)

@@ -1,7 +1,7 @@
-"""One task of ``crem prepare``: its rows, pictures and rejections, written as they come, and the ledger of them.
+"""One task of ``crem prepare``: its rows, images and rejections, written as they come, and the ledger of them.
 
-Pictures are flushed to their file by size, so a task holds about 32 MB of them whatever the number of its rows. A
-picture that several rows of the task name is decoded and stored once.
+Images are flushed to their file by size, so a task holds about 32 MB of them whatever the number of its rows. A
+image that several rows of the task name is decoded and stored once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from crem.config import RunConfig
 from crem.data.images import encode_image, load_image
 from crem.errors import ItemError
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.raw_rows import RawItem, RawRow, check_row, names_of, parse_row
 from pipelines.corpus.sources import Record
 from pipelines.tables import schema
@@ -31,9 +31,9 @@ _FLUSH_ROWS = 4096
 class Stage:
     """Takes raw records, sorts them into three files."""
 
-    def __init__(self, folder: Folder, token: str, source: str, pictures: Pictures, config: RunConfig):
+    def __init__(self, folder: Folder, token: str, source: str, reader: ImageReader, config: RunConfig):
         self.source = source
-        self.pictures = pictures
+        self.reader = reader
         self.config = config
         self.rows = _Part(folder, f"rows-{token}.parquet", schema.ROWS, "zstd")
         self.images = _Part(folder, f"images-{token}.parquet", schema.IMAGES, "none")  # already compressed
@@ -115,11 +115,11 @@ class Stage:
         return {
             "text": item.text,
             "instruction": item.instruction,
-            "images": [self._picture(image) for image in item.images],
+            "images": [self._image(image) for image in item.images],
         }
 
-    def _picture(self, source: str | bytes) -> int:
-        """Id of a picture, decoded at its first use in this task; a bad one is bad for every row that names it."""
+    def _image(self, source: str | bytes) -> int:
+        """Id of an image, decoded at its first use in this task; a bad one is bad for every row that names it."""
         if isinstance(source, bytes) or source.startswith("data:"):
             return self._encode(source)
         known = self._seen.get(source)
@@ -127,16 +127,16 @@ class Stage:
             try:
                 known = self._encode(source)
             except ItemError as error:
-                known = ItemError(error.reason, error.detail)  # without the traceback, which holds the picture
+                known = ItemError(error.reason, error.detail)  # without the traceback, which holds the image
             self._seen[source] = known
         if isinstance(known, ItemError):
             raise ItemError(known.reason, known.detail)
         return known
 
     def _encode(self, source: str | bytes) -> int:
-        bounds = self.pictures.limits
+        bounds = self.reader.limits
         try:
-            image = load_image(self.pictures.read(source), bounds)
+            image = load_image(self.reader.read(source), bounds)
         except ItemError as error:
             if isinstance(source, bytes) or source[:60] in error.detail:
                 raise

@@ -27,7 +27,7 @@ import ray
 from crem.config import EmbedConfig, RunConfig
 from crem.errors import CheckpointError, ConfigError, ItemError, ResourceError
 from pipelines.corpus import sources
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.sources import Piece, Source
 from pipelines.embedding import item_table as items
 from pipelines.embedding.item_table import Loaded
@@ -70,7 +70,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
     shards = sources.group(pieces, _SHARD_ROWS)
     if not shards:
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
-    pictures = Pictures.of(table.root, config.model.image)
+    reader = ImageReader.of(table.root, config.model.image)
     session.connect()
     session.require_readable(table.root, table.names[0])
     session.require(
@@ -84,7 +84,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
         plan["shards"] = [sum(piece.rows for piece in shard) for shard in shards]
         session.require_shared(target)
         _claim(target, plan, fresh=fresh)
-        return _run(model, target, plan, shards, pictures, config.embed)
+        return _run(model, target, plan, shards, reader, config.embed)
 
 
 def _table(source: str) -> Source:
@@ -131,7 +131,12 @@ def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
 
 
 def _run(
-    model: str, target: Folder, plan: dict[str, Any], shards: list[list[Piece]], pictures: Pictures, config: EmbedConfig
+    model: str,
+    target: Folder,
+    plan: dict[str, Any],
+    shards: list[list[Piece]],
+    reader: ImageReader,
+    config: EmbedConfig,
 ) -> dict[str, Any]:
     began = said = time.monotonic()
     rows_in = sum(plan["shards"])
@@ -147,7 +152,7 @@ def _run(
     log.info("embedding %d items with %s, %d already done", rows_in, plan["fingerprint"], resumed)
     if missing:
         target.remove(MANIFEST)
-    for result in _embed_shards(model, target, plan, missing, pictures, config):
+    for result in _embed_shards(model, target, plan, missing, reader, config):
         counts = {name: counts[name] + result[name] for name in counts}
         if time.monotonic() - said > _LOG_EVERY_S:
             said = time.monotonic()
@@ -182,7 +187,7 @@ def _embed_shards(
     target: Folder,
     plan: dict[str, Any],
     missing: list[dict[str, Any]],
-    pictures: Pictures,
+    reader: ImageReader,
     config: EmbedConfig,
 ) -> Iterator[dict[str, Any]]:
     if not missing:
@@ -195,7 +200,7 @@ def _embed_shards(
         compute=ray.data.ActorPoolStrategy(min_size=min(config.min_actors, most), max_size=most),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
-        fn_constructor_args=(model, target, plan["fingerprint"], pictures, config),
+        fn_constructor_args=(model, target, plan["fingerprint"], reader, config),
     )
     yield from session.results(dataset)
 
@@ -234,12 +239,12 @@ def _stamp_and_errors(file: Any) -> tuple[dict[str, Any], pa.ChunkedArray]:
 class ShardEmbedder:
     """The actor: one model, embeds a shard per call."""
 
-    def __init__(self, model: str, target: Folder, fingerprint: str, pictures: Pictures, config: EmbedConfig):
+    def __init__(self, model: str, target: Folder, fingerprint: str, reader: ImageReader, config: EmbedConfig):
         self.model = load_model(model, config.threads_per_actor, config.chorus_tokens)
         self.fingerprint = fingerprint
         self.place = model
         self.target = target
-        self.pictures = pictures
+        self.reader = reader
         self.batch_size = config.batch_size
         self.schema = schema.embeddings(
             self.model.dim, fingerprint=fingerprint, model=model, chorus_tokens=self.model.chorus_tokens
@@ -270,7 +275,7 @@ class ShardEmbedder:
         """Batches of decoded items; the next one is read while the caller embeds the last."""
         limits = self.model.config.image
         loaded = (
-            items.load_item(record, self.pictures, limits)
+            items.load_item(record, self.reader, limits)
             for piece in pieces
             for record in sources.read(Piece.from_dict(piece), items.COLUMNS)
         )

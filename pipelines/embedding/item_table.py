@@ -1,4 +1,4 @@
-"""The items that ``crem embed`` reads: a table of texts and pictures, or the image table of a prepared folder."""
+"""The items that ``crem embed`` reads: a table of texts and images, or the image table of a prepared folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crem.config import ImageConfig
 from crem.data.images import load_image
 from crem.data.items import Item
 from crem.errors import ItemError
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.raw_rows import parse_images, parse_text
 from pipelines.corpus.sources import Record
 from pipelines.tables import schema
@@ -32,11 +32,11 @@ class Loaded:
     text: str | None
 
 
-def load_item(record: Record, pictures: Pictures, limits: ImageConfig) -> Loaded:
-    """Turn one record into an item with decoded pictures.
+def load_item(record: Record, reader: ImageReader, limits: ImageConfig) -> Loaded:
+    """Turn one record into an item with decoded images.
 
-    Pictures come from ``images``, ``image`` or ``bytes``, whichever is there; a row with no text and none of them is
-    the picture at its ``uri``. A row without a whole-number ``id`` gets the hash of its id, or else of its content.
+    Images come from ``images``, ``image`` or ``bytes``, whichever is there; a row with no text and none of them is
+    the image at its ``uri``. A row without a whole-number ``id`` gets the hash of its id, or else of its content.
     """
     values = record.data or {}
     uri = text = None
@@ -54,7 +54,7 @@ def load_item(record: Record, pictures: Pictures, limits: ImageConfig) -> Loaded
             raise ItemError("empty_item", "the row has neither text nor an image; fill it or drop it")
         if len(sources) > limits.max_images_per_item:
             raise ItemError("too_many_images", f"{len(sources)} images; the limit is {limits.max_images_per_item}")
-        images: tuple[Image.Image, ...] = tuple(load_image(pictures.read(source), limits) for source in sources)
+        images: tuple[Image.Image, ...] = tuple(load_image(reader.read(source), limits) for source in sources)
     except ItemError as error:
         return Loaded(identity, None, str(error), uri, text)
     return Loaded(identity, Item(text=text, images=images, instruction=instruction), None, uri, text)

@@ -62,7 +62,7 @@ PACKAGES = {
 }
 """npm package -> pinned version."""
 
-COMPONENT_GROUP = "components"  # skin tones and hair: parts of emoji, not pictures of anything
+COMPONENT_GROUP = "components"  # skin tones and hair: parts of emoji, not images of anything
 _PLAIN_TAG = re.compile(r"[\w' -]*[^\W\d_][\w' -]*")  # has a letter and no emoticon such as ":D"
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from crem.config import EvaluateConfig, RunConfig
 from pipelines.tables import session
 from pipelines.tables.models import load_model
-from pipelines.tables.prepared import Rows, item_of, read_rows
+from pipelines.tables.prepared import PreparedRows, item_of, read_rows
 from pipelines.tables.storage import Folder
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     return result
 
 
-def evaluate_loaded(model: crem.Crem, rows: Rows, config: RunConfig) -> dict[str, Any]:
+def evaluate_loaded(model: crem.Crem, rows: PreparedRows, config: RunConfig) -> dict[str, Any]:
     """As ``evaluate``, of a loaded model on rows that were read, in this process; nothing is written."""
     done = _do(model, rows, _work(rows, config), config.evaluate)
     return {"chorus_tokens": model.chorus_tokens, **_result(rows, config, done)}
@@ -91,7 +91,7 @@ def _describe(model: str, config: RunConfig) -> dict[str, Any]:
     return used
 
 
-def _result(rows: Rows, config: RunConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(rows: PreparedRows, config: RunConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
     """All figures, from the results of ``_work`` in its order."""
     retrieval = _Retrieval.of(rows)
     questions = _questions(rows, config.evaluate.max_answers)
@@ -125,7 +125,7 @@ class _Retrieval:
     rows: dict[str, list[int]]
 
     @classmethod
-    def of(cls, rows: Rows) -> _Retrieval:
+    def of(cls, rows: PreparedRows) -> _Retrieval:
         numbers: dict[str, int] = {}
         made = cls([], {}, {}, {}, {})
         lists: dict[str, list[tuple[int, int, str, int]]] = {}
@@ -195,7 +195,7 @@ def _mean(precision: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[s
     return out
 
 
-def _questions(rows: Rows, most: int) -> list[int]:
+def _questions(rows: PreparedRows, most: int) -> list[int]:
     """Rows with a question and an answer, at most ``most`` per split, spread evenly."""
     by_split: dict[str, list[int]] = {}
     for at, row in enumerate(rows.table.select(["split", "question", "answer"]).to_pylist()):
@@ -212,7 +212,7 @@ def _right(answer: str | None, expected: str) -> bool:
     return answer is not None and answer.strip().casefold() == expected.strip().casefold()
 
 
-def _exact_match(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _exact_match(rows: PreparedRows, questions: list[int], answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     taken = rows.table.select(["split", "answer"]).take(pa.array(questions, pa.int64())).to_pylist()
     out: dict[str, dict[str, Any]] = {}
     for split in [*sorted({row["split"] for row in taken}), "all"]:
@@ -245,7 +245,7 @@ def _cache(answers: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _retrieval_examples(
-    rows: Rows, retrieval: _Retrieval, vectors: NDArray[np.float32], ranks: dict[str, NDArray[np.int64]]
+    rows: PreparedRows, retrieval: _Retrieval, vectors: NDArray[np.float32], ranks: dict[str, NDArray[np.int64]]
 ) -> list[dict[str, Any]]:
     """An even spread of queries of every task with their five best candidates, right or wrong as they come."""
     examples = []
@@ -270,7 +270,7 @@ def _retrieval_examples(
     return examples
 
 
-def _answer_examples(rows: Rows, questions: list[int], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answer_examples(rows: PreparedRows, questions: list[int], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = np.linspace(0, len(questions) - 1, min(2 * _EXAMPLES, len(questions))).astype(int)
     return [
         {
@@ -285,12 +285,12 @@ def _answer_examples(rows: Rows, questions: list[int], answers: list[dict[str, A
     ]
 
 
-def _content(rows: Rows, row: int, side: str) -> dict[str, Any]:
+def _content(rows: PreparedRows, row: int, side: str) -> dict[str, Any]:
     value = rows.table.column(side)[row].as_py()
     return {"text": value["text"], "images": list(value["images"] or ())}
 
 
-def _work(rows: Rows, config: RunConfig) -> list[tuple[int, str, bool]]:
+def _work(rows: PreparedRows, config: RunConfig) -> list[tuple[int, str, bool]]:
     """What is to be done, the same on every actor: (row, side, ask) for contents to embed, then questions to answer."""
     contents = [(row, side, False) for row, side in _Retrieval.of(rows).contents]
     return contents + [(row, "query", True) for row in _questions(rows, config.evaluate.max_answers)]
@@ -340,7 +340,7 @@ class _Evaluator:
 
 
 def _do(
-    model: crem.Crem, rows: Rows, work: list[tuple[int, str, bool]], config: EvaluateConfig
+    model: crem.Crem, rows: PreparedRows, work: list[tuple[int, str, bool]], config: EvaluateConfig
 ) -> list[dict[str, Any]]:
     """One result for each piece of ``work``: a vector, or the answers of both modes."""
     items = [item_of(rows.table.column(side)[row].as_py(), rows.image) for row, side, _ in work]

@@ -10,15 +10,15 @@ from typing import Any
 import jinja2
 
 from pipelines.reports.charts import BLUE, GREY, INK, ORANGE, axes, line, svg
-from pipelines.tables.prepared import Rows
+from pipelines.tables.prepared import PreparedRows
 
 __all__ = ["write_report"]
 
 
-def write_report(report: dict[str, Any], rows: Rows, path: Path) -> None:
-    """Write the page for ``report`` (the content of report.json); pictures come from ``rows``."""
+def write_report(report: dict[str, Any], rows: PreparedRows, path: Path) -> None:
+    """Write the page for ``report`` (the content of report.json); images come from ``rows``."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["picture"] = lambda image_id: _data_url(rows.image(image_id))
+    environment.filters["image"] = lambda image_id: _data_url(rows.image(image_id))
     environment.filters["percent"] = lambda value, digits=1: f"{value * 100:.{digits}f} %"
     environment.filters["kib"] = lambda value: f"{value / 1024:.1f} KiB"
     template = environment.from_string((resources.files("pipelines") / "report.html.j2").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ Data shard of its own, over *steps*: Ray Data gathers the rows of its steps from
 a window ahead of the device. ``ray.train.get_dataset_shard`` is not used, because its split depends on which block
 arrives first, and a resumed run would have to read again what it has seen. A window is materialised rather than
 streamed: Ray Data's streaming executor polls as long as it is held back by its consumer, and on a CPU machine that cost
-as much as the training. Pictures are decoded in the worker, in a thread beside the device.
+as much as the training. Images are decoded in the worker, in a thread beside the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
 from pipelines.tables import schema
@@ -34,12 +34,12 @@ from pipelines.tables.storage import Folder
 if TYPE_CHECKING:  # data workers carry rows and need neither torch nor transformers
     pass
 
-__all__ = ["Pictures", "Rows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
+__all__ = ["ImageTable", "PreparedRows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
 
 
 @dataclass
-class Pictures:
-    """Encoded pictures by id, in parts; a part is a table (id, bytes) or the reference of one in the object store."""
+class ImageTable:
+    """Encoded images by id, in parts; a part is a table (id, bytes) or the reference of one in the object store."""
 
     ids: NDArray[np.int64]
     """sorted"""
@@ -49,8 +49,8 @@ class Pictures:
     _opened: dict[int, pa.Table] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> Pictures:
-        """Pictures of parts, whose ids are given in the order of their rows."""
+    def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> ImageTable:
+        """Images of parts, whose ids are given in the order of their rows."""
         counts = [len(ids) for ids in ids_of_parts]
         ids = np.concatenate([np.empty(0, np.int64), *ids_of_parts])
         places = np.stack(
@@ -67,7 +67,7 @@ class Pictures:
         return {"ids": self.ids, "places": self.places, "parts": self.parts, "_opened": {}}
 
     def read(self, image_id: int) -> bytes:
-        """Encoded bytes of a picture."""
+        """Encoded bytes of an image."""
         at = int(np.searchsorted(self.ids, image_id))
         assert at < len(self.ids) and self.ids[at] == image_id, f"image {image_id} is not in the image table"
         part, row = self.places[at].tolist()
@@ -79,18 +79,18 @@ class Pictures:
 
 
 @dataclass
-class Rows:
-    """Rows of some splits, and the pictures that they name."""
+class PreparedRows:
+    """Rows of some splits, and the images that they name."""
 
     table: pa.Table
     """``schema.ROWS``"""
-    pictures: Pictures
+    image_table: ImageTable
 
     def image(self, image_id: int) -> bytes:
-        """Encoded bytes of a picture."""
-        return self.pictures.read(image_id)
+        """Encoded bytes of an image."""
+        return self.image_table.read(image_id)
 
-    def pairs(
+    def examples(
         self,
         numbers: NDArray[np.int64],
         z: NDArray[np.bool_],
@@ -98,13 +98,13 @@ class Rows:
         *,
         retrieval: bool = True,
         generation: bool = True,
-    ) -> list[Pair]:
+    ) -> list[TrainingExample]:
         """Training rows by number, each with its compression bit; ``seed`` is that of the run and step.
 
         Without ``retrieval`` they have no targets, without ``generation`` no questions and answers.
         """
         return [
-            Pair(
+            TrainingExample(
                 query=item_of(row["query"], self.image),
                 target=item_of(row["target"], self.image) if row["target"] is not None and retrieval else None,
                 negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()) if retrieval else (),
@@ -146,7 +146,7 @@ def item_of(side: dict[str, Any], image: Callable[[int], bytes]) -> Item:
     return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
 
 
-def texts_of(rows: Rows) -> list[str]:
+def texts_of(rows: PreparedRows) -> list[str]:
     """Every text of the rows, for training a tokenizer."""
     out: list[str] = []
     for side in ("query", "target"):
@@ -156,8 +156,8 @@ def texts_of(rows: Rows) -> list[str]:
     return out
 
 
-def read_rows(prepared: str, *, split_prefix: str) -> Rows:
-    """Rows whose split starts with ``split_prefix``, and their pictures, in this process.
+def read_rows(prepared: str, *, split_prefix: str) -> PreparedRows:
+    """Rows whose split starts with ``split_prefix``, and their images, in this process.
 
     Raises:
         ConfigError: no completed prepared tables there, or none of these rows.
@@ -165,21 +165,21 @@ def read_rows(prepared: str, *, split_prefix: str) -> Rows:
     table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     parts = [read_part(images, name, wanted) for name in images.files(".parquet")]
-    return Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
+    return PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
 
 
-def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Rows:
-    """As ``read_rows``, for one prefix or several, with the pictures in Ray's object store: here are their ids."""
+def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> PreparedRows:
+    """As ``read_rows``, for one prefix or several, with the images in Ray's object store: here are their ids."""
     table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)
     read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
     parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
-    return Rows(table, Pictures.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
+    return PreparedRows(table, ImageTable.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
 
 
 def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
-    """The rows, in the order of their ids, and the ids of the pictures that they name."""
+    """The rows, in the order of their ids, and the ids of the images that they name."""
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
     rows = folder.child("rows")
@@ -197,7 +197,7 @@ def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.T
 
 
 def read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
-    """Ids and encoded bytes of the wanted pictures in one file of the image table."""
+    """Ids and encoded bytes of the wanted images in one file of the image table."""
     part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
     part = part.filter(pc.is_in(part.column("id"), value_set=wanted))
     return part.column("id").to_numpy(), part

@@ -1,6 +1,6 @@
 """Arrow schemas of every table that passes between jobs, and the identifiers in them.
 
-Identifiers are content, not position: a row is the hash of its source and source key, a picture is the hash of its
+Identifiers are content, not position: a row is the hash of its source and source key, an image is the hash of its
 stored bytes, so that a corpus prepared twice, or in another order, has the same ones.
 """
 

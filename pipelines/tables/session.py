@@ -39,7 +39,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 512 * 2**20
-"""Object store of a Ray that we start. Training rows and their pictures pass through it; it spills to disk."""
+"""Object store of a Ray that we start. Training rows and their images pass through it; it spills to disk."""
 
 _MIN_LOGICAL_CPUS = 4
 """A two-core machine still gets room for two train workers beside their data tasks."""

@@ -33,7 +33,7 @@ from crem.forecast.devices import (
     step_flops,
 )
 from crem.forecast.memory import Chunk, DeviceMemory, Weights, activations, device_memory, weights_of
-from pipelines.tables.prepared import Pictures, Rows, item_of, read_part, read_table, texts_of
+from pipelines.tables.prepared import ImageTable, PreparedRows, item_of, read_part, read_table, texts_of
 from pipelines.tables.storage import Folder
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def dry_run(prepared: str | None, config: RunConfig) -> Forecast:
         row, chunk = assumed_row(config, shape), full_chunk(config, shape, chunk_rows)
         notes = [
             "no tables were named: rows are unknown. A row is taken as 1,430 tokens of context (the paper's mean) with "
-            "a short target; memory is that of a chunk with a picture of full size in every query and every target."
+            "a short target; memory is that of a chunk with an image of full size in every query and every target."
         ]
     else:
         table, _ = read_table(prepared, "train")
-        plan = Rows(table, Pictures.of([], [])).plan(config)
+        plan = PreparedRows(table, ImageTable.of([], [])).plan(config)
         mix, epochs = _mixing(table, plan, config)
         row, chunk, notes = _sampled(prepared, table, plan, config, shape, chunk_rows)
     on_gpu = config.train.gpus_per_worker > 0
@@ -209,16 +209,16 @@ def _sampled(
         chunks = _estimated(images, wanted, chosen, config, shape, chunk_rows)
         notes = [
             f"the tokenizer of {config.model.backbone} is not on this machine: texts are taken as {_CHARS_A_TOKEN:g} "
-            "characters a token. Pictures are counted from their stored sizes."
+            "characters a token. Images are counted from their stored sizes."
         ]
     else:
         parts = [read_part(images, name, wanted) for name in images.files(".parquet")]
-        rows = Rows(table, Pictures.of([ids for ids, _ in parts], [part for _, part in parts]))
-        pairs = rows.pairs(numbers, z, retrieval=config.loss.alpha_r > 0, generation=config.loss.alpha_g > 0)
+        rows = PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
+        pairs = rows.examples(numbers, z, retrieval=config.loss.alpha_r > 0, generation=config.loss.alpha_g > 0)
         chunks = [
-            _measured(collator.pairs(pairs[at : at + chunk_rows]))
+            _measured(collator.examples(pairs[at : at + chunk_rows]))
             for at in range(0, len(pairs) - chunk_rows + 1, chunk_rows)
-        ] or [_measured(collator.pairs(pairs))]
+        ] or [_measured(collator.examples(pairs))]
         notes = []
     notes.append(
         f"tokens are those of {len(chunks)} chunks of the first steps; memory is that of the largest, and "
@@ -228,7 +228,7 @@ def _sampled(
     total = {
         name: sum(getattr(c, name) for c, _ in chunks) for name in ("tokens", "patches", "answer_tokens", "sequences")
     }
-    row = RowSize(**{k: v / sampled for k, v in total.items()}, pictures=sum(n for _, n in chunks) / sampled)
+    row = RowSize(**{k: v / sampled for k, v in total.items()}, images=sum(n for _, n in chunks) / sampled)
     largest = max((c for c, _ in chunks), key=lambda c: c.tokens + c.patches)
     return row, scaled(largest, MARGIN), notes
 
@@ -249,14 +249,14 @@ def _collator(config: RunConfig, table: pa.Table) -> Collator | None:
         found = "://" not in backbone and isinstance(try_to_load_from_cache(backbone, "tokenizer.json"), str)
         if not found:
             return None
-    texts = texts_of(Rows(table, Pictures.of([], []))) if backbone is None else None
+    texts = texts_of(PreparedRows(table, ImageTable.of([], []))) if backbone is None else None
     return build_collator(config.model, texts=texts)
 
 
 def _measured(batch: Batch) -> tuple[Chunk, int]:
-    """A chunk as the model gets it, and its distinct pictures."""
+    """A chunk as the model gets it, and its distinct images."""
     groups = batch.two_part.groups if batch.two_part else ()
-    pictures = 0 if batch.image_grid_thw is None else len(batch.image_grid_thw)
+    images = 0 if batch.image_grid_thw is None else len(batch.image_grid_thw)
     chunk = Chunk(
         tokens=batch.tokens,
         patches=0 if batch.pixel_values is None else len(batch.pixel_values),
@@ -264,13 +264,13 @@ def _measured(batch: Batch) -> tuple[Chunk, int]:
         sequences=len(batch.z),
         attended=sum(group.queries_GQ.numel() for group in groups) or None,
     )
-    return chunk, pictures
+    return chunk, images
 
 
 def _estimated(
     images: Folder, wanted: pa.Array, chosen: pa.Table, config: RunConfig, shape: BackboneShape, chunk_rows: int
 ) -> list[tuple[Chunk, int]]:
-    """As ``_measured``, from the lengths of texts and the sizes of pictures."""
+    """As ``_measured``, from the lengths of texts and the sizes of images."""
     patches: dict[int, int] = {}
     for name in images.files(".parquet"):
         sizes = pq.read_table(images.path(name), columns=["id", "width", "height"], filesystem=images.fs)
@@ -310,7 +310,7 @@ def _tokens(text: str | None, limit: int) -> int:
 
 
 def _patches(width: int, height: int, config: RunConfig, shape: BackboneShape) -> int:
-    """Patches of a picture after Qwen2-VL's resize: sides in whole merged patches, area within the bounds."""
+    """Patches of an image after Qwen2-VL's resize: sides in whole merged patches, area within the bounds."""
     unit = shape.patch_size * shape.spatial_merge_size
     bounds = config.model.image
     across, down = (max(1, round(side / unit)) for side in (width, height))
@@ -396,7 +396,7 @@ def _size_lines(f: Forecast) -> list[str]:
     }
     lines = [
         "",
-        f"tokens    {f.row.tokens:,.0f} a row ({f.row.patches:,.0f} patches of {f.row.pictures:.2f} pictures, "
+        f"tokens    {f.row.tokens:,.0f} a row ({f.row.patches:,.0f} patches of {f.row.images:.2f} images, "
         f"{f.row.answer_tokens:.1f} of answers), {_count(f.row.tokens * batch)} a step, "
         f"{_count(f.row.tokens * batch * f.config.train.steps)} in all",
         f"memory    {_gb(m.total)} on each of {f.config.train.workers} workers, for a chunk of "

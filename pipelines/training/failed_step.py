@@ -10,7 +10,7 @@ from typing import Any
 
 from crem.config import RunConfig
 from crem.errors import DivergenceError, TrainingError
-from pipelines.tables.prepared import Rows
+from pipelines.tables.prepared import PreparedRows
 from pipelines.tables.storage import Folder
 
 __all__ = ["FAILED_STEP", "rows_of_step", "saved_step"]
@@ -19,8 +19,8 @@ FAILED_STEP = "failed_step.json"
 _CHARS = 80
 
 
-def rows_of_step(rows: Rows, config: RunConfig, step: int, ranks: int) -> list[dict[str, Any]]:
-    """The global batch of a step by rank: of each row its id, source, task, z, pictures and the start of its texts."""
+def rows_of_step(rows: PreparedRows, config: RunConfig, step: int, ranks: int) -> list[dict[str, Any]]:
+    """The global batch of a step by rank: of each row its id, source, task, z, images and the start of its texts."""
     plan, out = rows.plan(config), []
     for rank in range(ranks):
         share = plan.step(step, rank=rank, ranks=ranks)
@@ -42,7 +42,7 @@ def _shown(row: dict[str, Any], z: bool) -> dict[str, Any]:
     }
 
 
-def saved_step(error: DivergenceError, rows: Rows, config: RunConfig, run: Folder) -> TrainingError:
+def saved_step(error: DivergenceError, rows: PreparedRows, config: RunConfig, run: Folder) -> TrainingError:
     """Write the step's rows down; returns the error to raise, which names the file."""
     ranks = rows_of_step(rows, config, error.step, error.ranks)
     terms = {name: value if math.isfinite(value) else str(value) for name, value in error.terms.items()}

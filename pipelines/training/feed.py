@@ -79,7 +79,7 @@ def _fetch(
     out = []
     for number in batch["id"].tolist():
         step = _held["plan"].step(start + number, rank=rank, ranks=ranks)
-        pairs = _held["rows"].pairs(
+        pairs = _held["rows"].examples(
             step.rows,
             step.z,
             (config.train.seed, start + number),
@@ -94,6 +94,6 @@ def _collate(share: bytes, collator: Collator, config: RunConfig, ranks: int) ->
     pairs, chorus_tokens = pickle.loads(share)
     size = len(pairs) // config.train.chunks(ranks)
     return [
-        collator.pairs(pairs[at : at + size], chorus_tokens=chorus_tokens, augment=config.data.augment)
+        collator.examples(pairs[at : at + size], chorus_tokens=chorus_tokens, augment=config.data.augment)
         for at in range(0, len(pairs), size)
     ]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
-from pipelines.tables.prepared import Rows, texts_of
+from pipelines.tables.prepared import PreparedRows, texts_of
 
 if TYPE_CHECKING:
     from crem.data.collator import Batch, Collator
@@ -38,7 +38,7 @@ def hash_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def split_rows(rows: Rows, config: RunConfig) -> tuple[Rows, Rows | None]:
+def split_rows(rows: PreparedRows, config: RunConfig) -> tuple[PreparedRows, PreparedRows | None]:
     """Rows to train on, and rows to validate on, from those of all splits ``train…`` and ``validation…``.
 
     Without validation (``train.validate_every`` or ``train.validation_rows`` is 0) no training row is held out.
@@ -51,19 +51,19 @@ def split_rows(rows: Rows, config: RunConfig) -> tuple[Rows, Rows | None]:
     order = np.argsort(hash_of(rows.table.column("id").to_numpy()[pool]), kind="stable")
     chosen = np.zeros(len(marked), dtype=bool)
     chosen[pool[order[:most]]] = True
-    training = Rows(_only(rows.table, ~(marked | chosen)), rows.pictures)
+    training = PreparedRows(_only(rows.table, ~(marked | chosen)), rows.image_table)
     if chosen.sum() < max(2, config.train.workers):
         if wanted:
             log.warning("no validation: too few rows for it (%d); add a split validation", int(chosen.sum()))
-            training = Rows(_only(rows.table, ~marked), rows.pictures)
+            training = PreparedRows(_only(rows.table, ~marked), rows.image_table)
         return training, None
-    return training, Rows(_only(rows.table, chosen), rows.pictures)
+    return training, PreparedRows(_only(rows.table, chosen), rows.image_table)
 
 
-def training_texts(rows: Rows) -> list[str]:
+def training_texts(rows: PreparedRows) -> list[str]:
     """What a tokenizer is trained on: the texts of all splits ``train…``, whether or not a row is held out."""
     marked = pc.starts_with(rows.table.column("split"), "train").to_numpy(zero_copy_only=False)
-    return texts_of(Rows(_only(rows.table, marked), rows.pictures))
+    return texts_of(PreparedRows(_only(rows.table, marked), rows.image_table))
 
 
 def _only(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
@@ -71,7 +71,7 @@ def _only(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
 
 
 def validation_batches(
-    rows: Rows, config: RunConfig, collator: Collator, *, rank: int, ranks: int
+    rows: PreparedRows, config: RunConfig, collator: Collator, *, rank: int, ranks: int
 ) -> Iterator[tuple[Batch, Batch]]:
     """This rank's share of the rows, in as many batches as on every rank, each with z = 0 and with z = 1."""
     size = config.train.chunk_rows or config.train.global_batch // ranks
@@ -79,11 +79,13 @@ def validation_batches(
     each = min(-(-count // (ranks * size)), count // ranks)
     shares = np.array_split(np.arange(count), ranks * each)
     for numbers in shares[rank * each : (rank + 1) * each]:
-        native, compressed = (collator.pairs(rows.pairs(numbers, np.full(len(numbers), z))) for z in (False, True))
+        native, compressed = (
+            collator.examples(rows.examples(numbers, np.full(len(numbers), z))) for z in (False, True)
+        )
         yield native, compressed
 
 
-def data_mix(training: Rows, held_out: Rows | None) -> list[dict[str, Any]]:
+def data_mix(training: PreparedRows, held_out: PreparedRows | None) -> list[dict[str, Any]]:
     """Rows by source and task: how many are trained on, how many of them have a target or an answer, how many are held
     out. Ordered by size."""
     counts: dict[tuple[str, str], dict[str, Any]] = {}

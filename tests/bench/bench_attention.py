@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from crem.data.collator import Batch, Collator, Sequence
-from crem.data.items import Pair
+from crem.data.items import TrainingExample
 from crem.train.step import train_step
 from tests.bench.steps import Accumulating, build, rows
 from tests.bench.timing import environment, interleaved, table
@@ -58,7 +58,7 @@ def measure(side: int, words: int, args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
-def batches_of(pairs: list[Pair], collator: Collator) -> dict[str, Batch]:
+def batches_of(pairs: list[TrainingExample], collator: Collator) -> dict[str, Batch]:
     """The same sequences in the three layouts; each query has a target and no negatives."""
     queries = [
         collator.sequence(p.query, question=p.question, answer=p.answer, z=p.z and p.answer is not None) for p in pairs
@@ -70,7 +70,9 @@ def batches_of(pairs: list[Pair], collator: Collator) -> dict[str, Batch]:
     return {name: _batch(sequences, layout, pairs, collator) for name, layout in layouts.items()}
 
 
-def _batch(sequences: list[Sequence], layout: list[list[int]], pairs: list[Pair], collator: Collator) -> Batch:
+def _batch(
+    sequences: list[Sequence], layout: list[list[int]], pairs: list[TrainingExample], collator: Collator
+) -> Batch:
     number_of = torch.empty(len(sequences), dtype=torch.long)  # sequences are numbered row by row
     number_of[torch.tensor([i for row in layout for i in row])] = torch.arange(len(sequences))
     return replace(

@@ -4,7 +4,7 @@
 
 EfficientNet-Lite0 (4.7 M parameters, trained on ImageNet, no training here) finds the unseen vendor's drawing from one
 of a training vendor: the image-to-image pairs of the corpus' test splits. Its last feature map is averaged over the
-places, and candidates are ranked by the cosine. Queries, candidates and ties count as in ``pipelines/evaluation/evaluate.py``:
+places, and candidates are ranked by the cosine. Queries, candidates and ties count as in ``pipelines/evaluation``:
 candidates are the distinct targets of both splits, and one that scores as high as the target counts against it.
 
 The network reads 224 x 224 pixels. The corpus' drawings are enlarged to that; with ``--npm-dir`` (the vendors'

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def cut(count: int, size: int) -> list[Batch]:
         parts = [pairs[i : i + size] for i in range(0, count, size)]
-        return [collator.pairs(part).to(args.device) for part in parts]
+        return [collator.examples(part).to(args.device) for part in parts]
 
     def step(chunks: list[Batch]) -> Callable[[], object]:
         return lambda: train_step(engine, chunks, config.loss)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{environment(args.device)} bf16, {args.rows} rows of a 64 x 64 picture and a caption, both losses.\n")
+    print(f"{environment(args.device)} bf16, {args.rows} rows of a 64 x 64 image and a caption, both losses.\n")
     results = []
     for width in args.width:
         steps = {
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _step(width: int, count: int, device: str, *, compiled: bool) -> Callable[[], Callable[[], object]]:
     model, collator, config = build(width, 64, device)
-    batch = collator.pairs(rows(count, 64, (2, 8), answered=0.5))
+    batch = collator.examples(rows(count, 64, (2, 8), answered=0.5))
     if compiled:
         compile_layers(model.core)
     engine = Accumulating(model)

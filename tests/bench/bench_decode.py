@@ -99,17 +99,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def item_of(length: int, collator: Collator) -> Item:
-    """An item of exactly ``length`` vision and text tokens: a picture of half of them, and text."""
+    """An item of exactly ``length`` vision and text tokens: an image of half of them, and text."""
     side = 16 * max(1, int((length / 2) ** 0.5))
-    picture = Image.new("RGB", (side, side), (200, 30, 30))
+    image = Image.new("RGB", (side, side), (200, 30, 30))
 
     def tokens(text: str) -> int:
-        segments = collator.sequence(Item(text, [picture])).prompt.segments
+        segments = collator.sequence(Item(text, [image])).prompt.segments
         return int(((segments == Segment.V) | (segments == Segment.T)).sum())
 
     text = "~" * (length - tokens("~") + 1)  # a byte that no text in training held: it merges with nothing
     assert tokens(text) == length, (tokens(text), length)
-    return Item(text, [picture])
+    return Item(text, [image])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def measure(side: int, args: argparse.Namespace) -> list[list[str]]:
         CONTRASTIVE: [replace(p, question=None, answer=None) for p in joint],
         "generative": [replace(p, target=None) for p in joint],
     }
-    batches = {name: collator.pairs(some).to(args.device) for name, some in pairs.items()}
+    batches = {name: collator.examples(some).to(args.device) for name, some in pairs.items()}
 
     def loss(name: str, *, retrieval_only: bool = False) -> Tensor:
         batch = batches[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crem.config import RunConfig, load_config
 from crem.data.collator import Batch, Collator
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.model.build import build_model
 from crem.model.crem import CremModel, CremOutput
 
@@ -29,10 +29,12 @@ def build(width: int, side: int, device: str, *, max_text_tokens: int = 1024) ->
     return model.to(device).train(), collator, config
 
 
-def rows(count: int, side: int, words: tuple[int, int], *, answered: float = 1.0, seed: int = 0) -> list[Pair]:
-    """``count`` retrieval rows: a picture with a question for a share of them, and a caption of so many words."""
+def rows(
+    count: int, side: int, words: tuple[int, int], *, answered: float = 1.0, seed: int = 0
+) -> list[TrainingExample]:
+    """``count`` retrieval rows: an image with a question for a share of them, and a caption of so many words."""
     draw = random.Random(seed)
-    pictures = [Image.effect_noise((side, side), 90).convert("RGB") for _ in range(min(count, 64))]
+    images = [Image.effect_noise((side, side), 90).convert("RGB") for _ in range(min(count, 64))]
 
     def text() -> str:
         return " ".join(draw.choices(CAPTION.split(), k=draw.randint(*words)))
@@ -40,9 +42,9 @@ def rows(count: int, side: int, words: tuple[int, int], *, answered: float = 1.0
     made = []
     for i in range(count):
         question, answer = ("what is this?", text()) if draw.random() < answered else (None, None)
-        picture = pictures[i % len(pictures)].rotate(90 * (i // len(pictures) % 4))
-        query, target = Item(text() if i % 2 else None, [picture]), Item(f"{text()} {i}")
-        made.append(Pair(query, target, (), question, answer, z=draw.random() < 0.5, target_key=i))
+        image = images[i % len(images)].rotate(90 * (i // len(images) % 4))
+        query, target = Item(text() if i % 2 else None, [image]), Item(f"{text()} {i}")
+        made.append(TrainingExample(query, target, (), question, answer, z=draw.random() < 0.5, target_key=i))
     return made
 
 

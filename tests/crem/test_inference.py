@@ -11,7 +11,7 @@ from PIL import Image
 
 import crem
 from crem import Item
-from crem.data.items import Pair
+from crem.data.items import TrainingExample
 from crem.errors import ItemError
 from crem.inference import Answer, Crem
 from crem.model.build import build_model
@@ -34,8 +34,8 @@ def spelling() -> crem.Crem:
     """A tiny model that has learnt two answers, whose characters take several tokens each."""
     config = run_config("optim.lr=2e-2", "train.steps=90", "optim.warmup_steps=5", "loss.compression_probability=1")
     network, collator = build_model(tiny_config(), texts=TEXTS)
-    pairs = [Pair(Item(w), None, (), "say it", a, z=True) for w, a in SPELLINGS.items()] * 2
-    batch = collator.pairs(pairs)
+    pairs = [TrainingExample(Item(w), None, (), "say it", a, z=True) for w, a in SPELLINGS.items()] * 2
+    batch = collator.examples(pairs)
     engine = PlainEngine(network.train(), config)
     losses = [train_step(engine, [batch], config.loss).loss for _ in range(85)]
     assert losses[-1] < 0.1 < losses[0], losses[-1]
@@ -53,7 +53,7 @@ def test_shorthand(model: crem.Crem, tmp_path: Path) -> None:
     ways = model.embed([NOISE, buffer.getvalue(), path, Item(images=[str(path)]), Item(images=[f"file://{path}"])])
     assert np.abs(ways - ways[0]).max() < 1e-6
     for one in (NOISE, buffer.getvalue(), str(path), path):
-        assert Item(images=one) == Item(images=[one]), "one picture without the list around it"  # type: ignore[arg-type]
+        assert Item(images=one) == Item(images=[one]), "one image without the list around it"  # type: ignore[arg-type]
     assert np.abs(np.diff(model.embed(["food", Item("food"), Item(text="food", images=[])]), axis=0)).max() < 1e-6
     assert np.abs(model.embed([str(path)]) - ways[:1]).max() > 1e-3, "a plain string is a text, also one that is a path"
 

@@ -27,8 +27,8 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def picture(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
-    """A picture of random blocks, different for each seed."""
+def random_image(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
+    """An image of random blocks, different for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).convert(mode)
 
@@ -51,24 +51,24 @@ def bomb(side: int = 60_000) -> bytes:
     )
 
 
-def picture_files() -> dict[str, bytes]:
+def image_files() -> dict[str, bytes]:
     """Files of ``images/``; those of ``good_`` can be read."""
-    palette = picture(3).quantize(8)
+    palette = random_image(3).quantize(8)
     alpha = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
-    frames = [picture(10 + i) for i in range(3)]
+    frames = [random_image(10 + i) for i in range(3)]
     return {
-        "good_a.png": encoded(picture(1)),
-        "good_b.jpg": encoded(picture(2, (64, 48)), "JPEG"),
-        "good_copy_of_a.png": encoded(picture(1)),
-        "good_cmyk.jpg": encoded(picture(4, mode="CMYK"), "JPEG"),
+        "good_a.png": encoded(random_image(1)),
+        "good_b.jpg": encoded(random_image(2, (64, 48)), "JPEG"),
+        "good_copy_of_a.png": encoded(random_image(1)),
+        "good_cmyk.jpg": encoded(random_image(4, mode="CMYK"), "JPEG"),
         "good_palette_alpha.png": encoded(palette, transparency=0),
         "good_clear.png": encoded(alpha),
         "good_moving.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "good_1x1.png": encoded(Image.new("RGB", (1, 1), (9, 8, 7))),
-        "good_ünïcode 漢字.png": encoded(picture(5)),
+        "good_ünïcode 漢字.png": encoded(random_image(5)),
         "bad_header.png": b"\x89PNG\r\n\x1a\n" + b"garbage" * 9,
         "bad_empty.png": b"",
-        "bad_truncated.jpg": encoded(picture(6, (64, 64)), "JPEG", quality=95)[:400],
+        "bad_truncated.jpg": encoded(random_image(6, (64, 64)), "JPEG", quality=95)[:400],
         "bad_text.png": b"<html>404</html>",
         "bomb.png": bomb(),
         "small_bomb.png": bomb(12_000),  # over our bound, and under the one at which Pillow itself refuses
@@ -122,15 +122,15 @@ JSON_ROWS: list[tuple[str, dict[str, Any] | str, str]] = [
 ]
 """Rows of one JSONL file under limits of 200 characters and 4 images."""
 
-STORED_PICTURES = 8
-"""Distinct pictures of the accepted rows: nine good files, one of them a copy."""
+STORED_IMAGES = 8
+"""Distinct images of the accepted rows: nine good files, one of them a copy."""
 
 
 def write_nasty_corpus(folder: Path) -> Path:
-    """``JSON_ROWS`` as ``rows/a.jsonl``, with its pictures."""
+    """``JSON_ROWS`` as ``rows/a.jsonl``, with its images."""
     (folder / "images").mkdir(parents=True)
     (folder / "rows").mkdir()
-    for name, data in picture_files().items():
+    for name, data in image_files().items():
         (folder / "images" / name).write_bytes(data)
     lines = [
         row.encode("latin-1") if isinstance(row, str) else json.dumps({"key": key, **row}).encode()

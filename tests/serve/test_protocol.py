@@ -112,7 +112,7 @@ def test_the_last_text_is_the_instruction_and_the_rest_is_the_item() -> None:
     assert (asked.item.text, asked.item.images) == ("A shop.\nRed.", (PNG,))
 
 
-def test_a_picture_alone_is_the_item() -> None:
+def test_a_image_alone_is_the_item() -> None:
     asked = question(user(image(), text("What is it?")))
     assert (asked.item.text, asked.item.images, asked.prompt) == (None, (PNG,), "What is it?")
 
@@ -122,7 +122,7 @@ def test_a_lone_text_is_item_and_instruction() -> None:
     assert asked.item.text == asked.prompt == "What is red?"
 
 
-def test_a_dialogue_keeps_its_roles_and_all_pictures() -> None:
+def test_a_dialogue_keeps_its_roles_and_all_images() -> None:
     asked = question(user(image(), text("What?")), {"role": "assistant", "content": "A cat."}, user("Its colour?"))
     assert asked.item.text == "user: What?\nassistant: A cat."
     assert asked.item.images == (PNG,)

@@ -11,7 +11,7 @@ from PIL import Image
 import crem
 from crem import Item
 from crem.data.collator import Batch, Collator
-from crem.data.items import Pair
+from crem.data.items import TrainingExample
 from crem.data.prompts import Segment
 from crem.errors import ItemError
 
@@ -38,7 +38,7 @@ def test_too_many_images_are_refused(collator: Collator) -> None:
     assert len(collator.sequence(Item("x", images[:16])).grids) == 16
 
 
-def random_pairs(seed: int) -> list[Pair]:
+def random_pairs(seed: int) -> list[TrainingExample]:
     draw = random.Random(seed)
 
     def item() -> Item:
@@ -52,7 +52,7 @@ def random_pairs(seed: int) -> list[Pair]:
         paired = draw.random() < 0.7
         answer = draw.choice(WORDS) if draw.random() < 0.5 or not paired else None
         pairs.append(
-            Pair(
+            TrainingExample(
                 item(),
                 item() if paired else None,
                 tuple(item() for _ in range(draw.randint(0, 2))) if paired else (),
@@ -72,7 +72,7 @@ def tokens_of(batch: Batch, number: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(12))
 def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int) -> None:
     pairs = random_pairs(seed)
-    batch = collator.pairs(pairs, flat=seed % 2 == 0)
+    batch = collator.examples(pairs, flat=seed % 2 == 0)
     asked = [
         collator.sequence(p.query, question=p.question if p.answer else None, answer=p.answer, z=p.z) for p in pairs
     ]
@@ -113,14 +113,14 @@ def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int
 
 
 def test_a_hard_negative_brings_its_content(collator: Collator) -> None:
-    known = Pair(Item("a"), Item("b"), (Item("c"), Item("d")), target_key=4, negative_keys=(5, 6))
-    unknown = Pair(Item("e"), Item("f"), (Item("g"),), target_key=7)
-    assert collator.pairs([known, unknown]).candidate_keys.tolist() == [4, 7, 5, 6, -1]
+    known = TrainingExample(Item("a"), Item("b"), (Item("c"), Item("d")), target_key=4, negative_keys=(5, 6))
+    unknown = TrainingExample(Item("e"), Item("f"), (Item("g"),), target_key=7)
+    assert collator.examples([known, unknown]).candidate_keys.tolist() == [4, 7, 5, 6, -1]
 
 
 def test_z_stays_with_its_row(collator: Collator) -> None:
-    pairs = [Pair(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
-    batch = collator.pairs(pairs)
+    pairs = [TrainingExample(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
+    batch = collator.examples(pairs)
     marked = {tuple(tokens_of(batch, n)) for n in batch.z.nonzero()[:, 0].tolist()}
     expected = {
         tuple(collator.sequence(p.query, question="what?", answer=p.answer).prompt.input_ids) for p in pairs if p.z

@@ -1,4 +1,4 @@
-"""Pictures: every format becomes the same RGB, and limits are checked before pixels are decoded."""
+"""Images: every format becomes the same RGB, and limits are checked before pixels are decoded."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def reason(source: object, limits: ImageConfig = LIMITS) -> str:
 
 
 def test_palette_with_alpha_is_composited_on_white() -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putdata([0, 1])
-    loaded = load_image(encoded(picture, "PNG", transparency=1), LIMITS)
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    loaded = load_image(encoded(image, "PNG", transparency=1), LIMITS)
     assert loaded.mode == "RGB"
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
 
 
 def test_half_transparent_black_is_grey() -> None:
-    picture = Image.new("LA", (1, 1), (0, 128))
-    assert load_image(picture, LIMITS).getpixel((0, 0)) == (127, 127, 127)
+    image = Image.new("LA", (1, 1), (0, 128))
+    assert load_image(image, LIMITS).getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_cmyk_jpeg() -> None:
@@ -72,11 +72,11 @@ def test_first_frame_of_an_animation() -> None:
 
 
 def test_exif_rotation_is_applied() -> None:
-    picture = Image.new("RGB", (40, 20), (0, 0, 0))
-    picture.paste((255, 255, 255), (0, 0, 20, 20))  # left half white
+    image = Image.new("RGB", (40, 20), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 20, 20))  # left half white
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
-    loaded = load_image(encoded(picture, "JPEG", exif=exif), LIMITS)
+    loaded = load_image(encoded(image, "JPEG", exif=exif), LIMITS)
     assert loaded.size == (20, 40)
     assert min(loaded.getpixel((10, 5))) > 200 and max(loaded.getpixel((10, 35))) < 50  # top white, bottom black
 
@@ -153,11 +153,11 @@ def test_remote_urls_are_refused(url: str) -> None:
 
 def test_files_here_are_read_by_path_uri_and_chain(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(RED_PNG)
-    fsspec.filesystem("memory").pipe_file("/pictures/a.png", RED_PNG)
+    fsspec.filesystem("memory").pipe_file("/images/a.png", RED_PNG)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.png", RED_PNG)
     inside = f"zip://a.png::file://{tmp_path}/a.zip"
-    for uri in (f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "memory://pictures/a.png", inside):
+    for uri in (f"{tmp_path}/a.png", f"file://{tmp_path}/a.png", "memory://images/a.png", inside):
         assert read_bytes(uri, LIMITS) == RED_PNG
 
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from crem.config import BackboneShape, ModelConfig, RunConfig, load_config, preset_names
 from crem.data.collator import Batch, Collator
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.forecast.devices import DEVICES, RowSize, full_chunk, needs, row_flops, step_flops
 from crem.forecast.memory import Chunk, Weights, activations, device_memory, weights_of
 from crem.forecast.shapes import PUBLISHED, meta_model, shape_of
@@ -59,10 +59,10 @@ def built(shape: BackboneShape, overrides: list[str]) -> tuple[CremModel, Collat
 
 
 def rows(collator: Collator) -> Batch:
-    """Pictures of two sizes on both sides, texts, answers from everything and from the chorus tokens alone."""
-    return collator.pairs(
+    """Images of two sizes on both sides, texts, answers from everything and from the chorus tokens alone."""
+    return collator.examples(
         [
-            Pair(
+            TrainingExample(
                 Item("animals and nature " * i, [Image.new("RGB", (64 + 32 * (i % 3), 96), (20 * i, 9, 7))]),
                 Item("describe it", [Image.new("RGB", (96, 96), (7, 20 * i, 9))] if i % 2 else ()),
                 question="what is this?",
@@ -238,7 +238,7 @@ def test_the_fewest_gpus_are_found() -> None:
 def test_flops_are_twice_the_weights_for_each_token() -> None:
     """Short sequences: attention over the context is negligible; the language model's matrices are 1.31 B in 2B."""
     shape = PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
-    row = RowSize(tokens=10, patches=4, answer_tokens=1, sequences=1, pictures=1)
+    row = RowSize(tokens=10, patches=4, answer_tokens=1, sequences=1, images=1)
     text, vision, head = row_flops(shape, row)
     with torch.device("meta"):
         named = dict(meta_model(ModelConfig(lora=None)).named_parameters())

@@ -37,7 +37,7 @@ def counted(model: CremModel, batch: Batch) -> dict[str, float]:
 def batch_of(overrides: list[str], flat: bool = True) -> tuple[CremModel, Batch]:
     config = run_config(*overrides)
     model, collator = build_model(config.model, texts=TEXTS)
-    return model.train(), collator.pairs(pairs("mixed"), flat=flat)
+    return model.train(), collator.examples(pairs("mixed"), flat=flat)
 
 
 def weights_only(flops: ModelFlops, batch: Batch) -> float:

@@ -13,7 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from crem.data.collator import Batch, Collator
 from crem.data.collator import Sequence as TokenSequence
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.data.prompts import Segment
 from crem.model.attention import compression_aware_mask
 from crem.model.build import build_model
@@ -223,9 +223,11 @@ def test_left_padding_does_not_change_a_result(tiny: tuple[CremModel, Collator])
 
 def test_one_forward_gives_embedding_and_lm_loss_and_packing_changes_neither(tiny: tuple[CremModel, Collator]) -> None:
     model, collator = tiny
-    pairs = [Pair(item, Item(f"target {i}"), (), QUESTION, ANSWER, z=i % 2 == 0) for i, item in enumerate(ITEMS)]
-    pairs.append(Pair(ITEMS[0], None, (), "describe it", "food and drink", z=True))
-    packed = collator.pairs(pairs)
+    pairs = [
+        TrainingExample(item, Item(f"target {i}"), (), QUESTION, ANSWER, z=i % 2 == 0) for i, item in enumerate(ITEMS)
+    ]
+    pairs.append(TrainingExample(ITEMS[0], None, (), "describe it", "food and drink", z=True))
+    packed = collator.examples(pairs)
     assert packed.packed and packed.two_part is not None and packed.padding_share < 0.25
     out = model(packed)
     total = torch.tensor(0.0)
@@ -261,7 +263,7 @@ def test_two_part_attention_is_the_dense_mask(seed: int, template_visible: bool)
         return " ".join(draw.choices(words, k=draw.randint(1, 30)))
 
     pairs = [
-        Pair(
+        TrainingExample(
             Item(text(), [Image.new("RGB", (64, 64), (9 * i, 3, 7))] if seed and i % 3 else []),
             Item(text()) if i % 4 else None,
             (Item(text()),) if i % 5 == 1 else (),
@@ -271,7 +273,7 @@ def test_two_part_attention_is_the_dense_mask(seed: int, template_visible: bool)
         )
         for i in range(12)
     ]
-    batch = collator.pairs(pairs, chorus_tokens=2 if seed == 3 else None)
+    batch = collator.examples(pairs, chorus_tokens=2 if seed == 3 else None)
     results = []
     for fast in (True, False):
         model.zero_grad()

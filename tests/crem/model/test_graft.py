@@ -19,7 +19,7 @@ from transformers import (
 
 from crem.cli import main
 from crem.config import GraftConfig, load_config
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.errors import CheckpointError
 from crem.model.backbone import tokenizer_from_texts
 from crem.model.build import build_model
@@ -82,10 +82,11 @@ def test_a_graft_trains(tmp_path: Path) -> None:
     config = load_config("small", [backbone, "model.image={min_pixels: 1024, max_pixels: 4096}"])
     model, collator = build_model(config.model)
     rows = [
-        Pair(Item(None, [Image.new("RGB", (64, 64), c)]), Item(c), (), "what?", c, z=True) for c in ("red", "green")
+        TrainingExample(Item(None, [Image.new("RGB", (64, 64), c)]), Item(c), (), "what?", c, z=True)
+        for c in ("red", "green")
     ]
     engine = Accumulating(model.train())
-    result = train_step(engine, [collator.pairs(rows)], config.loss)
+    result = train_step(engine, [collator.examples(rows)], config.loss)
     assert result.loss > 0 and result.answer_tokens > 2
     assert all(
         float(p.grad.abs().max()) > 0

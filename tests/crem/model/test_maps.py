@@ -19,7 +19,7 @@ def _batch(model: crem.Crem, *items: object):
     return model.collator.pad([model.collator.sequence(as_item(item)) for item in items])
 
 
-def _picture(seed: int) -> Image.Image:
+def _image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8))
 
 
@@ -28,7 +28,7 @@ def test_weights_are_those_of_eager_attention(tiny_model_dir: str) -> None:
     from crem.model.backbone import _attend_by
 
     model = crem.load(tiny_model_dir)
-    batch = _batch(model, _picture(1), crem.Item(text="a red apple on a table", images=(_picture(2),)))
+    batch = _batch(model, _image(1), crem.Item(text="a red apple on a table", images=(_image(2),)))
     assert (batch.segments == Segment.PAD).any()
     before = model.model.encode(batch)[0]
     ours = chorus_attention(model.model, batch)
@@ -68,7 +68,7 @@ def _features(model: crem.Crem, batch):
 
 def test_a_map_is_over_the_vision_tokens_of_its_image(tiny_model_dir: str) -> None:
     model = crem.load(tiny_model_dir)
-    batch = _batch(model, _picture(1), crem.Item(text="a red apple", images=(_picture(2),)))
+    batch = _batch(model, _image(1), crem.Item(text="a red apple", images=(_image(2),)))
     attention = chorus_attention(model.model, batch)
     made = image_maps(model.model, batch, attention)
     for row, (maps, share) in enumerate(made):
@@ -83,7 +83,7 @@ def test_a_map_is_over_the_vision_tokens_of_its_image(tiny_model_dir: str) -> No
 
 def test_maps_at_a_smaller_chorus_count(tiny_model_dir: str) -> None:
     model = crem.load(tiny_model_dir)
-    batch = model.collator.pad([model.collator.sequence(as_item(_picture(1)), chorus_tokens=2)])
+    batch = model.collator.pad([model.collator.sequence(as_item(_image(1)), chorus_tokens=2)])
     assert chorus_attention(model.model, batch).shape[3] == 2
 
 

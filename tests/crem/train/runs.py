@@ -21,7 +21,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from crem.config import ModelConfig, RunConfig, load_config
 from crem.data.collator import Batch, Collator
-from crem.data.items import Item, Pair
+from crem.data.items import Item, TrainingExample
 from crem.model.backbone import CHAT_TEMPLATE, compile_layers, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.build import build_model
 from crem.model.crem import CremModel, CremOutput
@@ -67,7 +67,7 @@ def run_config(*overrides: str) -> RunConfig:
     return load_config("micro", [*TINY, *settings, *overrides])
 
 
-def pairs(case: str, step: int = 0) -> list[Pair]:
+def pairs(case: str, step: int = 0) -> list[TrainingExample]:
     """Rows of one step; in the uneven cases the second half, which rank 1 of 2 gets, differs from the first."""
     rows = []
     for i in range(ROWS):
@@ -79,7 +79,7 @@ def pairs(case: str, step: int = 0) -> list[Pair]:
         images = [Image.new("RGB", (64, 64), (30 * i, 20 * step, 9 * i))] if with_image else []
         negatives = (1 if i == 1 else 0) if case != "hard negatives" else i % 3
         rows.append(
-            Pair(
+            TrainingExample(
                 Item(f"animals {i} and {step}", images),
                 Item(f"describe {i * 7 + step}") if paired else None,
                 tuple(Item(f"green {i}" + " square" * n) for n in range(negatives)) if paired else (),
@@ -99,7 +99,7 @@ def share(collator: Collator, case: str, step: int, rank: int, ranks: int, chunk
     rows, first = pairs(case, step), rank * chunks
     count = NESTED[step % len(NESTED)] if case == "nested" else None
     parts = [rows[i * size : (i + 1) * size] for i in range(first, first + chunks)]
-    return [collator.pairs(part, chorus_tokens=count) for part in parts]
+    return [collator.examples(part, chorus_tokens=count) for part in parts]
 
 
 def trained(

@@ -142,7 +142,7 @@ def test_dropout_is_replayed(backbone: str, dropped: str, checkpointed: bool) ->
 def test_every_chunk_draws_its_own_dropout(backbone: str) -> None:
     config = run_config(*lora(backbone, 0.3))
     model, collator = started(config)
-    same = [collator.pairs(pairs("mixed")[:2]) for _ in range(2)]
+    same = [collator.examples(pairs("mixed")[:2]) for _ in range(2)]
     engine = Recorded(model, config, 2)
     train_step(engine, same, config.loss)
     assert (engine.cached[0] - engine.cached[1]).abs().max() > 1e-4

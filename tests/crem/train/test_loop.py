@@ -115,7 +115,7 @@ def test_validation_is_told_with_its_step_and_at_the_end() -> None:
 def held_out(collator: Collator, pieces: int) -> list[tuple[Batch, Batch]]:
     rows, size = pairs("mixed"), ROWS // pieces
     parts = [rows[at : at + size] for at in range(0, ROWS, size)]
-    return [tuple(collator.pairs([replace(p, z=z) for p in part]) for z in (False, True)) for part in parts]  # type: ignore[misc]
+    return [tuple(collator.examples([replace(p, z=z) for p in part]) for z in (False, True)) for part in parts]  # type: ignore[misc]
 
 
 def test_validation_by_hand() -> None:
@@ -206,7 +206,7 @@ def test_the_loop_stops_before_a_checkpoint_of_a_broken_model() -> None:
 
 
 def validate_on_rank(number: int, folder: Path) -> None:
-    """ZeRO-3: rank 1 has a picture in none of its rows. A step follows, so training goes on after a validation."""
+    """ZeRO-3: rank 1 has an image in none of its rows. A step follows, so training goes on after a validation."""
     from crem.train.optim import initialise
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -214,7 +214,7 @@ def validate_on_rank(number: int, folder: Path) -> None:
     model, collator = build_model(config.model, texts=TEXTS)
     engine = initialise(model.train(), config, CPU)
     rows = pairs("no images")[number * ROWS // 2 : (number + 1) * ROWS // 2]
-    held = [tuple(collator.pairs([replace(p, z=z) for p in rows]) for z in (False, True))]
+    held = [tuple(collator.examples([replace(p, z=z) for p in rows]) for z in (False, True))]
     before = validate(engine, held, config.loss, CPU)  # type: ignore[arg-type]
     train_step(engine, share(collator, "no images", 0, number, 2), config.loss)
     train_step(engine, share(collator, "no images", 1, number, 2), config.loss)
@@ -228,6 +228,6 @@ def test_validation_on_two_ranks_under_zero_3_is_that_of_one_process(tmp_path: P
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     config, engine, collator = started()
-    whole = [tuple(collator.pairs([replace(p, z=z) for p in pairs("no images")]) for z in (False, True))]
+    whole = [tuple(collator.examples([replace(p, z=z) for p in pairs("no images")]) for z in (False, True))]
     assert first[0] == pytest.approx(validate(engine, whole, config.loss, CPU).as_dict(), rel=1e-5)  # type: ignore[arg-type]
     assert first[1]["loss"] != pytest.approx(first[0]["loss"], rel=1e-3), "the steps have changed the model"

@@ -34,7 +34,7 @@ RUN = [
     "data.augment=0",
     "evaluate.max_new_tokens=2",
     "ablate.chorus_tokens=2",
-    "ablate.map_pictures=3",
+    "ablate.map_images=3",
     "ablate.chorus_counts=[1,2]",
 ]
 
@@ -156,7 +156,7 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
 
     assert {f.name for f in (out / "maps").iterdir()} == {"crem-2-0.json"}
     maps = json.loads((out / "maps" / "crem-2-0.json").read_text())
-    assert maps["pictures"] == 3 and all(np.sum(m) == pytest.approx(1, abs=1e-3) for m in maps["shown"][0]["maps"])
+    assert maps["images"] == 3 and all(np.sum(m) == pytest.approx(1, abs=1e-3) for m in maps["shown"][0]["maps"])
     assert 1 / 64 < maps["coverage"] <= 1 and 0 < maps["overlap"] <= 1 and 0 < maps["image_share"] < 1
     assert rows["crem@2"]["coverage"]["mean"] == pytest.approx(100 * maps["coverage"])
     assert (out / "maps.png").read_bytes().startswith(b"\x89PNG")

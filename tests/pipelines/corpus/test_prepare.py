@@ -1,4 +1,4 @@
-"""``crem prepare``: every row is accounted for, every picture stored once, nothing of another run survives."""
+"""``crem prepare``: every row is accounted for, every image stored once, nothing of another run survives."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from crem.errors import ConfigError
 from crem.train.step import retrieval_of
 from pipelines.corpus import prepare as job
 from pipelines.corpus import sources
-from pipelines.corpus.image_reader import Pictures
+from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.prepare import decide, prepare
 from pipelines.tables import schema, session
 from pipelines.tables.prepared import read_rows
 from pipelines.tables.storage import Folder
 from tests.pipelines.conftest import (
     JSON_ROWS,
-    STORED_PICTURES,
+    STORED_IMAGES,
     encoded,
-    picture,
+    random_image,
     table,
     write_nasty_corpus,
     write_rows,
@@ -101,10 +101,10 @@ def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, dict[str,
 
 
 @pytest.mark.ray
-def test_each_picture_is_stored_once_and_every_reference_resolves(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_each_image_is_stored_once_and_every_reference_resolves(prepared: tuple[Path, dict[str, Any]]) -> None:
     out, manifest = prepared
     images = table(out / "images")
-    assert manifest["images"] == len(images) == len({i["id"] for i in images}) == STORED_PICTURES
+    assert manifest["images"] == len(images) == len({i["id"] for i in images}) == STORED_IMAGES
     rows = {row["key"]: row for row in table(out / "rows")}
     referenced = {i for r in rows.values() for side in (r["query"], r["target"]) if side for i in side["images"]}
     assert referenced == {i["id"] for i in images}
@@ -118,7 +118,7 @@ def test_each_picture_is_stored_once_and_every_reference_resolves(prepared: tupl
             assert decoded.size == (image["width"], image["height"])
             assert decoded.mode == "RGB"
     stored = by_id[rows["pair"]["target"]["images"][0]]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["bytes"]))), np.asarray(picture(1)))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["bytes"]))), np.asarray(random_image(1)))
     clear = by_id[rows["clear"]["query"]["images"][0]]
     assert Image.open(io.BytesIO(clear["bytes"])).getpixel((0, 0)) == (255, 255, 255)
     assert (by_id[rows["dot"]["query"]["images"][0]]["width"], stored["uri"]) == (1, "good_a.png")
@@ -138,11 +138,11 @@ def test_parquet_jsonl_and_gzip_of_the_same_rows_agree(tmp_path: Path, local_ray
 
 
 @pytest.mark.ray
-def test_pictures_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, local_ray: None) -> None:
+def test_images_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, local_ray: None) -> None:
     corpus = tmp_path / "corpus"
     outside = tmp_path / "elsewhere.png"
-    outside.write_bytes(encoded(picture(7)))
-    inline = encoded(picture(8))
+    outside.write_bytes(encoded(random_image(7)))
+    inline = encoded(random_image(8))
     rows: list[dict[str, Any]] = [
         {"key": "zip", "query_images": ["in.png"], "target_text": "t"},
         {"key": "path", "query_images": [str(outside)], "target_text": "t"},
@@ -159,7 +159,7 @@ def test_pictures_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, lo
         ],
     )
     with zipfile.ZipFile(corpus / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("in.png", encoded(picture(9)))
+        archive.writestr("in.png", encoded(random_image(9)))
         archive.writestr("huge.png", bytes(2**20 + 1))
     limits = load_config("micro", ["model.image.max_source_bytes=1048576"])
     manifest = prepare(str(corpus), str(tmp_path / "out"), limits)
@@ -258,7 +258,7 @@ def test_a_table_that_would_be_overlooked_is_named(tmp_path: Path, caplog: pytes
     assert "b.csv" in caplog.text
 
 
-def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_picture() -> None:
+def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
     def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> dict[str, bytes]:
         columns = {
             "row_ids": rows,
@@ -277,7 +277,7 @@ def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_picture() -> Non
         ]
     )
     assert [rows.tolist() for rows, _ in decided] == [[True, True], [], [False, True, False], [True]]
-    # picture 12 is wanted by row 4, and its first holder keeps it
+    # image 12 is wanted by row 4, and its first holder keeps it
     assert [images.tolist() for _, images in decided] == [[True, True], [], [True, False, False], [False]]
 
 
@@ -300,9 +300,9 @@ def test_an_error_in_a_worker_arrives_as_itself(tmp_path: Path, local_ray: None)
     corpus = sources.find(str(tmp_path / "c"))
     pieces = sources.split(corpus, ["query_text"], 5)
     write_rows(file, [{"query_text": "q", "target_text": "t"}] * 4)  # someone else writes to it
-    pictures = Pictures.of(corpus.root, config().model.image)
+    reader = ImageReader.of(corpus.root, config().model.image)
     with pytest.raises(ConfigError, match=r"a\.jsonl has 4 rows where it had 5"), session.remote_errors():
-        job._stage(Folder.at(tmp_path / "out"), "c", pictures, pieces, 5, config())
+        job._stage(Folder.at(tmp_path / "out"), "c", reader, pieces, 5, config())
 
 
 @pytest.mark.ray
@@ -331,7 +331,8 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
     corpus = write_nasty_corpus(tmp_path / "nasty")
     fs.put(str(corpus), f"{s3_env.bucket}/raw/nasty", recursive=True)
     program = (
-        "from crem.config import load_config; from pipelines.corpus.prepare import prepare; config = load_config('micro', "
+        "from crem.config import load_config; from pipelines.corpus.prepare import prepare; "
+        "config = load_config('micro', "
         f"{LIMITS}); places = 's3://{s3_env.bucket}/raw/nasty', 's3://{s3_env.bucket}/prepared';"
         "prepare(*places, config); prepare(*places, config)"  # the second replaces the first
     )
@@ -340,7 +341,7 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
     fs.get(f"{s3_env.bucket}/prepared", str(tmp_path / "got"), recursive=True)
     manifest = json.loads((tmp_path / "got" / "manifest.json").read_text())
     assert manifest["by_reason"] == dict(Counter(reason for _, _, reason in JSON_ROWS if reason))
-    assert len(table(tmp_path / "got" / "images")) == manifest["images"] == STORED_PICTURES
+    assert len(table(tmp_path / "got" / "images")) == manifest["images"] == STORED_IMAGES
     assert len(table(tmp_path / "got" / "rows")) == manifest["rows_out"]
     assert not (tmp_path / "got" / "_staging").exists()
 
@@ -349,8 +350,8 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
 def test_a_hard_negative_that_is_a_target_is_masked(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
     """From the raw row to the loss: a query's negative with the content of a target is no negative of that target."""
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "d.png").write_bytes(encoded(picture(1)))
-    (tmp_path / "images" / "copy of d.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "images" / "d.png").write_bytes(encoded(random_image(1)))
+    (tmp_path / "images" / "copy of d.png").write_bytes(encoded(random_image(1)))
     negative = {"images": ["copy of d.png"], "instruction": "another instruction"}
     corpus = write_rows(
         tmp_path / "rows" / "a.jsonl",
@@ -360,10 +361,10 @@ def test_a_hard_negative_that_is_a_target_is_masked(tmp_path: Path, tiny_model_d
         ],
     ).parents[1]
     prepare(str(corpus), str(tmp_path / "out"), config())
-    pairs = read_rows(str(tmp_path / "out"), split_prefix="train").pairs(np.arange(2), np.zeros(2, dtype=bool))
+    pairs = read_rows(str(tmp_path / "out"), split_prefix="train").examples(np.arange(2), np.zeros(2, dtype=bool))
     a, c = sorted(pairs, key=lambda pair: pair.query.text or "")
     model, collator, _ = read_model(tiny_model_dir)
-    batch = collator.pairs([a, c])
+    batch = collator.examples([a, c])
     with torch.no_grad():
         queries, targets, (copy, n) = model(batch).embeddings.split([2, 2, 2])
         loss = retrieval_of(model(batch).embeddings, [batch], load_config("micro", ["loss.symmetric=false"]).loss).loss

@@ -18,7 +18,7 @@ from crem.errors import CheckpointError, ConfigError, ResourceError
 from pipelines.corpus.prepare import prepare
 from pipelines.embedding import embed as job
 from pipelines.embedding.embed import embed
-from tests.pipelines.conftest import bomb, encoded, picture, table, write_nasty_corpus, write_rows
+from tests.pipelines.conftest import bomb, encoded, random_image, table, write_nasty_corpus, write_rows
 
 pytestmark = pytest.mark.ray
 
@@ -47,8 +47,8 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven rows of every kind in two files, six of them bad."""
     folder = tmp_path_factory.mktemp("items")
     (folder / "images").mkdir()
-    (folder / "images" / "a.png").write_bytes(encoded(picture(1)))
-    (folder / "images" / "bad.jpg").write_bytes(b"no picture")
+    (folder / "images" / "a.png").write_bytes(encoded(random_image(1)))
+    (folder / "images" / "bad.jpg").write_bytes(b"no image")
     (folder / "images" / "bomb.png").write_bytes(bomb())
     good = [
         {"id": 1, "text": "a red apple"},
@@ -98,7 +98,7 @@ def test_vectors_are_those_of_the_model_itself(
     embedded: tuple[Path, dict[str, Any]], items: Path, tiny_model_dir: str
 ) -> None:
     model = crem.load(tiny_model_dir)
-    image = encoded(picture(1))
+    image = encoded(random_image(1))
     own = model.embed(
         [
             "a red apple",

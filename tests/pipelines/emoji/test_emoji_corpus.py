@@ -159,9 +159,9 @@ def test_tasks_have_the_sides_they_name(rows: list[Row]) -> None:
     for row in rows:
         found = ""
         for side in ("query", "target"):
-            text, pictures = row[f"{side}_text"], row[f"{side}_images"]
-            assert not (text and pictures), row["key"]
-            found += "t" if text else "i" if pictures else "-"
+            text, images = row[f"{side}_text"], row[f"{side}_images"]
+            assert not (text and images), row["key"]
+            found += "t" if text else "i" if images else "-"
         assert found == sides[row["task"]], row["key"]
 
 

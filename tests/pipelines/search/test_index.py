@@ -18,7 +18,7 @@ from pipelines.embedding.embed import embed
 from pipelines.search.index import build
 from pipelines.search.search import Index, search
 from pipelines.tables import schema
-from tests.pipelines.conftest import encoded, picture, write_rows
+from tests.pipelines.conftest import encoded, random_image, write_rows
 
 CONFIG = load_config("micro")
 DIM = 16
@@ -121,18 +121,18 @@ def test_a_new_index_replaces_the_old_and_nothing_else(tmp_path: Path) -> None:
 def test_search_by_text_and_image_and_never_by_another_model(
     tmp_path: Path, tiny_model_dir: str, local_ray: None
 ) -> None:
-    pictures = [encoded(picture(seed)) for seed in range(6)]
-    write_rows(tmp_path / "items.parquet", [{"id": i, "bytes": p, "uri": f"p{i}"} for i, p in enumerate(pictures)])
+    images = [encoded(random_image(seed)) for seed in range(6)]
+    write_rows(tmp_path / "items.parquet", [{"id": i, "bytes": p, "uri": f"p{i}"} for i, p in enumerate(images)])
     embed(tiny_model_dir, str(tmp_path / "items.parquet"), str(tmp_path / "e"), CONFIG)
     build(str(tmp_path / "e"), str(tmp_path / "i"), CONFIG)
-    for i, data in enumerate(pictures):
+    for i, data in enumerate(images):
         best = search(str(tmp_path / "i"), tiny_model_dir, crem.Item(images=[data]), 3)
         assert (best[0].id, best[0].uri, len(best)) == (i, f"p{i}", 3)
         assert best[0].score == pytest.approx(1, abs=1e-4)
         assert best[1].score <= best[0].score
     model = crem.load(tiny_model_dir)
     query = model.embed(["a red apple"])
-    own = np.argsort(-(query @ model.embed(pictures).T)[0])
+    own = np.argsort(-(query @ model.embed(images).T)[0])
     assert [hit.id for hit in search(str(tmp_path / "i"), tiny_model_dir, "a red apple", 6)] == own.tolist()
 
     summary = json.loads((tmp_path / "i" / "index.json").read_text())

@@ -37,10 +37,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
             data = draw(colour, shape, 10 + i % 20)
             image = {"id": schema.content_id(data), "bytes": data, "width": 64, "height": 64, "uri": str(i)}
             images.append(image)
-            picture = {"text": None, "instruction": None, "images": [image["id"]]}
+            image_side = {"text": None, "instruction": None, "images": [image["id"]]}
             words = {"text": f"a {colour} {shape} " * (1 + i % 5), "instruction": None, "images": []}
             turn = {"question": "what is this?", "answer": f"{colour} {shape}"} if task != "t2i" else {}
-            query, target = {"i2t": (picture, words), "t2i": (words, picture), "caption": (picture, None)}[task]
+            query, target = {"i2t": (image_side, words), "t2i": (words, image_side), "caption": (image_side, None)}[
+                task
+            ]
             row = {"id": schema.row_id(task, str(i)), "source": "s", "key": str(i), "task": task, "split": "train"}
             rows.append(
                 {**row, "query": query, "target": target, "negatives": None, "question": None, "answer": None, **turn}
@@ -80,7 +82,7 @@ def test_tokens_are_those_of_the_runs_own_batches(prepared: str, monkeypatch: py
     _, collator = build_model(config.model, texts=texts_of(rows))
     steps = [plan.step(s) for s in range(2)]
     numbers, z = np.concatenate([s.rows for s in steps]), np.concatenate([s.z for s in steps])
-    batches = [collator.pairs(rows.pairs(numbers[i : i + 8], z[i : i + 8])) for i in range(0, 64, 8)]
+    batches = [collator.examples(rows.examples(numbers[i : i + 8], z[i : i + 8])) for i in range(0, 64, 8)]
     assert told.row.tokens == pytest.approx(sum(b.tokens for b in batches) / 64)
     assert told.row.answer_tokens == pytest.approx(sum(int(b.answer_tokens) for b in batches) / 64)
     assert told.chunk_rows == 8

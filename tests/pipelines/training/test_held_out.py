@@ -14,14 +14,14 @@ from crem.config import RunConfig, load_config
 from crem.errors import DivergenceError
 from crem.model.build import build_model
 from pipelines.tables import schema
-from pipelines.tables.prepared import Pictures, Rows
+from pipelines.tables.prepared import ImageTable, PreparedRows
 from pipelines.tables.storage import Folder
 from pipelines.training.failed_step import saved_step
 from pipelines.training.held_out import data_mix, hash_of, split_rows, training_texts, validation_batches
 from tests.conftest import TEXTS, TINY
 
 
-def rows_of(*splits: str) -> Rows:
+def rows_of(*splits: str) -> PreparedRows:
     """A row for each name: every third one has no target, every other one an answer; ids are in order of the source."""
 
     def side(text: str) -> dict[str, object]:
@@ -42,14 +42,14 @@ def rows_of(*splits: str) -> Rows:
         }
         for i, split in enumerate(splits)
     ]
-    return Rows(pa.Table.from_pylist(rows, schema=schema.ROWS), Pictures.of([], []))
+    return PreparedRows(pa.Table.from_pylist(rows, schema=schema.ROWS), ImageTable.of([], []))
 
 
 def config(*overrides: str) -> RunConfig:
     return load_config("micro", [*TINY, "train.global_batch=16", "train.workers=2", *overrides])
 
 
-def ids(rows: Rows | None) -> list[int]:
+def ids(rows: PreparedRows | None) -> list[int]:
     return [] if rows is None else rows.table.column("id").to_pylist()
 
 

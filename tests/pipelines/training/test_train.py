@@ -168,7 +168,7 @@ def test_rows_and_the_plan_read_each_row_once_per_epoch(prepared: str) -> None:
     assert (len(plan.retrieval), len(plan.heterogeneous), plan.retrieval_per_step) == (48, 24, 12)
     seen = np.concatenate([plan.step(s).rows for s in range(4)])
     assert sorted(r for r in seen if r in set(plan.retrieval)) == sorted(plan.retrieval)
-    pair = rows.pairs(plan.retrieval[:1], np.array([True]))[0]
+    pair = rows.examples(plan.retrieval[:1], np.array([True]))[0]
     assert pair.z and pair.target is not None and pair.target_key > 0
 
 
