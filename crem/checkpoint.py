@@ -48,10 +48,15 @@ _NOT_COPIED = (
     ".h5",
     ".msgpack",
     ".onnx",
+    ".npz",
+    ".pkl",
     ".index.json",
     ".py",
+    ".pyc",
 )
 """Endings of weights, which are written anew, and of code, which is never run."""
+_NOT_COPIED_NAMES = (".", CREM_FILE, "optimizer", "scheduler", "trainer_state", "training_args", "rng_state", "latest")
+"""Beginnings of the names of hidden files, of our own file, and of what another training run left."""
 _COPIED_UP_TO_BYTES = 64 * 2**20
 _TEXT_FILES = ("tokenizer.json", "preprocessor_config.json", "config.json")
 
@@ -92,14 +97,21 @@ def save_model(
 
 def _copy_stock_files(source: Path, folder: Path) -> None:
     """What the backbone's publisher put beside the weights; what is saved after it replaces files of the same name."""
+    if not source.is_dir():  # a cache that was cleared during a long run; the trained weights matter more
+        logger.warning("%s no longer exists: the checkpoint lacks the backbone's other files (LICENSE, …)", source)
+        return
     for file in sorted(source.iterdir()):
-        known = file.name == CREM_FILE or file.name.startswith(".") or file.name.lower().endswith(_NOT_COPIED)
-        if known or not file.is_file() or file.resolve() == (folder / file.name).resolve():
+        left = file.name.startswith(_NOT_COPIED_NAMES) or file.name.lower().endswith(_NOT_COPIED)
+        if left or not file.is_file() or file.resolve() == (folder / file.name).resolve():
             continue
-        if file.stat().st_size <= _COPIED_UP_TO_BYTES:
-            shutil.copyfile(file, folder / file.name)
-        else:
+        if file.stat().st_size > _COPIED_UP_TO_BYTES:
             logger.warning("%s is not copied to the checkpoint: it is over %d bytes", file, _COPIED_UP_TO_BYTES)
+        elif file.name == "processor_config.json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content.pop("image_processor", None)  # it would win over preprocessor_config.json, which has our bounds
+            (folder / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _plain(

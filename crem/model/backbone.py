@@ -157,9 +157,8 @@ def image_processor(shape: BackboneShape | None, source: str | Path | None, boun
     size = {"shortest_edge": bounds.min_pixels, "longest_edge": bounds.max_pixels}
     if source is not None:
         # by both names: a published preprocessor_config.json has min_pixels and max_pixels, which win over a size
-        return Qwen2VLImageProcessorPil.from_pretrained(
-            str(source), size=size, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels
-        )
+        bounded = {"size": size, "min_pixels": bounds.min_pixels, "max_pixels": bounds.max_pixels, "do_resize": True}
+        return Qwen2VLImageProcessorPil.from_pretrained(str(source), **bounded)
     assert shape is not None
     return Qwen2VLImageProcessorPil(patch_size=shape.patch_size, merge_size=shape.spatial_merge_size, size=size)
 

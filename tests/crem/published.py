@@ -2,7 +2,8 @@
 
 Source: the files of Qwen/Qwen2-VL-2B-Instruct on the Hugging Face hub. Unlike what transformers 5 saves: a flat
 ``config.json`` with ``rope_scaling``, weights in shards with an index, image bounds at the top level of
-``preprocessor_config.json``, the chat template inside of ``tokenizer_config.json``, and a ``generation_config.json``.
+``preprocessor_config.json``, the chat template inside of ``tokenizer_config.json`` and in ``chat_template.json``, the
+vocabulary once more in ``vocab.json`` and ``merges.txt``, and a ``generation_config.json``.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ def published_backbone(folder: Path, **shape: Any) -> Path:
     processor = _read(folder, "preprocessor_config.json")
     processor.pop("size")
     _write(folder, "preprocessor_config.json", processor | PUBLISHED_PIXELS)
-    _write(folder, "generation_config.json", _read(folder, "generation_config.json") | GENERATION)
+    ids = {k: v for k, v in _read(folder, "generation_config.json").items() if k.endswith("_token_id")}
+    _write(folder, "generation_config.json", ids | GENERATION | {"transformers_version": "4.37.0"})
     tokenizer = _read(folder, "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     _write(folder, "tokenizer_config.json", tokenizer | {"chat_template": template.read_text()})
+    _write(folder, "chat_template.json", {"chat_template": template.read_text()})
+    bpe = _read(folder, "tokenizer.json")["model"]
+    _write(folder, "vocab.json", bpe["vocab"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in bpe["merges"]))
     template.unlink()
     (folder / "LICENSE").write_text("Apache License\n")
     (folder / "README.md").write_text("# Tiny-Qwen2-VL\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from crem.cli import main
@@ -20,6 +22,7 @@ from pipelines.tables.prepared import read_rows, texts_of
 from pipelines.training import dry_run as dryrun
 from pipelines.training.dry_run import dry_run
 from tests.conftest import TINY
+from tests.crem.published import published_backbone
 from tests.pipelines.shapes import COLOURS, SHAPES, draw
 
 SIZES = {"i2t": 60, "t2i": 15, "caption": 20}
@@ -95,6 +98,26 @@ def test_without_the_tokenizer_it_is_estimated_and_said(prepared: str) -> None:
     assert "tokenizer of Qwen/Qwen2-VL-2B-Instruct is not on this machine" in told.text
     assert 60 < told.row.tokens < 250 and told.row.patches > 4
     assert [need.workers for need in told.needs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["with the tokenizer", "estimated"])
+def test_configured_bounds_hold_on_a_published_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
+) -> None:
+    if not measured:
+        monkeypatch.setattr(dryrun, "_collator", lambda *_: None)
+    Image.new("RGB", (2000, 1500), "red").save(file := io.BytesIO(), "PNG")
+    image = {"id": 7, "bytes": file.getvalue(), "width": 2000, "height": 1500, "uri": "0"}
+    row = {"source": "s", "key": "0", "task": "caption", "split": "train", "target": None, "negatives": None}
+    row |= {"query": {"text": None, "instruction": None, "images": [7]}, "question": "what?", "answer": "red"}
+    rows = [row | {"id": 1}, row | {"id": 2}]
+    for name, held, kind in (("rows", rows, schema.ROWS), ("images", [image], schema.IMAGES)):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(held, schema=kind), tmp_path / name / "part-0.parquet")
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "prepare", "by_split_task": {}}))
+    backbone = published_backbone(tmp_path / "backbone")
+    settings = [f"model.backbone={backbone}", "train.global_batch=8", "train.chunk_rows=1", "train.steps=1"]
+    assert dry_run(str(tmp_path), load_config("2b", settings)).row.patches == 4 * 1230
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1920, 1080), (30, 900), (4000, 3000), (20, 20)])
