@@ -87,6 +87,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config.get("model_type")
@@ -113,6 +118,11 @@ def backbone_config(folder: Path) -> dict[str, Any]:
 
 
 def read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+    """The plain transformers model in a folder, its weights in ``dtype``.
+
+    Raises:
+        CheckpointError: another architecture, or weights that do not fit. ResourceError: too little memory.
+    """
     backbone_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -164,4 +174,5 @@ def read_processors(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a name in the configuration."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
