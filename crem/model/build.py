@@ -121,9 +121,14 @@ def read_backbone(folder: Path, dtype: torch.dtype) -> Qwen2VLForConditionalGene
     """The plain transformers model in a folder, its weights in ``dtype``.
 
     Raises:
-        CheckpointError: another architecture, or weights that do not fit. ResourceError: too little memory.
+        CheckpointError: another architecture, an adapter, or weights that do not fit. ResourceError: too little memory.
     """
     backbone_config(folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would put the adapter into the model
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json); merge it into the weights (PEFT's merge_and_unload) and "
+            "give the folder of the merged model"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors; other weight formats are not read, convert it first")

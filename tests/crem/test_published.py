@@ -19,6 +19,7 @@ import crem
 from crem.checkpoint import save_model
 from crem.config import ImageConfig, load_config
 from crem.data.items import Item
+from crem.errors import CheckpointError
 from crem.model.backbone import image_processor
 from crem.model.build import build_collator, build_model
 from crem.train.export import export
@@ -141,3 +142,10 @@ def test_a_cleared_cache_does_not_cost_the_trained_model(
         save_model(model, collator, tmp_path / "model")
     assert "backbone no longer exists" in caplog.text
     assert crem.load(tmp_path / "model").model.core.generation_config.top_k == 1
+
+
+def test_a_backbone_with_an_adapter_is_refused(backbone: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(backbone, tmp_path / "backbone"))
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it into the weights"):
+        build_model(load_config("2b", [f"model.backbone={source}"]).model)
