@@ -9,6 +9,9 @@ import shutil
 import uuid
 from dataclasses import dataclass, field
 
+from crem.errors import ConfigError
+from crem.ray_address import refuse_ray_client
+
 __all__ = ["Report", "examine"]
 
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "pyarrow", "fsspec", "s3fs", "faiss-cpu", "pillow")
@@ -100,6 +103,10 @@ def _memory(report: Report) -> None:
 def _ray(report: Report) -> None:
     address = os.environ.get("RAY_ADDRESS")
     report.add("ray cluster", address or "none (RAY_ADDRESS is not set: jobs start Ray on this machine)")
+    try:
+        refuse_ray_client(address)
+    except ConfigError as error:
+        report.problems.append(str(error))
 
 
 def _storage(report: Report, place: str) -> None:

@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from crem.checkpoint import describe
 from crem.config import RunConfig, ServeConfig, load_config
 from crem.errors import ConfigError, CremError, ResourceError
+from crem.ray_address import refuse_ray_client
 from serve.deployments import ModelClient, bind_model
 from serve.routes import create_app
 
@@ -137,6 +138,7 @@ def _connect(settings: ServeConfig) -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
+        refuse_ray_client(os.environ["RAY_ADDRESS"])
         ray.init()
         return
     cpus = max(4, os.cpu_count() or 1, math.ceil(settings.cpus_per_replica * settings.min_replicas) + 1)

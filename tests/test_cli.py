@@ -124,13 +124,18 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
     assert [h["rank"] for h in hits] == [1, 2] and hits[0]["id"] == 2 and hits[0]["score"] > 0.9999
 
 
-def test_a_ray_client_address_is_refused_with_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", ["prepare", "serve", "doctor"])
+def test_a_ray_client_address_is_refused_with_the_remedy(job: str, tmp_path: Path, tiny_model_dir: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"query_text": "a", "target_text": "b"}\n')
+    words = {"prepare": [str(tmp_path), "--out", str(tmp_path / "out")], "serve": [tiny_model_dir], "doctor": []}
     done = subprocess.run(
-        [sys.executable, "-m", "crem.cli", "prepare", str(tmp_path), "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "crem.cli", job, *words[job]],
         env=os.environ | {"RAY_ADDRESS": "ray://head:10001"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2 and "crem submit" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    output = done.stdout + done.stderr
+    assert done.returncode == (1 if job == "doctor" else 2) and "Traceback" not in output, output
+    assert "RAY_ADDRESS='ray://head:10001' is a Ray Client address" in output and "crem submit" in output
+    assert not (tmp_path / "out").exists()

@@ -43,6 +43,11 @@ class ImageReader:
             _open_archive(root.uri, archive)
         return cls(root.uri, archive, root.child("images").uri if root.exists("images") else root.uri, limits)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What every task opens of the corpus: ``images.zip``, if there is one."""
+        return () if self.archive is None else (ARCHIVE,)
+
     def read(self, source: str | bytes) -> bytes:
         """Encoded bytes of an image.
 

@@ -56,7 +56,8 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
         the manifest: ``rows_in == rows_out + rejected + filtered``, ``images``, ``by_reason``, ``by_split_task``, …
 
     Raises:
-        ConfigError: no corpus there, no usable row in it, or ``out`` holds something else.
+        ConfigError: no corpus there, no usable row in it, ``out`` holds something else, or a node of the cluster does
+            not see a local ``source`` or ``out``.
     """
     began = time.monotonic()
     corpus = sources.find(source)
@@ -68,11 +69,12 @@ def prepare(source: str, out: str, config: RunConfig) -> dict[str, Any]:
     rows_in = sum(piece.rows for piece in pieces)
     if not rows_in:
         raise ConfigError(f"{source!r} has {len(corpus.names)} files and not one row in them; fill it first")
-    target.claim(KIND)
     session.connect()
-    session.require_readable(corpus.root, corpus.names[0])
+    session.require_readable(corpus.rows, *corpus.names)
+    session.require_readable(corpus.root, *reader.files)
+    target.claim(KIND)
     session.require_shared(target)
-    for old in (MANIFEST, *TABLES, STAGING):
+    for old in (MANIFEST, *TABLES, STAGING):  # only here: what was refused above has changed nothing
         target.remove(old)
     log.info("preparing %d rows of %d files from %s", rows_in, len(corpus.names), corpus.root.uri)
     with session.remote_errors():

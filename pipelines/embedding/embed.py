@@ -61,7 +61,8 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
         ``rows_in``, ``rows_out``, ``embedded``, ``errors``, ``resumed``, ``items_per_s``, ``fingerprint``, ``dim``.
 
     Raises:
-        ConfigError: nothing to embed, or ``out`` belongs to another model, other input or another job.
+        ConfigError: nothing to embed; ``out`` belongs to another model, other input or another job; or a node of the
+            cluster does not see a local ``source``, ``model`` or ``out``.
         CheckpointError: ``model`` cannot be loaded.
     """
     table = _table(source)
@@ -72,17 +73,18 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
     reader = ImageReader.of(table.root, config.model.image)
     session.connect()
-    session.require_readable(table.root, table.names[0])
     session.require(
         f"embedding with {config.embed.min_actors} actors",
         cpus=config.embed.min_actors * config.embed.cpus_per_actor,
         gpus=config.embed.min_actors * config.embed.gpus_per_actor,
         remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
     )
+    session.require_readable(table.rows, *table.names)
+    session.require_readable(table.root, *reader.files)
+    session.require_readable_model(model)
     with session.remote_errors():
         plan = {**_describe(model, config.embed), "files": sources.stamp(table)}
         plan["shards"] = [sum(piece.rows for piece in shard) for shard in shards]
-        session.require_shared(target)
         _claim(target, plan, fresh=fresh)
         return _run(model, target, plan, shards, reader, config.embed)
 
@@ -107,7 +109,10 @@ def _describe(model: str, config: EmbedConfig) -> dict[str, Any]:
 def _claim(target: Folder, plan: dict[str, Any], *, fresh: bool) -> None:
     """Make ``target`` the output of this plan, or refuse it if it is that of another."""
     target.claim(KIND)
+    session.require_shared(target)
     held = None if fresh else target.read_json(PLAN)
+    if held is None and not fresh and target.exists(PLAN):
+        raise ConfigError(f"{target.uri}/{PLAN} is damaged; give --fresh to embed all anew, or choose another --out")
     if held is None:
         target.remove(MANIFEST)
         for name in target.files(".parquet"):
@@ -167,6 +172,12 @@ def _run(
     rows_out = sum(counts.values())
     if rows_out != rows_in:
         raise RuntimeError(f"{rows_in} items went in and {rows_out} came out")
+    unseen = sorted({part_name(shard) for shard in range(len(shards))} - set(target.files(".parquet")))
+    if unseen:  # written by a node that joined during the run
+        raise ConfigError(
+            f"{target.uri} lacks {len(unseen)} of {len(shards)} parts that were written ({unseen[0]} …): not all nodes "
+            "share it; run again with --out on a file system that all nodes share, or an s3:// URI"
+        )
     seconds = time.monotonic() - began
     summary = {
         "kind": KIND,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from crem.config import EvaluateConfig, RunConfig
 from pipelines.tables import session
 from pipelines.tables.models import load_model
-from pipelines.tables.prepared import PreparedRows, item_of, read_rows
+from pipelines.tables.prepared import PreparedRows, item_of, read_rows, require_readable_tables
 from pipelines.tables.storage import Folder
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> dict[str
     target = Folder.at(out)
     target.claim(KIND)
     session.connect()
-    session.require_readable(Folder.at(prepared), "manifest.json")
+    require_readable_tables(prepared)
+    session.require_readable_model(model)
     session.require(
         f"evaluating with {config.embed.min_actors} actors",
         cpus=config.embed.min_actors * config.embed.cpus_per_actor,

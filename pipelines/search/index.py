@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 
 from crem.config import IndexConfig, RunConfig
 from crem.errors import ConfigError
-from pipelines.tables import session
 from pipelines.tables.storage import Folder
 
 __all__ = ["build"]
@@ -51,6 +50,8 @@ def build(embeddings: str, out: str, config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: no embeddings there, an unfinished run, vectors of more than one model, or no vector at all.
     """
+    from pipelines.tables import session  # not at the top: crem search needs no Ray
+
     source = Folder.at(embeddings)
     names, stamp, rows = _survey(source)
     target = Folder.at(out)
@@ -95,6 +96,12 @@ def _survey(source: Folder) -> tuple[list[str], dict[str, Any], int]:
     if len(stamps) > 1:
         both = " and ".join(f"{fingerprint} ({name})" for fingerprint, (name, _) in sorted(stamps.items())[:3])
         raise ConfigError(f"{source.uri} mixes embeddings of the models {both}; index them apart")
+    written = (source.read_json("manifest.json") or {}).get("rows_out", rows)
+    if rows != written:
+        raise ConfigError(
+            f"{source.uri} has {rows} rows and its manifest.json says {written}: parts are missing, or were added; run "
+            "crem embed into it again, or remove what is not its own"
+        )
     return names, next(iter(stamps.values()))[1], rows
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,19 +42,30 @@ class Index:
             raise ConfigError(f"{place!r} is not an index (no {SUMMARY}); run crem index into it first")
         self.summary: dict[str, Any] = summary
         self._scratch = None if folder.is_local else tempfile.TemporaryDirectory(prefix="crem-index-")
-        if self._scratch is not None:
-            for name in (VECTORS, ITEMS):
-                folder.fs.get_file(folder.path(name), str(Path(self._scratch.name) / name))
-        root = Path(self._scratch.name if self._scratch else folder.uri)
-        try:
+        self._place = place
+        with self._damage_explained():
+            if self._scratch is not None:
+                for name in (VECTORS, ITEMS):
+                    folder.fs.get_file(folder.path(name), str(Path(self._scratch.name) / name))
+            root = Path(self._scratch.name if self._scratch else folder.uri)
             self._vectors = faiss.read_index(str(root / VECTORS))
             self._items = pq.ParquetFile(root / ITEMS)
-        except (RuntimeError, OSError, pa.ArrowException) as error:
-            raise ConfigError(f"{place!r} is damaged: {error}; run crem index again") from error
-        if isinstance(self._vectors, faiss.IndexIVF):
-            self._vectors.nprobe = summary["probes"]
+            counts = {SUMMARY: summary["count"], VECTORS: self._vectors.ntotal, ITEMS: self._items.metadata.num_rows}
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"it holds {counts} items")
+            if isinstance(self._vectors, faiss.IndexIVF):
+                self._vectors.nprobe = summary["probes"]
         groups = (self._items.metadata.row_group(i).num_rows for i in range(self._items.num_row_groups))
         self._starts = np.cumsum([0, *groups])
+
+    @contextmanager
+    def _damage_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"the index {self._place!r} is damaged: {type(error).__name__}: {error}; run crem index into it again"
+            ) from error
 
     @property
     def fingerprint(self) -> str:
@@ -78,7 +91,8 @@ class Index:
         found: dict[int, dict[str, Any]] = {}
         for group in np.unique(groups):
             of_group = wanted[groups == group]
-            taken = self._items.read_row_group(int(group)).take(pa.array(of_group - self._starts[group]))
+            with self._damage_explained():
+                taken = self._items.read_row_group(int(group)).take(pa.array(of_group - self._starts[group]))
             found.update(zip(of_group.tolist(), taken.to_pylist(), strict=True))
         return found
 

@@ -27,7 +27,7 @@ from crem.config import RunConfig
 from crem.data.items import Item, TrainingExample
 from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
-from pipelines.tables import schema
+from pipelines.tables import schema, session
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.storage import Folder
 
@@ -176,6 +176,12 @@ def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Prepare
     read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
     parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
     return PreparedRows(table, ImageTable.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
+
+
+def require_readable_tables(prepared: str) -> None:
+    """``session.require_readable`` of prepared tables."""
+    for table in ("rows", "images"):
+        session.require_readable(folder := Folder.at(prepared).child(table), *folder.files(".parquet"))
 
 
 def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:

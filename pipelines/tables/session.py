@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ from typing import Any
 
 import ray
 import ray.data
+from fsspec.implementations.local import LocalFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crem.errors import ConfigError, CremError, ResourceError
+from crem.ray_address import refuse_ray_client
 from pipelines.tables.storage import Folder
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "remote_errors",
     "require",
     "require_readable",
+    "require_readable_model",
     "require_shared",
     "results",
     "root_cause",
@@ -46,6 +50,7 @@ _MIN_LOGICAL_CPUS = 4
 
 
 _SHARED_TIMEOUT_S = 60
+_LOOKS, _LOOK_EVERY_S = 7, 0.5
 
 
 def connect() -> None:
@@ -57,14 +62,8 @@ def connect() -> None:
     _quieten_data()
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and "://" in address:
-        raise ConfigError(
-            f"RAY_ADDRESS={address!r} is not the address of a cluster's control store. Ray Client (ray://) cannot run "
-            "these jobs: send the job to the cluster with crem submit --address http://HEAD:8265 -- JOB …, or run it "
-            "on a node of the cluster with RAY_ADDRESS=HEAD:6379 (or auto)"
-        )
-    if address and address != "local":
+    if address := _address():
+        refuse_ray_client(address)
         try:
             ray.init(address=address, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -96,7 +95,13 @@ def _quieten_data() -> None:
 
 def on_cluster() -> bool:
     """Whether jobs run on a cluster rather than on a Ray that they start themselves."""
-    return ray.is_initialized() or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    return ray.is_initialized() or bool(_address())
+
+
+def _address() -> str:
+    """``RAY_ADDRESS`` where it names a cluster, else the empty string."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
 
 def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
@@ -113,23 +118,23 @@ def require(what: str, *, cpus: float, gpus: float, remedy: str) -> None:
         for of in (needs, have)
     )
     message = f"{what} needs {wanted}, and Ray has {there} here; {remedy}"
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
+    if not _address():
         raise ResourceError(message)
     log.warning("%s (unless the cluster grows)", message)
 
 
 def require_shared(folder: Folder) -> None:
-    """Refuse a local output folder that another node of the cluster does not see; call ``connect`` first.
+    """Refuse a local output folder that a node of the cluster does not see; call ``connect`` first.
 
     Raises:
         ConfigError: a node does not see it.
     """
-    if not folder.is_local or not _other_nodes():
+    if not isinstance(folder.fs, LocalFileSystem) or not (nodes := _nodes()):
         return
     token, existed = f"_shared_{uuid.uuid4().hex}", folder.exists()
-    folder.write_bytes(b"", token)
+    folder.write_bytes(b"shared", token)
     try:
-        _require_seen(folder.path(token), f"{folder.uri}; give --out a path", folder.uri)
+        _require_seen(nodes, [folder.path(token)], f"{folder.uri}; give --out a path")
     finally:
         folder.remove(token)
         if not existed:
@@ -137,52 +142,65 @@ def require_shared(folder: Folder) -> None:
                 os.rmdir(folder.path())
 
 
-def require_readable(folder: Folder, file: str) -> None:
-    """Refuse a local input folder that another node of the cluster does not see; call ``connect`` first.
+def require_readable(folder: Folder, *files: str) -> None:
+    """Refuse a local input folder that a node of the cluster does not see; call ``connect`` first.
 
     Args:
-        file: one that is in it.
+        files: those in it that workers read; each node must see them as large as they are here.
 
     Raises:
-        ConfigError: a node does not see it.
+        ConfigError: a node does not see them.
     """
-    if folder.is_local and _other_nodes():
-        _require_seen(folder.path(file), f"{folder.uri}, from which its workers would read; copy it to", folder.uri)
+    if files and isinstance(folder.fs, LocalFileSystem) and (nodes := _nodes()):
+        remedy = f"{folder.uri}, from which its workers would read; copy it to a place"
+        _require_seen(nodes, [folder.path(file) for file in files], remedy)
 
 
-def _other_nodes() -> list[dict[str, Any]]:
-    here = ray.get_runtime_context().get_node_id()
-    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+def require_readable_model(model: str) -> None:
+    """``require_readable`` of a checkpoint that is a folder here; any other is fetched by each node for itself."""
+    if os.path.isdir(model):
+        require_readable(folder := Folder.at(model), *folder.files())
 
 
-def _require_seen(path: str, remedy: str, named: str) -> None:
-    """Look for a local file from every other node."""
-    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+def _nodes() -> dict[str, str]:
+    """Address by id of all nodes; none where Ray is this machine's alone.
+
+    The driver's own node counts: its processes may run in a container that sees other folders than the driver does.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return nodes if len(nodes) > 1 or _address() else {}
+
+
+def _sizes(paths: list[str], expected: list[int]) -> list[int | None]:
+    """In a task: the files' sizes. Looks again for some seconds: a file system may be slow to show a new file."""
+    for _ in range(_LOOKS):
+        found = [os.path.getsize(path) if os.path.isfile(path) else None for path in paths]
+        if found == expected:
+            break
+        time.sleep(_LOOK_EVERY_S)
+    return found
+
+
+def _require_seen(nodes: dict[str, str], paths: list[str], remedy: str) -> None:
+    """Look for local files from every node."""
+    remedy += " on a file system that all nodes share, or an s3:// URI"
+    expected = [os.path.getsize(path) for path in paths]
+    look = ray.remote(num_cpus=0, max_retries=0)(_sizes)
     asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path): node[
-            "NodeManagerAddress"
-        ]
-        for node in _other_nodes()
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, expected): name
+        for node, name in nodes.items()
     }
     ready, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_SHARED_TIMEOUT_S)
     for answer in ready:
         try:
-            sees = ray.get(answer)
+            seen = ray.get(answer) == expected
         except ray.exceptions.RayError:  # the node went meanwhile
             waiting.append(answer)
             continue
-        if not sees:
-            raise ConfigError(
-                f"the node {asked[answer]} of this cluster does not see {remedy} on a file system that all nodes "
-                "share, or an s3:// URI"
-            )
+        if not seen:
+            raise ConfigError(f"the node {asked[answer]} of this cluster does not see {remedy}")
     if waiting:
-        log.warning(
-            "%d nodes did not say whether they see %s; if it is not on a file system that all nodes share, use a "
-            "shared path or an s3:// URI",
-            len(waiting),
-            named,
-        )
+        log.warning("%d nodes did not say whether they see %s", len(waiting), remedy)
 
 
 def attempt(function: Callable[[], Any]) -> dict[str, bytes]:

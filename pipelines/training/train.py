@@ -33,7 +33,7 @@ from crem.errors import ConfigError, CremError, DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines.tables import schema, session
 from pipelines.tables.manifest import read_manifest
-from pipelines.tables.prepared import share_rows
+from pipelines.tables.prepared import require_readable_tables, share_rows
 from pipelines.tables.storage import Folder
 from pipelines.training.checkpoints import CHECKPOINTS, patiently
 from pipelines.training.failed_step import FAILED_STEP, saved_step
@@ -80,7 +80,9 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         log.info("the run in %s is complete; nothing to do", target.uri)
         return dict(finished)
     session.connect()
-    session.require_readable(source, "manifest.json")
+    require_readable_tables(prepared)
+    if config.model.backbone is not None:
+        session.require_readable_model(config.model.backbone)
     session.require_shared(target)
     workers = config.train.min_workers or config.train.workers
     session.require(

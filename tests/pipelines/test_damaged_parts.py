@@ -47,3 +47,28 @@ def test_a_damaged_part_is_named_and_embedded_again(tmp_path: Path, tiny_model_d
     code, output = crem(*embed)
     assert code == 0 and "part-000001.parquet is damaged" in output and "rows in 600 = embedded 600" in output, output
     assert table(tmp_path / "vectors") == before
+
+
+def test_a_damaged_index_or_plan_is_named_and_a_missing_part_is_missed(tmp_path: Path, tiny_model_dir: str) -> None:
+    write_rows(tmp_path / "items.parquet", [{"id": i, "text": f"item {i}"} for i in range(600)])
+    vectors, index = tmp_path / "vectors", tmp_path / "index"
+    embed = ("embed", str(tmp_path / "items.parquet"), "--model", tiny_model_dir, "--out", str(vectors))
+    indexing = ("index", str(vectors), "--out", str(index))
+    search = ("search", "item 5", "--index", str(index), "-k", "1")
+    assert crem(*embed)[0] == 0 and crem(*indexing)[0] == 0
+
+    def refused(words: tuple[str, ...], says: str) -> None:
+        code, output = crem(*words)
+        assert code == 2 and says in output and "Traceback" not in output, output
+
+    items, whole = index / "items.parquet", (index / "items.parquet").read_bytes()
+    for damage in (half, zeros_in_the_middle):
+        items.write_bytes(damage(whole))
+        refused(search, f"the index {str(index)!r} is damaged: ")
+    items.write_bytes(whole)
+    assert crem(*search)[0] == 0
+    (vectors / "part-000001.parquet").unlink()
+    refused(indexing, f"{vectors} has 512 rows and its manifest.json says 600")
+    (vectors / "plan.json").write_text("{")
+    refused(embed, f"{vectors}/plan.json is damaged; give --fresh")
+    assert (vectors / "part-000000.parquet").exists(), "the refusal costs no part"

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def apart(folders: tuple[Path, Path]) -> Iterator[LocalCluster]:
-    with LocalCluster(nodes=1, cpus_per_node=4) as cluster:
+    with LocalCluster(nodes=2) as cluster:
         hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folders[1])]
         cluster.add_node(prefix=hidden)
         yield cluster
@@ -70,3 +70,23 @@ def test_local_folders_that_a_node_does_not_see_are_refused(
     ):
         code, output = crem(apart, *words)
         assert code == 2 and "from which its workers would read" in output, output
+
+
+def test_all_that_workers_read_is_looked_for(
+    apart: LocalCluster, folders: tuple[Path, Path], tiny_model_dir: str
+) -> None:
+    """A shared corpus in ``rows/`` goes on working; a run, a model and tables that a node does not see are refused."""
+    shared, own = folders
+    tables, model, items = str(shared / "tables"), str(own / "model"), str(shared / "items.parquet")
+    code, output = crem(apart, "prepare", str(shared / "corpus"), "--out", tables)
+    assert code == 0 and "rows in 4 = out 4" in output, output
+    shutil.copytree(tiny_model_dir, model)
+    shutil.copytree(tables, own / "tables")
+    nowhere = str(shared / "nowhere")
+    for words, says in (
+        (("embed", items, "--model", model, "--out", nowhere), f"{model}, from which its workers would read"),
+        (("train", tables, "--out", str(own / "run"), "--preset", "micro"), f"{own}/run; give --out a path"),
+        (("train", str(own / "tables"), "--out", nowhere, "--preset", "micro"), f"{own}/tables/rows, from which"),
+    ):
+        code, output = crem(apart, *words)
+        assert code == 2 and says in output and "Traceback" not in output, output
