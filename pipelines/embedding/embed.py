@@ -260,7 +260,7 @@ class ShardEmbedder:
         self.schema = schema.embeddings(
             self.model.dim, fingerprint=fingerprint, model=model, chorus_tokens=self.model.chorus_tokens
         )
-        self.reader = ThreadPoolExecutor(1)
+        self.read_ahead = ThreadPoolExecutor(1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -290,9 +290,9 @@ class ShardEmbedder:
             for piece in pieces
             for record in sources.read(Piece.from_dict(piece), items.COLUMNS)
         )
-        following = self.reader.submit(lambda: list(islice(loaded, self.batch_size)))
+        following = self.read_ahead.submit(lambda: list(islice(loaded, self.batch_size)))
         while batch := following.result():
-            following = self.reader.submit(lambda: list(islice(loaded, self.batch_size)))
+            following = self.read_ahead.submit(lambda: list(islice(loaded, self.batch_size)))
             yield batch
 
     def _embed(self, batch: list[Loaded]) -> pa.Table:
