@@ -21,7 +21,9 @@ def write_report(report: dict[str, Any], rows: PreparedRows, path: Path) -> None
     environment.filters["image"] = lambda image_id: _data_url(rows.image(image_id))
     environment.filters["percent"] = lambda value, digits=1: f"{value * 100:.{digits}f} %"
     environment.filters["kib"] = lambda value: f"{value / 1024:.1f} KiB"
-    template = environment.from_string((resources.files("pipelines") / "report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        (resources.files("pipelines.reports") / "demo.html.j2").read_text(encoding="utf-8")
+    )
     charts = {
         "curves": _curves(report["curves"]),
         "retrieval": _precision(report["evaluation"], report["short"], report["untrained"]),

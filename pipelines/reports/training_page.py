@@ -72,7 +72,7 @@ def write_training_report(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     template = environment.from_string(
-        (resources.files("pipelines.training") / "report.html.j2").read_text(encoding="utf-8")
+        (resources.files("pipelines.reports") / "training.html.j2").read_text(encoding="utf-8")
     )
     sections = {
         name: getattr(config, name).model_dump(mode="json") for name in ("model", "data", "loss", "optim", "train")
