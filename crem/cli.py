@@ -81,7 +81,7 @@ def build_parser() -> Parser:
         _demo,
         "Run every job on the embedded emoji corpus and write report.html.",
         "crem demo --out out/demo",
-        "micro-demo",
+        "micro+demo",
     )
     sub.add_argument("--out", default="out/demo", help="folder of the results (default out/demo)")
 

@@ -11,9 +11,11 @@ from crem.config.jobs import (
     PrepareConfig,
     ServeConfig,
 )
-from crem.config.loading import load_config, preset_names
+from crem.config.loading import load_config
 from crem.config.model import BackboneShape, ImageConfig, LoraSettings, ModelConfig, PromptConfig
+from crem.config.presets import overlay_names, preset_names
 from crem.config.run import RunConfig
+from crem.config.section import settings
 from crem.config.training import DataConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -35,5 +37,7 @@ __all__ = [
     "ServeConfig",
     "TrainConfig",
     "load_config",
+    "overlay_names",
     "preset_names",
+    "settings",
 ]

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from crem.config import RunConfig, load_config, preset_names
+from crem.config import RunConfig, load_config, overlay_names, preset_names
 from crem.errors import ConfigError
 
+COMPOSED = [
+    *("2b+full", "2b+full+offload", "2b+64gpu", "2b+full+64gpu"),
+    *("7b+full", "7b+full+offload-all", "7b+64gpu", "7b+full+64gpu", "micro+demo"),
+]
 
-def test_presets_are_complete_and_round_trip(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    full = {"2b-full", "2b-full-64gpu", "2b-full-offload", "7b-full", "7b-full-64gpu", "7b-full-offload"}
-    assert set(preset_names()) >= {"2b", "2b-64gpu", "7b", "7b-64gpu", "micro", "micro-base"} | full
-    for name in preset_names():
+
+def test_presets_are_complete_and_round_trip(tmp_path: Path) -> None:
+    assert preset_names() == ["2b", "7b", "micro", "micro-base", "small", "small-base"]
+    assert overlay_names() == ["64gpu", "demo", "full", "offload", "offload-all"]
+    for name in [*preset_names(), *COMPOSED]:
         config = load_config(name)
         assert config.preset == name
         (tmp_path / "c.yaml").write_text(config.to_yaml())
@@ -22,16 +27,29 @@ def test_presets_are_complete_and_round_trip(tmp_path) -> None:  # type: ignore[
 
 def test_presets_cover_adapters_stages_offload_and_sizes() -> None:
     """{LoRA, full} x {ZeRO 2, 3} x {with, without offload} x {8, 64 GPUs}, where the combination has a use."""
-    held = set()
-    for name in preset_names():
+    covered = set()
+    for name in ["2b", "7b", *COMPOSED]:
         c = load_config(name)
         if c.model.backbone is not None and c.model.backbone.startswith("Qwen/"):
-            held.add((c.model.lora is None, c.train.zero_stage, c.train.offload, c.train.workers))
+            covered.add((c.model.lora is None, c.train.zero_stage, c.train.offload, c.train.workers))
             assert c.train.chunk_rows and c.train.global_batch == 1024
     lora, full = False, True
-    assert held >= {(lora, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
-    assert held >= {(full, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
-    assert held >= {(full, 2, "optimizer", 8), (full, 3, "all", 8)}
+    assert covered >= {(lora, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
+    assert covered >= {(full, stage, "none", n) for stage in (2, 3) for n in (8, 64)}
+    assert covered >= {(full, 2, "optimizer", 8), (full, 3, "all", 8)}
+
+
+def test_overlays_apply_from_left_to_right(tmp_path: Path) -> None:
+    base, full = load_config("7b"), load_config("7b+full+offload-all")
+    assert (full.model.lora, full.optim.lr, full.train.offload, full.train.chunk_rows) == (None, 1e-5, "all", 4)
+    assert full.train.zero_stage == base.train.zero_stage and full.model.image == base.model.image
+    assert load_config("7b+offload-all+full").train.chunk_rows == 8, "the later overlay wins"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("train: {steps: 9}\n")
+    assert load_config(f"2b+{mine}").train.steps == 9
+    assert load_config(f"2b+{mine}").preset == f"2b+{mine}"
+    mine.write_text(load_config("2b").to_yaml())
+    assert load_config(f"{mine}+64gpu") == load_config("2b+64gpu")
 
 
 def test_a_base_is_laid_below(tmp_path: Path) -> None:
@@ -45,7 +63,7 @@ def test_a_base_is_laid_below(tmp_path: Path) -> None:
 
 def test_a_wrong_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: 2b-ful\n")
-    with pytest.raises(ConfigError, match=r"base of .*a\.yaml': unknown preset '2b-ful'; did you mean '2b-full'"):
+    with pytest.raises(ConfigError, match=r"base of .*a\.yaml': unknown preset '2b-ful'; did you mean '2b\+full'"):
         load_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text(f"base: {tmp_path}/b.yaml\n")
     (tmp_path / "b.yaml").write_text(f"base: {tmp_path}/a.yaml\n")
@@ -110,9 +128,26 @@ def test_numbers_as_people_write_them() -> None:
     assert load_config("2b", ["model.lora=null"]).model.lora is None
 
 
-def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'micro'"):
-        load_config("mikro")
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("mikro", "unknown preset 'mikro'; did you mean 'micro'"),
+        ("2b+ful", r"unknown preset '2b\+ful'; did you mean '2b\+full'"),
+        ("2b-full-64gpu", r"did you mean '2b\+full\+64gpu'"),
+        ("micro-demo", r"did you mean 'micro\+demo'"),
+        ("full", r"did you mean '..\+full'"),
+        ("2b+micro", r"Known: 2b, .* each with any of \+64gpu"),
+        ("nowhere/run.yaml", "there is no file 'nowhere/run.yaml'"),
+        ("2b+run.yaml", "there is no file 'run.yaml'"),
+    ],
+)
+def test_an_unknown_preset_names_the_nearest(preset: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(preset)
+
+
+def test_the_last_of_several_overrides_wins() -> None:
+    assert load_config("2b", ["train.steps=1", "train.steps=2"]).train.steps == 2
 
 
 def test_config_is_frozen() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
-from crem.config import BackboneShape, ModelConfig, RunConfig, load_config, preset_names
+from crem.config import BackboneShape, ModelConfig, RunConfig, load_config
 from crem.data.collator import Batch, Collator
 from crem.data.items import Item, TrainingExample
 from crem.forecast.devices import DEVICES, RowSize, full_chunk, needs, row_flops, step_flops
@@ -171,7 +171,8 @@ def test_a_frozen_vision_tower_is_not_gone_through_backward(tmp_path: Path) -> N
 
 TOTALS = {"2b": 2_208_985_600, "7b": 8_291_375_616}
 """Parameters of the published checkpoints: 2.21 B and 8.29 B on their hub pages."""
-REAL = [name for name in preset_names() if load_config(name).model.backbone is not None and name[:2] in TOTALS]
+REAL = [f"{base}{overlays}" for base in TOTALS for overlays in ("", "+full", "+64gpu", "+full+64gpu")]
+REAL += ["2b+full+offload", "7b+full+offload-all"]
 
 
 @pytest.mark.parametrize("preset", REAL)
@@ -202,7 +203,7 @@ def test_presets_fit_80_gb_at_their_true_shapes(preset: str) -> None:
 
 def zero(overrides: list[str], ranks: int) -> tuple[float, ...]:
     """Gigabytes of weights, gradients and optimizer on a device, and in its host's memory; 10^9 trained parameters."""
-    config = load_config("2b-full", ["train.offload=none", *overrides])
+    config = load_config("2b+full", ["train.offload=none", *overrides])
     weights = Weights(frozen=0, frozen_bytes=0, trained=10**9, trained_matrices=10**9, largest=0)
     none = activations(SHAPES["narrow and deep"], Chunk(1, 1, 1, 1), config)
     m = device_memory(config, weights, none, ranks)
@@ -223,7 +224,7 @@ def test_zero_partitions_by_stage() -> None:
 
 def test_the_fewest_gpus_are_found() -> None:
     """With one less (the next divisor of the batch below), or with a chunk twice as large, it would not fit."""
-    config = load_config("7b-full")
+    config = load_config("7b+full")
     shape, weights = shape_of(config.model), weights_of(meta_model(config.model))
     chunk = full_chunk(config, shape, 8)
     for device in DEVICES:

@@ -130,7 +130,7 @@ def test_patches_are_those_of_qwen2_vl(size: tuple[int, int]) -> None:
 
 
 def test_the_command_says_how_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--dry-run", "--preset", "7b-full"]) == 0
+    assert main(["train", "--dry-run", "--preset", "7b+full"]) == 0
     shown = capsys.readouterr().out
     assert "8.29 B parameters, 8.29 B trained" in shown and "no tables were named" in shown
     for size in ("80 GB", "40 GB", "24 GB"):
