@@ -316,9 +316,10 @@ def _graft(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
+        from crem.forecast.summary import summary
         from pipelines.training.dry_run import dry_run
 
-        print(dry_run(args.prepared, _config(args)).text)
+        print(summary(dry_run(args.prepared, _config(args))))
         return
     if not args.prepared or not args.out:
         missing = "PREPARED, the tables" if not args.prepared else "--out, the folder of the run"

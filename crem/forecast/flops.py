@@ -1,23 +1,24 @@
-"""Floating-point operations of a training step that are useful, and what the device could do: their ratio is the
-model-FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+"""Floating-point operations of a model as it is trained: the one derivation, for the utilisation of a run and for its
+forecast.
 
 Counted are matrix products and attention, each tower at its own number of tokens:
 
 - a weight matrix costs 2 FLOPs per element and token forward, 2 more for the gradient of its input, 2 more for its own
-  where it is trained: 6 when trained, 4 when frozen beneath trained parts (LoRA), 2 when nothing before it is trained;
+  gradient where it is trained: 6 when trained, 4 when frozen above trained parts (LoRA), 2 when nothing before it is
+  trained (Kaplan et al., arXiv 2001.08361, section 2.1);
 - attention costs 4 x width per visible pair of query and key forward, twice that backward; causal and
   compression-aware attention are counted at the pairs that they see, not at the square;
 - the LM head at answer positions alone, the vision tower at the distinct images.
 
-Not counted, because no result needs it: padding, and what gradient caching or checkpointing computes again. Left out,
-because small: norms, activations, softmax, InfoNCE.
+``useful`` leaves out what no result needs: padding, and what gradient caching or checkpointing computes again. Its
+ratio to the peak of the device is the model-FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B). ``executed`` counts
+what a step really computes. Norms, activations, softmax and InfoNCE are small and left out of both.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,53 +28,87 @@ from crem.data.prompts import Segment
 from crem.model.attention import hidden_from_answer
 from crem.model.crem import CremModel
 
-__all__ = ["BF16_PEAKS", "ModelFlops", "peak_flops", "visible_pairs"]
+__all__ = ["Load", "ModelFlops", "PartFlops", "visible_pairs"]
 
-BF16_PEAKS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "GH200": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-}
-"""Dense bf16 FLOP/s by name of the device. Source: the makers' data sheets, without sparsity."""
-_MEASURE_S = 0.3
-_SIDE = {"cpu": 768, "cuda": 8192}
-"""Side of the matrices of the measurement: large enough to be bound by arithmetic."""
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the model: a batch, a chunk of one, or a row on average."""
+
+    tokens: float
+    """of the language model, without padding"""
+    patches: float
+    """of the distinct images"""
+    answer_tokens: float
+    sequences: float
+    images: float = 0.0
+    """distinct ones"""
+    text_pairs: float = 0.0
+    """visible pairs of query and key"""
+    vision_pairs: float = 0.0
+    """pairs of patches of one image"""
+    attended: float | None = None
+    """queries of attention with the padding of its groups; ``tokens`` where None"""
+
+    @classmethod
+    def of(cls, batch: Batch, *, template_visible: bool = True) -> Load:
+        """Of a batch; cheap where it is on the CPU."""
+        images = patches = vision_pairs = 0
+        if batch.image_grid_thw is not None:
+            frames_I, area_I = batch.image_grid_thw[:, 0], batch.image_grid_thw[:, 1] * batch.image_grid_thw[:, 2]
+            images, patches = len(frames_I), int((frames_I * area_I).sum())
+            vision_pairs = int((frames_I * area_I**2).sum())
+        groups = batch.two_part.groups if batch.two_part else ()
+        return cls(
+            tokens=batch.tokens,
+            patches=patches,
+            answer_tokens=int(batch.answer_tokens),
+            sequences=len(batch.z),
+            images=images,
+            text_pairs=visible_pairs(batch, template_visible=template_visible),
+            vision_pairs=vision_pairs,
+            attended=sum(group.queries_GQ.numel() for group in groups) or None,
+        )
+
+    def __add__(self, other: Load) -> Load:
+        attended = (self.attended or self.tokens) + (other.attended or other.tokens)
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "attended"}
+        return Load(**sums, attended=attended)
+
+    def scaled(self, share: float) -> Load:
+        """As much of the same kind, ``share`` times as large."""
+        amounts = {f.name: getattr(self, f.name) * share for f in fields(self) if f.name != "attended"}
+        return Load(**amounts, attended=None if self.attended is None else self.attended * share)
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of one part of the model for a load, forward and backward."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of forward and backward per unit of work, for one model as it is trained."""
+    """FLOPs per unit of work; each pair is (forward, backward)."""
 
-    per_token: float
+    per_token: PartFlops
     """of the language model's matrices"""
-    per_patch: float
-    """of the vision tower's blocks"""
-    per_vision_token: float
-    """of the vision tower's merger"""
-    per_answer_token: float
-    """of the LM head"""
-    per_text_pair: float
+    per_text_pair: PartFlops
     """of attention over all layers of the language model, for a visible pair"""
-    per_vision_pair: float
+    per_patch: PartFlops
+    """of the vision tower's blocks"""
+    per_vision_token: PartFlops
+    """of the vision tower's merger"""
+    per_vision_pair: PartFlops
+    per_answer_token: PartFlops
+    """of the LM head"""
     merge_area: int
     """patches per vision token"""
     template_visible: bool
@@ -81,43 +116,74 @@ class ModelFlops:
     @classmethod
     def of(cls, model: CremModel) -> ModelFlops:
         """Of a model whose parameters are marked as trained or frozen (also partitioned by ZeRO-3)."""
-        core = model.core
+        return cls.of_backbone(model.core, template_visible=model.config.prompt.template_visible)
+
+    @classmethod
+    def of_backbone(cls, core: Any, *, template_visible: bool = True) -> ModelFlops:
+        """Of the plain transformers model, with adapters in place where PEFT put them; may be on the meta device."""
         text, vision = core.config.text_config, core.config.vision_config
-        sees = any(p.requires_grad for p in core.model.visual.parameters())
-        costs = {"text": 0.0, "patch": 0.0, "merger": 0.0, "head": 0.0}
+        vision_trained = any(p.requires_grad for p in core.model.visual.parameters())
+        forward = dict.fromkeys(("text", "patch", "merger", "head"), 0.0)
+        backward = dict(forward)
         for name, module in core.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv3d):
                 continue
             part = _part(name)
-            own = 2 * int(module.weight.requires_grad)
-            below = 0 if name.endswith("patch_embed.proj") else 2 * int(sees or part in ("text", "head"))
-            costs[part] += (2 + below + own) * getattr(module.weight, "ds_numel", module.weight.numel())
+            size = getattr(module.weight, "ds_numel", module.weight.numel())
+            input_needs_gradient = (vision_trained or part in ("text", "head")) and not name.endswith(
+                "patch_embed.proj"
+            )
+            forward[part] += 2 * size
+            backward[part] += 2 * size * (int(input_needs_gradient) + int(module.weight.requires_grad))
+        parts = {part: PartFlops(forward[part], backward[part]) for part in forward}
         width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        text_pair = 4.0 * width * text.num_hidden_layers
+        vision_pair = 4.0 * vision.embed_dim * vision.depth
         return cls(
-            per_token=costs["text"],
-            per_patch=costs["patch"],
-            per_vision_token=costs["merger"],
-            per_answer_token=costs["head"],
-            per_text_pair=12.0 * width * text.num_hidden_layers,
-            per_vision_pair=(12.0 if sees else 4.0) * vision.embed_dim * vision.depth,
+            per_token=parts["text"],
+            per_text_pair=PartFlops(text_pair, 2 * text_pair),
+            per_patch=parts["patch"],
+            per_vision_token=parts["merger"],
+            per_vision_pair=PartFlops(vision_pair, 2 * vision_pair * vision_trained),
+            per_answer_token=parts["head"],
             merge_area=vision.spatial_merge_size**2,
-            template_visible=model.config.prompt.template_visible,
+            template_visible=template_visible,
         )
 
-    def of_batch(self, batch: Batch) -> float:
-        """Useful FLOPs of one forward and backward of a batch; cheap where the batch is on the CPU."""
-        patches = vision_pairs = 0
-        if batch.image_grid_thw is not None:
-            frames_I, area_I = batch.image_grid_thw[:, 0], batch.image_grid_thw[:, 1] * batch.image_grid_thw[:, 2]
-            patches, vision_pairs = int((frames_I * area_I).sum()), int((frames_I * area_I**2).sum())
+    def by_part(self, load: Load) -> tuple[PartFlops, PartFlops, PartFlops]:
+        """One forward and backward of ``load``: language model, vision tower, LM head."""
         return (
-            self.per_token * batch.tokens
-            + self.per_text_pair * visible_pairs(batch, template_visible=self.template_visible)
-            + self.per_answer_token * int(batch.answer_tokens)
-            + self.per_patch * patches
-            + self.per_vision_token * (patches // self.merge_area)
-            + self.per_vision_pair * vision_pairs
+            _sum((load.tokens, self.per_token), (load.text_pairs, self.per_text_pair)),
+            _sum(
+                (load.patches, self.per_patch),
+                (load.patches / self.merge_area, self.per_vision_token),
+                (load.vision_pairs, self.per_vision_pair),
+            ),
+            _sum((load.answer_tokens, self.per_answer_token)),
         )
+
+    def useful(self, load: Load) -> float:
+        """FLOPs that the result of one forward and backward needs."""
+        return sum(part.total for part in self.by_part(load))
+
+    def of_batch(self, batch: Batch) -> float:
+        """``useful`` of a batch."""
+        return self.useful(Load.of(batch, template_visible=self.template_visible))
+
+    def executed(self, load: Load, *, cached: bool, recomputed: bool) -> float:
+        """FLOPs that a step computes for ``load``.
+
+        Args:
+            cached: gradient caching runs both towers once more, without the LM head.
+            recomputed: gradient checkpointing runs every layer once more in the backward pass of its tower.
+        """
+        text, vision, head = self.by_part(load)
+        again = cached * (text.forward + vision.forward) + recomputed * text.forward
+        return text.total + vision.total + head.total + again + recomputed * bool(vision.backward) * vision.forward
+
+
+def _sum(*terms: tuple[float, PartFlops]) -> PartFlops:
+    return PartFlops(*(sum(count * getattr(cost, way) for count, cost in terms) for way in ("forward", "backward")))
 
 
 def _part(name: str) -> str:
@@ -139,33 +205,3 @@ def visible_pairs(batch: Batch, *, template_visible: bool = True) -> int:
     length_N = per_sequence(real)
     cut_N = per_sequence(segments >= Segment.Q) * per_sequence(hidden_from_answer(segments, template_visible))
     return int((length_N * (length_N + 1) // 2 - batch.z * cut_N).sum())
-
-
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s that the device can do at most, and where the figure comes from.
-
-    A GPU in bf16 is looked up by its name; everything else, CPUs above all, is measured once by a matrix product in the
-    precision of the run and with its threads.
-    """
-    if device.type == "cuda" and precision == "bfloat16":
-        name = torch.cuda.get_device_name(device)
-        known = [key for key in BF16_PEAKS if key in name]
-        if known:
-            return BF16_PEAKS[max(known, key=len)], f"data sheet of {name}"
-    return _measured(
-        device, torch.bfloat16 if precision == "bfloat16" else torch.float32
-    ), "measured by a matrix product"
-
-
-def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    side = _SIDE.get(device.type, 2048)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, end = float("inf"), time.perf_counter() + _MEASURE_S
-    while time.perf_counter() < end or best == float("inf"):
-        wait()
-        began = time.perf_counter()
-        torch.mm(a, b)
-        wait()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * side**3 / best

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from crem.config import BackboneShape, RunConfig
+from crem.forecast.flops import Load
 
-__all__ = ["Activations", "Chunk", "DeviceMemory", "Weights", "activations", "device_memory", "weights_of"]
+__all__ = ["Activations", "DeviceMemory", "Weights", "activations", "device_memory", "weights_of"]
 
 CONTEXT_BYTES = 1_500_000_000
 """CUDA context, cuBLAS workspaces and NCCL buffers of a process. An estimate."""
@@ -35,28 +36,12 @@ _LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What goes through the model at once."""
-
-    tokens: int
-    patches: int
-    answer_tokens: int
-    sequences: int
-    attended: int | None = None
-    """queries of attention with the padding of its groups; ``tokens`` where None"""
-    mixed_images: bool = True
-    """whether images differ in size, which costs the vision tower a copy"""
-
-
-@dataclass(frozen=True)
 class Weights:
     """Parameters of a model, in elements."""
 
     frozen: int
     frozen_bytes: int
     trained: int
-    trained_matrices: int
-    """those that a product takes in half precision"""
     largest: int
 
 
@@ -64,19 +49,19 @@ class Weights:
 class Activations:
     """Bytes of one chunk."""
 
-    saved: int
+    saved: float
     """kept from the forward to the backward pass, without the batch itself"""
-    tables: int
+    tables: float
     """rotary tables, a part of ``saved``"""
-    recomputed: int
+    recomputed: float
     """one layer's, while it is recomputed; 0 without gradient checkpointing"""
-    casts: int
+    casts: float
     """half-precision copies of float32 weights beside ``saved``, until the forward pass ends"""
-    workspace: int
+    workspace: float
     """gradients and temporaries of the widest place; an estimate"""
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> float:
         """The most that is held at once."""
         return self.saved + max(self.casts, self.recomputed + self.workspace)
 
@@ -85,16 +70,16 @@ class Activations:
 class DeviceMemory:
     """Bytes on one device, and in the host's memory for it."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int
-    activations: int
-    overhead: int
-    host: int
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    overhead: float
+    host: float
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Bytes on the device."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.overhead
 
@@ -103,17 +88,16 @@ def weights_of(model: Any) -> Weights:
     """Count a model's parameters; they may be on the meta device."""
     parameters = list(model.named_parameters())
     frozen = [p for _, p in parameters if not p.requires_grad]
-    trained = [(n, p) for n, p in parameters if p.requires_grad]
+    trained = [p for _, p in parameters if p.requires_grad]
     return Weights(
         frozen=sum(p.numel() for p in frozen),
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
-        trained=sum(p.numel() for _, p in trained),
-        trained_matrices=sum(p.numel() for n, p in trained if p.ndim > 1 and "embed_tokens" not in n),
+        trained=sum(p.numel() for p in trained),
         largest=max(p.numel() for _, p in parameters),
     )
 
 
-def activations(shape: BackboneShape, chunk: Chunk, config: RunConfig, *, cuda: bool = True) -> Activations:
+def activations(shape: BackboneShape, chunk: Load, config: RunConfig, *, cuda: bool = True) -> Activations:
     """Memory of a chunk's forward and backward pass.
 
     Args:
@@ -138,7 +122,7 @@ def activations(shape: BackboneShape, chunk: Chunk, config: RunConfig, *, cuda: 
 class _Sizes:
     """Bytes that autograd keeps of the parts of the model."""
 
-    def __init__(self, shape: BackboneShape, chunk: Chunk, config: RunConfig, cuda: bool):
+    def __init__(self, shape: BackboneShape, chunk: Load, config: RunConfig, cuda: bool):
         self.shape, self.chunk, self.lora = shape, chunk, config.model.lora
         self.full = self.lora is None
         self.autocast = config.train.precision == "bfloat16"
@@ -151,7 +135,7 @@ class _Sizes:
         self.kv_width = shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads
         self.chorus = config.model.chorus_tokens
 
-    def decoder_layer(self) -> int:
+    def decoder_layer(self) -> float:
         """Two norms, attention, SwiGLU, and the adapters at their linear layers."""
         T, D, F = self.chunk.tokens, self.shape.hidden_size, self.shape.intermediate_size
         A = self.chunk.attended or T
@@ -162,12 +146,12 @@ class _Sizes:
         inputs = (3 + 2 if self.autocast else 2) * self.c * T * D + self.c * T * D
         return 2 * self._rms_norm() + attention + inputs + 4 * self.c * T * F
 
-    def _rms_norm(self) -> int:
+    def _rms_norm(self) -> float:
         """The input in float32, its inverse root mean square, and, where the gain is trained, the normalised input."""
         T, D = self.chunk.tokens, self.shape.hidden_size
         return 4 * T * D + 4 * T + (self.r * T * D if self.full else 0)
 
-    def _adapters(self) -> int:
+    def _adapters(self) -> float:
         assert self.lora is not None
         D, F, T = self.shape.hidden_size, self.shape.intermediate_size, self.chunk.tokens
         shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -182,15 +166,15 @@ class _Sizes:
     def _targets(self) -> tuple[str, ...]:
         return () if self.lora is None else self.lora.targets
 
-    def vision_block(self) -> int:
+    def vision_block(self) -> float:
         """Two norms, attention, quick-GELU; nothing where the tower is frozen, because pixels need no gradient."""
         if not self.full:
             return 0
         P, E = self.chunk.patches, self.shape.vision_embed_dim
-        attention = self.c * P * (4 + self.chunk.mixed_images) * E + 4 * P * self.shape.vision_num_heads
+        attention = self.c * P * 5 * E + 4 * P * self.shape.vision_num_heads
         return 2 * (self.norm * P * E + 8 * P) + attention + self.c * P * (2 * E + 3 * 4 * E)
 
-    def outside_of_layers(self) -> int:
+    def outside_of_layers(self) -> float:
         """Patch projection, merger, final norm, rotary tables, LM head with its log-softmax."""
         P, A, D = self.chunk.patches, self.chunk.answer_tokens, self.shape.hidden_size
         text = self._rms_norm() + self.rotary_tables() + 2 * self.chunk.tokens
@@ -204,7 +188,7 @@ class _Sizes:
         vision = self.c * P * patch * self.autocast + self.norm * P * E + 8 * P + 3 * self.c * P * E
         return text + head + pooled + vision
 
-    def rotary_tables(self) -> int:
+    def rotary_tables(self) -> float:
         """Cosines and sines of every position, for all layers of each tower."""
         s = self.shape
         text = 2 * self.r * self.chunk.tokens * (s.hidden_size // s.num_attention_heads)
@@ -235,7 +219,7 @@ class _Sizes:
             2 * (s.vocab_size * D + merged * merged + merged * D),
         )
 
-    def workspace(self) -> int:
+    def workspace(self) -> float:
         """Gradients beside the widest tensors: SwiGLU's three, the vision MLP's two with its input, the logits' two."""
         T, P, A = self.chunk.tokens, self.chunk.patches, self.chunk.answer_tokens
         text = 3 * self.c * T * self.shape.intermediate_size
@@ -245,13 +229,13 @@ class _Sizes:
 
 
 def device_memory(
-    config: RunConfig, weights: Weights, acts: Activations, ranks: int, *, cuda: bool = True
+    config: RunConfig, weights: Weights, chunk: Activations, ranks: int, *, cuda: bool = True
 ) -> DeviceMemory:
     """Bytes on each of ``ranks`` devices, laid out as DeepSpeed does."""
     bucket = _BUCKET if cuda else _CPU_BUCKET
     stage, offload = config.train.zero_stage, config.train.offload
     trained, part = 4 * weights.trained, 4 * -(-weights.trained // ranks)
-    held, gradients, master, host = trained + weights.frozen_bytes, trained, 0, 0
+    resident, gradients, master, host = trained + weights.frozen_bytes, trained, 0, 0
     moments = 2 * trained if stage == 0 else 2 * part
     buffers = 0
     if stage in (1, 2):
@@ -259,7 +243,7 @@ def device_memory(
         buffers = 4 * bucket
         gradients = part if stage == 2 else trained
     if stage == 3:
-        held, gradients = -(-held // ranks), part
+        resident, gradients = -(-resident // ranks), part
         # one bucket for each dtype that gradients are reduced in: products' and norms'
         buffers = (4 + 2 * (config.train.precision == "bfloat16")) * bucket
         per_weight = 2 if config.train.precision == "bfloat16" else 4
@@ -268,11 +252,11 @@ def device_memory(
         host = moments + part + gradients
         moments, master, gradients = 0, 0, 4 * weights.largest
     if offload == "all":
-        host, held = host + held, 0
+        host, resident = host + resident, 0
     # torch's AdamW works on all tensors at once and holds as much as two of its own beside; the chunk is gone by then
     update = 0 if offload != "none" else 2 * part
-    working = max(acts.peak, update)
+    working = max(chunk.peak, update)
     overhead = (CONTEXT_BYTES if cuda else PROCESS_BYTES) + int(
-        FRAGMENTATION * (held + gradients + moments + master + buffers + working)
+        FRAGMENTATION * (resident + gradients + moments + master + buffers + working)
     )
-    return DeviceMemory(held, gradients, moments + master, buffers, working, overhead, host)
+    return DeviceMemory(resident, gradients, moments + master, buffers, working, overhead, host)

@@ -1,4 +1,4 @@
-"""True shapes of backbones, and models of them that take no memory: what a run needs can be told before it is begun.
+"""True shapes of backbones, and models of them that take no memory, so that a run can be forecast before it starts.
 
 Sources: ``config.json`` of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct on the Hugging Face hub.
 """
@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from crem.config import BackboneShape, ModelConfig
+from crem.config import BackboneShape, ImageConfig, ModelConfig
 from crem.errors import CheckpointError, ConfigError
 from crem.fetch import shipped
 from crem.model.backbone import SPECIAL_TOKENS, Qwen2VLForConditionalGeneration, config_from_shape
 from crem.model.build import backbone_config
 from crem.model.lora import adapt
 
-__all__ = ["PUBLISHED", "meta_model", "shape_of"]
+__all__ = ["PUBLISHED", "image_patches", "meta_model", "shape_of"]
 
 _QWEN2_VL = {
     "num_hidden_layers": 28,
@@ -71,9 +72,9 @@ def shape_of(config: ModelConfig) -> BackboneShape:
             f"the shape of model.backbone={config.backbone!r} is not known here: it is no folder with a config.json "
             f"and none of {', '.join(PUBLISHED)}; download it first and name its folder"
         )
-    held = backbone_config(folder)
+    config_json = backbone_config(folder)
     try:
-        return _from_json(held)
+        return _from_json(config_json)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json does not describe a Qwen2-VL ({type(error).__name__}: {error}); copy the checkpoint "
@@ -81,8 +82,8 @@ def shape_of(config: ModelConfig) -> BackboneShape:
         ) from error
 
 
-def _from_json(held: dict[str, Any]) -> BackboneShape:
-    text, vision = held.get("text_config", held), held["vision_config"]
+def _from_json(config_json: dict[str, Any]) -> BackboneShape:
+    text, vision = config_json.get("text_config", config_json), config_json["vision_config"]
     names = BackboneShape.model_fields.keys() & text.keys() - {"tie_word_embeddings", "patch_size"}
     return BackboneShape(
         **{name: text[name] for name in names},
@@ -91,8 +92,15 @@ def _from_json(held: dict[str, Any]) -> BackboneShape:
         vision_num_heads=vision["num_heads"],
         patch_size=vision["patch_size"],
         spatial_merge_size=vision["spatial_merge_size"],
-        tie_word_embeddings=held.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config_json.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
     )
+
+
+def image_patches(width: int, height: int, bounds: ImageConfig, shape: BackboneShape) -> int:
+    """Patches of an image after Qwen2-VL's own resize."""
+    factor = shape.patch_size * shape.spatial_merge_size
+    down, across = smart_resize(height, width, factor, bounds.min_pixels, bounds.max_pixels)
+    return down * across // shape.patch_size**2
 
 
 def meta_model(config: ModelConfig) -> Any:
@@ -108,4 +116,4 @@ def meta_model(config: ModelConfig) -> Any:
         frozen = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         if config.lora is None:
             return backbone
-        return adapt(backbone.to(frozen), chorus_ids, config)
+        return adapt(backbone.to(frozen), chorus_ids, config).get_base_model()

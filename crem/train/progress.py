@@ -19,7 +19,8 @@ import torch
 from crem.config import RunConfig
 from crem.data.collator import Batch
 from crem.distributed import sum_over_ranks, world_size
-from crem.forecast.flops import ModelFlops, peak_flops
+from crem.forecast.devices import peak_flops
+from crem.forecast.flops import ModelFlops
 from crem.train.step import StepResult
 
 __all__ = ["Meter", "Progress"]

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crem.data.collator import Batch
 from crem.data.prompts import Segment
-from crem.forecast.flops import BF16_PEAKS, ModelFlops, peak_flops, visible_pairs
+from crem.forecast.devices import DEVICES, device_named, peak_flops
+from crem.forecast.flops import Load, ModelFlops, visible_pairs
 from crem.model.attention import compression_aware_mask
 from crem.model.build import build_model
 from crem.model.crem import CremModel
@@ -41,7 +42,7 @@ def batch_of(overrides: list[str], flat: bool = True) -> tuple[CremModel, Batch]
 
 
 def weights_only(flops: ModelFlops, batch: Batch) -> float:
-    return replace(flops, per_text_pair=0.0, per_vision_pair=0.0).of_batch(batch)
+    return flops.useful(replace(Load.of(batch), text_pairs=0, vision_pairs=0))
 
 
 def test_by_hand() -> None:
@@ -95,9 +96,33 @@ def test_without_the_template_fewer_pairs_are_visible() -> None:
     assert visible_pairs(batch, template_visible=False) == int(mask.sum()) < visible_pairs(batch)
 
 
+def test_a_step_executes_what_is_computed_again(tmp_path: Path) -> None:
+    """Against PyTorch's counter: a pass without gradient for caching, recomputed layers, a frozen vision tower."""
+    for overrides in ([], [*LORA, f"model.backbone={stock_backbone(tmp_path)}"]):
+        model, batch = batch_of(overrides)
+        flops, load = ModelFlops.of(model), replace(Load.of(batch), text_pairs=0, vision_pairs=0)
+        assert flops.executed(load, cached=False, recomputed=False) == flops.useful(load)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(batch, embed_only=True)
+        forward = sum(float(f) for op, f in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
+        again = flops.executed(load, cached=True, recomputed=False) - flops.useful(load)
+        assert again == pytest.approx(forward, rel=0.01)
+        checkpointed, _ = batch_of([*overrides, "model.gradient_checkpointing=true"])
+        executed = flops.executed(load, cached=False, recomputed=True)
+        # layers are recomputed, the patch projection and the merger are not; here they are a large share of the tower
+        assert (
+            0.97 * counted(checkpointed, batch)["weights"] <= executed <= 1.12 * counted(checkpointed, batch)["weights"]
+        )
+
+
 def test_peaks() -> None:
     """A GPU by its name, the longest known part of it; the CPU by measurement, at a rate that it can have."""
-    assert BF16_PEAKS["H100"] == 989e12 and BF16_PEAKS["H100 PCIe"] < BF16_PEAKS["H100"]
-    assert len(set(BF16_PEAKS)) == len(BF16_PEAKS) and all(np.isfinite(list(BF16_PEAKS.values())))
+    h100, pcie = device_named("NVIDIA H100 80GB HBM3"), device_named("NVIDIA H100 PCIe")
+    assert h100 is not None and pcie is not None and h100.peak_flops == 989e12 and pcie.peak_flops < 989e12
+    small, large = device_named("NVIDIA A100-SXM4-40GB"), device_named("NVIDIA A100-SXM4-80GB")
+    assert small is not None and large is not None and (small.memory_gb, large.memory_gb) == (40, 80)
+    assert device_named("Some other GPU") is None
+    assert len({d.name for d in DEVICES}) == len(DEVICES) and all(np.isfinite([d.peak_flops for d in DEVICES]))
     flops, source = peak_flops(torch.device("cpu"), "float32")
     assert 1e8 < flops < 1e14 and "measured" in source

@@ -15,7 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from crem.cli import main
 from crem.config import load_config
-from crem.forecast.shapes import PUBLISHED
+from crem.forecast.shapes import PUBLISHED, image_patches
+from crem.forecast.summary import summary
 from crem.model.build import build_model
 from pipelines.tables import schema
 from pipelines.tables.prepared import read_rows, texts_of
@@ -61,43 +62,43 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("temperature", [1, 2, 5])
 def test_shares_and_epochs_are_those_of_the_plan(prepared: str, temperature: float) -> None:
     config = load_config("micro", [*RUN, f"data.source_temperature={temperature}"])
-    told = dry_run(prepared, config)
-    counts = {m.task: (m.retrieval, m.with_turn, m.heterogeneous) for m in told.mix}
+    forecast = dry_run(prepared, config)
+    counts = {m.task: (m.retrieval, m.with_turn, m.heterogeneous) for m in forecast.tasks}
     assert counts == {"i2t": (60, 60, 0), "t2i": (15, 0, 0), "caption": (0, 0, 20)}
     rows = read_rows(prepared, split_prefix="train")
     plan = rows.plan(config)
     taken = np.concatenate([plan.step(s).rows for s in range(400)])
     tasks = np.array(rows.table.column("task").to_pylist())[taken]
-    for m in told.mix:
+    for m in forecast.tasks:
         assert m.share == pytest.approx((tasks == m.task).mean(), abs=0.01)
         rows_of_task = m.retrieval + m.heterogeneous
         assert m.epochs == pytest.approx(40 * 32 * m.share / rows_of_task)
-    assert sum(m.share for m in told.mix) == pytest.approx(1)
-    assert told.epochs == (pytest.approx(40 * 24 / 75), pytest.approx(40 * 8 / 20))
+    assert sum(m.share for m in forecast.tasks) == pytest.approx(1)
+    assert forecast.epochs == (pytest.approx(40 * 24 / 75), pytest.approx(40 * 8 / 20))
 
 
 def test_tokens_are_those_of_the_runs_own_batches(prepared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dryrun, "SAMPLE_ROWS", 64)
     config = load_config("micro", [*RUN, "train.chunk_rows=8"])
-    told = dry_run(prepared, config)
+    forecast = dry_run(prepared, config)
     rows = read_rows(prepared, split_prefix="train")
     plan = rows.plan(config)
     _, collator = build_model(config.model, texts=texts_of(rows))
     steps = [plan.step(s) for s in range(2)]
     numbers, z = np.concatenate([s.rows for s in steps]), np.concatenate([s.z for s in steps])
     batches = [collator.examples(rows.examples(numbers[i : i + 8], z[i : i + 8])) for i in range(0, 64, 8)]
-    assert told.row.tokens == pytest.approx(sum(b.tokens for b in batches) / 64)
-    assert told.row.answer_tokens == pytest.approx(sum(int(b.answer_tokens) for b in batches) / 64)
-    assert told.chunk_rows == 8
-    assert max(b.tokens for b in batches) <= told.chunk.tokens <= 1.1 * max(b.tokens for b in batches) + 1
+    assert forecast.row.tokens == pytest.approx(sum(b.tokens for b in batches) / 64)
+    assert forecast.row.answer_tokens == pytest.approx(sum(int(b.answer_tokens) for b in batches) / 64)
+    assert forecast.chunk_rows == 8
+    assert max(b.tokens for b in batches) <= forecast.chunk.tokens <= 1.1 * max(b.tokens for b in batches) + 1
 
 
 def test_without_the_tokenizer_it_is_estimated_and_said(prepared: str) -> None:
     config = load_config("2b", ["train.global_batch=32", "train.chunk_rows=4"])
-    told = dry_run(prepared, config)
-    assert "tokenizer of Qwen/Qwen2-VL-2B-Instruct is not on this machine" in told.text
-    assert 60 < told.row.tokens < 250 and told.row.patches > 4
-    assert [need.workers for need in told.needs] == [1, 1, 1]
+    forecast = dry_run(prepared, config)
+    assert "tokenizer of Qwen/Qwen2-VL-2B-Instruct is not on this machine" in summary(forecast)
+    assert 60 < forecast.row.tokens < 250 and forecast.row.patches > 4
+    assert [need.workers for need in forecast.needs] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["with the tokenizer", "estimated"])
@@ -125,7 +126,7 @@ def test_patches_are_those_of_qwen2_vl(size: tuple[int, int]) -> None:
     config = load_config("2b")
     bounds = config.model.image
     height, width = smart_resize(size[1], size[0], 28, bounds.min_pixels, bounds.max_pixels)
-    got = dryrun._patches(*size, config, PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"])
+    got = image_patches(*size, config.model.image, PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"])
     assert got == height * width // 14**2
 
 
