@@ -367,9 +367,10 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from pipelines.evaluation.evaluate import evaluate, table
+    from pipelines.evaluation.evaluate import evaluate
+    from pipelines.evaluation.evaluation_text import evaluation_table
 
-    print(table(evaluate(args.model, args.prepared, args.out, _config(args))))
+    print(evaluation_table(evaluate(args.model, args.prepared, args.out, _config(args))))
 
 
 def _ablate(args: argparse.Namespace) -> None:

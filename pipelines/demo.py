@@ -36,7 +36,9 @@ from crem.host_memory import available_bytes
 from pipelines.corpus.prepare import prepare
 from pipelines.embedding.embed import embed
 from pipelines.emoji import corpus_path
-from pipelines.evaluation.evaluate import evaluate, table
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluation_result import EvaluationResult
+from pipelines.evaluation.evaluation_text import evaluation_table
 from pipelines.reports.demo_page import write_report
 from pipelines.search import index as vector_index
 from pipelines.tables import session
@@ -119,12 +121,14 @@ class _Demo:
         with self._timed("index"):
             indexed = vector_index.build(path["embeddings"], path["index"], config)
         with self._timed("evaluate"):
-            evaluation = evaluate(path["model"], path["prepared"], str(self._out / "evaluation"), config)
+            evaluation = evaluate(path["model"], path["prepared"], str(self._out / "evaluation"), config).to_json()
         with self._timed("evaluate the short training"):
-            short = evaluate(trained["model"], path["prepared"], str(self._out / "evaluation_short"), config)
+            short = evaluate(trained["model"], path["prepared"], str(self._out / "evaluation_short"), config).to_json()
         with self._timed("evaluate the untrained model"):
             _save_untrained(read_rows(path["prepared"], split_prefix="train"), path["untrained"], config)
-            untrained = evaluate(path["untrained"], path["prepared"], str(self._out / "evaluation_untrained"), config)
+            untrained = evaluate(
+                path["untrained"], path["prepared"], str(self._out / "evaluation_untrained"), config
+            ).to_json()
         ray.shutdown()
         with self._timed("serve"):
             served = _serve_and_ask(path["model"], path["index"], path["prepared"], self._out / "serve.log")
@@ -280,7 +284,7 @@ def _summary(report: dict[str, Any], out: str) -> str:
     }
     return "\n".join(
         [
-            table(report["evaluation"]),
+            evaluation_table(EvaluationResult.from_json(report["evaluation"])),
             f"text_to_image P@1 of the training just now, {report['train']['steps']} steps: {other['short']:.2%}; "
             f"untrained: {other['untrained']:.2%}",
             "",

@@ -326,8 +326,8 @@ def _evaluate(job: _Job, model: str, rows: PreparedRows, trained_s: float) -> di
     began = time.monotonic()
     evaluations = {}
     for count in job.counts:
-        figures = evaluate_loaded(crem.load(model, chorus_tokens=count), rows, job.config)
-        evaluations[str(count)] = {k: v for k, v in figures.items() if k != "examples"}
+        figures = evaluate_loaded(crem.load(model, chorus_tokens=count), rows, job.config).to_json()
+        evaluations[str(count)] = {k: v for k, v in figures.items() if k not in ("examples", "format")}
     return {
         "evaluate": job.config.evaluate.model_dump(mode="json"),
         "seconds": {"train": round(trained_s, 1), "evaluate": round(time.monotonic() - began, 1)},

@@ -17,6 +17,7 @@ from crem.model.build import build_model
 from pipelines.corpus.prepare import prepare
 from pipelines.embedding.embed import embed
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluation_result import EvaluationResult
 from pipelines.search import index
 from tests.conftest import TEXTS, TINY, lively, tiny_config
 from tests.pipelines.conftest import table, write_rows
@@ -59,11 +60,12 @@ def test_evaluation_at_a_smaller_count(nested_dir: str, tmp_path: Path, local_ra
     config = load_config("micro", [*SMALL, "evaluate.chorus_tokens=2"])
     prepare(write_corpus(tmp_path / "corpus"), str(tmp_path / "prepared"), config)
     made = evaluate(nested_dir, str(tmp_path / "prepared"), str(tmp_path / "out"), config)
-    assert (made["chorus_tokens"], made["fingerprint"]) == (2, crem.load(nested_dir, chorus_tokens=2).fingerprint)
-    splits = [made["retrieval"][task]["all"]["precision_at_1"] for task in ("i2t", "t2i")]
-    assert made["retrieval_mean"]["all"]["precision_at_1"] == pytest.approx(np.mean(splits))
-    assert made["retrieval_mean"]["all"]["directions"] == 2
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == made
+    assert (made.chorus_tokens, made.fingerprint) == (2, crem.load(nested_dir, chorus_tokens=2).fingerprint)
+    splits = [made.retrieval[task]["all"].precision_at_1 for task in ("i2t", "t2i")]
+    assert made.retrieval_mean["all"].precision_at_1 == pytest.approx(np.mean(splits))
+    assert made.retrieval_mean["all"].directions == 2
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert EvaluationResult.from_json(written) == made
     wrong = load_config("micro", [*SMALL, "evaluate.chorus_tokens=3"])
     with pytest.raises(ConfigError, match="not with 3"):
         evaluate(nested_dir, str(tmp_path / "prepared"), str(tmp_path / "out"), wrong)

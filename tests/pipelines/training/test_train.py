@@ -20,7 +20,8 @@ import crem
 from crem.config import load_config
 from crem.errors import ConfigError, TrainingError
 from pipelines.corpus.prepare import prepare
-from pipelines.evaluation.evaluate import evaluate, table
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluation_text import evaluation_table
 from pipelines.tables import session
 from pipelines.tables.prepared import read_rows
 from pipelines.tables.storage import Folder
@@ -115,14 +116,14 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     report = evaluate(result["model"], prepared, str(tmp_path / "evaluation"), config)
     for task in ("t2i", "i2t"):
-        figures = report["retrieval"][task]["all"]
-        assert figures["candidates"] == 12 and figures["queries"] == 12
-        assert figures["precision_at_1"] > 2 * figures["chance_at_1"]
-    answers = report["answers"]["all"]
-    assert answers["commonest"] == 0.25 and answers["questions"] == 12
-    assert answers["native"] >= 3 * answers["commonest"]
-    assert 0 < report["cache"]["ratio"] < 0.5
-    assert "P@1" in table(report)
+        figures = report.retrieval[task]["all"]
+        assert figures.candidates == 12 and figures.queries == 12
+        assert figures.precision_at_1 > 2 * figures.chance_at_1
+    answers = report.answers["all"]
+    assert answers.commonest == 0.25 and answers.questions == 12
+    assert answers.native >= 3 * answers.commonest
+    assert report.cache is not None and report.cache.ratio is not None and 0 < report.cache.ratio < 0.5
+    assert "P@1" in evaluation_table(report)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result["fingerprint"]
 
 
