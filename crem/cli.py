@@ -288,7 +288,7 @@ def _quieten(verbose: bool) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from pipelines.demo import demo
+    from pipelines.demo.demo import demo
 
     print(demo(args.out, _config(args)))
 

@@ -1,4 +1,5 @@
-"""Charts of the report pages, as SVG text. Not by ``pyplot``, whose state is global: a thread draws too."""
+"""The palette of the report pages, and their charts as SVG. ``pyplot`` is not used: its state is global, and the
+training report is drawn in a thread."""
 
 from __future__ import annotations
 
@@ -6,35 +7,62 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "axes", "line", "svg"]
+__all__ = ["BLUE", "GREEN", "GREY", "INK", "LIGHT_GREY", "ORANGE", "PALETTE", "axes", "line", "png", "style", "svg"]
 
-INK, BLUE, ORANGE, GREY, GREEN = "#1f2933", "#2b6cb0", "#c05621", "#a0aec0", "#2f855a"
+PALETTE = {
+    "ink": "#1f2933",
+    "muted": "#52606d",
+    "blue": "#2b6cb0",
+    "orange": "#c05621",
+    "green": "#2f855a",
+    "red": "#c53030",
+    "grey": "#a0aec0",
+    "light_grey": "#cbd5e0",
+    "rule": "#e2e8f0",
+    "faint_rule": "#edf2f7",
+    "panel": "#f7fafc",
+}
+INK, BLUE, ORANGE, GREEN = (PALETTE[name] for name in ("ink", "blue", "orange", "green"))
+GREY, LIGHT_GREY = PALETTE["grey"], PALETTE["light_grey"]
 
 
-def axes(columns: int, width: float, *, rows: int = 1, height: float = 2.8) -> tuple[Figure, list[Any]]:
-    """A figure of ``rows`` x ``columns`` plain axes, in reading order."""
+def axes(columns: int, width: float, *, rows: int = 1, height: float = 2.8, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure of ``rows`` x ``columns`` plain axes, in reading order; sizes in inches, ``options`` as ``subplots``."""
     figure = Figure(figsize=(width, height * rows))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axis in grid.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=INK, labelsize=8)
-        axis.grid(axis="y", color="#edf2f7")
-        axis.set_axisbelow(True)
-    return figure, list(grid.flat)
+    grid = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axis in grid:
+        style(axis)
+    return figure, grid
+
+
+def style(axis: Any) -> None:
+    """Two spines, small ticks and faint horizontal lines."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(colors=INK, labelsize=8)
+    axis.grid(axis="y", color=PALETTE["faint_rule"])
+    axis.set_axisbelow(True)
 
 
 def line(axis: Any, points: Sequence[tuple[float, float | None]], colour: str = BLUE, label: str | None = None) -> None:
-    """A curve over steps; what is not a number leaves a gap, and a curve of few points shows them."""
+    """A curve over steps; None leaves a gap, and a curve of few points marks them."""
     values = [float("nan") if y is None else y for _, y in points]
     marker = "o" if len(points) <= 20 else None
     axis.plot([x for x, _ in points], values, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3)
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure) -> Markup:
     """The figure as an ``<svg>`` element."""
     out = io.StringIO()
     figure.savefig(out, format="svg", bbox_inches="tight")
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    return Markup(text[text.index("<svg") :])
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130, bbox_inches="tight")
+    return out.getvalue()

@@ -26,7 +26,7 @@ def rows_of(*rows: dict[str, Any]) -> PreparedRows:
     """Rows of the prepared schema without images."""
     filled = [
         dict.fromkeys(schema.ROWS.names)
-        | {"id": i, "source": "s", "task": "t2t", "split": "test_a", **row}
+        | {"id": i, "source": "s", "task": "text_to_image", "split": "test_a", **row}
         | {"query": side(row["query"]), "target": side(row.get("target"))}
         for i, row in enumerate(rows)
     ]
@@ -59,7 +59,7 @@ def test_contents_are_embedded_once_and_candidates_are_the_targets_of_all_splits
         *((0, "query"), (0, "target"), (1, "query"), (1, "target"), (2, "query"), (3, "target"))
     ]
     other, main = found.directions
-    assert (other.task, main.task) == ("other", "t2t") and main.splits == ("test_a", "test_a", "test_b")
+    assert (other.task, main.task) == ("other", "text_to_image") and main.splits == ("test_a", "test_a", "test_b")
     assert main.queries.tolist() == [0, 2, 4] and main.targets.tolist() == [1, 3, 1]
     assert main.candidates.tolist() == [1, 3] and other.candidates.tolist() == [5]
 
@@ -75,7 +75,7 @@ def test_a_tie_and_nan_count_against_the_model() -> None:
     assert (figures["test_a"].precision_at_1, figures["test_a"].queries, figures["test_a"].candidates) == (0.5, 2, 2)
     assert (figures["all"].precision_at_1, figures["all"].precision_at_10) == (pytest.approx(1 / 3), 1)
     assert (figures["all"].chance_at_1, figures["all"].chance_at_10) == (0.5, 1)
-    means = mean_precision({"t2t": figures, "other": precision(direction, np.zeros(3, np.int64))})
+    means = mean_precision({"text_to_image": figures, "other": precision(direction, np.zeros(3, np.int64))})
     assert means["all"].precision_at_1 == pytest.approx((1 / 3 + 1) / 2) and means["all"].directions == 2
 
 
@@ -138,7 +138,9 @@ def test_the_file_gives_the_result_again(questions: bool) -> None:
     assert older.retrieval == result.retrieval and older.model is None and older.examples is None
 
 
-@pytest.mark.parametrize("damage", [{"format": 2}, {"retrieval": {"t2t": {"all": {"queries": "many"}}}}, None])
+@pytest.mark.parametrize(
+    "damage", [{"format": 2}, {"retrieval": {"text_to_image": {"all": {"queries": "many"}}}}, None]
+)
 def test_another_format_and_damage_are_refused(damage: dict[str, Any] | None) -> None:
     tree = None if damage is None else evaluated(questions=True).to_json() | damage
     with pytest.raises(ConfigError, match="run crem evaluate again"):
@@ -147,7 +149,7 @@ def test_another_format_and_damage_are_refused(damage: dict[str, Any] | None) ->
 
 def test_the_table_has_every_figure_that_is_there() -> None:
     text = evaluation_table(evaluated(questions=True))
-    assert "t2t               test_a" in text and "mean of tasks     all" in text
+    assert "text_to_image     test_a" in text and "mean of tasks     all" in text
     assert "all                    75.0%       50.0%      50.0%          4" in text
     assert text.endswith("keys and values kept per item: 0.1 KiB natively, 0.0 KiB compressed (25.0%)")
     assert "answers" not in evaluation_table(evaluated(questions=False))

@@ -1,0 +1,1 @@
+"""``crem demo``: every job once, on the embedded corpus."""
