@@ -1,2 +1,2 @@
 """What a cluster needs: job submission, manifests, image, local test clusters. Names the jobs and the application by
-import string and command line; imports neither ``crem`` nor ``pipelines`` nor ``serve``."""
+import string and command line; imports ``crem.errors`` and nothing else of ``crem``, ``pipelines`` or ``serve``."""

@@ -25,6 +25,8 @@ import aiohttp
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from crem.errors import CremError
+
 __all__ = ["SubmitError", "job_server_url", "submit"]
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|A
 _SECRET_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]*@", re.IGNORECASE)
 
 
-class SubmitError(RuntimeError):
+class SubmitError(CremError):
     """A job that could not be submitted or followed; the message names the value and the remedy."""
 
 

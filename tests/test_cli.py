@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,42 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crem.cli import build_parser, main
+import crem
+from crem.cli import main
+from crem.cli.command_line import parse
 from crem.config import RunConfig, load_config
 
-JOBS = ["demo", "prepare", "train", "embed", "index", "search", "evaluate", "ablate", "serve", "submit", "doctor"]
+JOBS = [
+    "demo",
+    "prepare",
+    "graft",
+    "train",
+    "embed",
+    "index",
+    "search",
+    "evaluate",
+    "ablate",
+    "serve",
+    "submit",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_has_help_with_an_example(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([job, "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert f"crem {job}" in shown and "example:" in shown and "--print-config" in shown
+    assert main([job, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"crem {job}" in printed and "example:" in printed and "--print-config" in printed
+
+
+def test_help_lists_the_jobs_and_loads_neither_torch_nor_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from crem.cli import main; main(['--help']); assert not {'torch', 'ray'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and all(job in done.stdout for job in JOBS), done.stderr
+    assert main([]) == 2
+    assert "crem doctor" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"crem {crem.__version__}\n"
 
 
 def test_print_config_is_complete_and_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -43,17 +67,43 @@ def test_print_config_needs_no_folders(job: str, capsys: pytest.CaptureFixture[s
 
 def test_overrides_of_a_submitted_job_stand_behind_the_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     job = ["train", "a", "--out", "b", "train.steps=2"]
-    args = build_parser().parse_args(["submit", "--", *job])
-    assert args.overrides == [] and args.command == job
+    line = parse(["submit", "--", *job])
+    assert line.job == "submit" and line.overrides == ()
+    assert parse(job).overrides == ("train.steps=2",)
     assert main(["submit", "train.steps=1", "--", *job]) == 2
     assert "put it behind" in capsys.readouterr().err
     assert main(["submit", "--", *job, "train.stepz=1"]) == 2
     assert "train.steps" in capsys.readouterr().err
+    assert main(["submit", "--", "trian", "a"]) == 2
+    assert 'Did you mean "train"' in capsys.readouterr().err
+    assert main(["submit", "--", *job, "--outt", "c"]) == 2
+    assert "Did you mean --out" in capsys.readouterr().err
+    assert main(["submit"]) == 2
+    assert "a job is missing" in capsys.readouterr().err
+
+
+def test_settings_stand_anywhere_and_the_last_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "train.steps=1", "optim.lr=3e-4", "x", "--out", "y", "train.steps=2", "--preset", "2b+full"]
+    line = parse(words)
+    assert line.overrides == ("train.steps=1", "optim.lr=3e-4", "train.steps=2")
+    assert main([*words, "-v", "--preset", "7b", "--print-config"]) == 0
+    config = RunConfig.model_validate(yaml.safe_load(capsys.readouterr().out))
+    assert (config.preset, config.train.steps, config.optim.lr) == ("7b", 2, 3e-4)
+    seeds = parse(["ablate", "p", "--out", "o", "--seeds", "3", "4", "train.steps=2"])
+    assert seeds.call.keywords["seeds"] == (3, 4) and seeds.overrides == ("train.steps=2",)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (["trian", "x", "--out", "y"], 'Did you mean "train"'),
+        (["train", "x", "--outt", "y"], "Did you mean --out"),
+        (["train", "x", "y"], "unexpected word 'y'"),
+        (["train", "x", "--out", "y", "--resume", "--fresh"], "--resume, --fresh"),
+        (["evaluate", "x", "--out", "y"], "--model"),
+        (["search", "x", "-k", "many"], "many"),
+        (["train", "x", "--out", "y", "--preset", "2b-full"], "2b+full"),
+        (["train", "x", "--out", "y", "--preset", "/nowhere/run.yaml"], "there is no file '/nowhere/run.yaml'"),
         (["train", "x", "--out", "y", "train.stepz=1"], "train.steps"),
         (["train", "x", "--out", "y", "--preset", "mikro"], "micro"),
         (["train", "/nowhere/prepared", "--out", "y"], "crem prepare"),
@@ -78,11 +128,44 @@ def test_what_is_wrong_is_said_in_one_message(
     assert says in shown and "Traceback" not in shown, shown
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "candidates"),
+    [
+        (["tr"], {"train"}),
+        (["train", "--r"], {"--resume"}),
+        (["train", "x", "--preset", "mi"], {"micro", "micro-base"}),
+        (["train", "x", "--preset", "2b+f"], {"2b+full"}),
+        (["train", "x", "optim.l"], {"optim.lr="}),
+        (["train", "model.image.min"], {"model.image.min_pixels="}),
+        (["train", "x", "train.offload="], {"train.offload=none", "train.offload=optimizer", "train.offload=all"}),
+        (["train", ""], set()),
+    ],
+)
+def test_bash_completes_jobs_options_presets_and_settings(
+    words: list[str], candidates: set[str], tmp_path: Path
+) -> None:
+    command = tmp_path / "crem"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m crem.cli "$@"\n')
+    command.chmod(0o755)
+    code = (
+        f"""eval "$(crem completion bash)"; COMP_WORDS=(crem "$@"); COMP_CWORD={len(words)}; """
+        """_crem_words 2>/dev/null; printf '%s\\n' "${COMPREPLY[@]}" """
+    )
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", code, "-", *words], capture_output=True, text=True, timeout=60, env=env)
+    assert set(done.stdout.split()) == candidates, done.stderr
+
+
+def test_completion_explains_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["__complete", "train", "x", "train.zero"]) == 0
+    assert "train.zero_stage=3\tDeepSpeed ZeRO stage" in capsys.readouterr().out
+    assert main(["completion", "zsh"]) == 0 and "#compdef crem" in capsys.readouterr().out
+
+
 def test_a_stock_backbone_is_not_a_crem_checkpoint(
     tiny_model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     stock = tmp_path / "stock"
     shutil.copytree(tiny_model_dir, stock)
     (stock / "crem.json").unlink()
@@ -106,7 +189,6 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    import crem
     from pipelines.tables import schema
 
     model = crem.load(tiny_model_dir)

@@ -14,7 +14,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+import crem.cli.jobs  # noqa: F401 (registers the jobs)
+from crem.cli.command_line import parse
 from crem.config import load_config
+from crem.errors import ConfigError
 from crem.fetch import MODELS
 from tests.cluster.crd import PLURALS, definition, problems, strict, with_defaults
 
@@ -180,13 +183,12 @@ def test_a_new_cluster_continues_the_training() -> None:
 
 @pytest.mark.parametrize("path", JOBS, ids=by_name)
 def test_the_command_line_is_one_of_ours(path: Path) -> None:
-    from crem.cli import build_parser
-
     program, *argv = shlex.split(load(path)["spec"]["entrypoint"])
     assert program == "crem"
-    build_parser().parse_args(argv)
-    with pytest.raises(SystemExit):
-        build_parser().parse_args([*argv, "--no-such-option"])
+    line = parse(argv)
+    assert line.preset is not None and load_config(line.preset, line.overrides)
+    with pytest.raises(ConfigError, match="no-such-option"):
+        parse([*argv, "--no-such-option"])
 
 
 def test_the_serve_config_is_accepted_by_serve_and_by_the_application() -> None:

@@ -1,0 +1,377 @@
+"""The jobs of the ``crem`` command, one function each. What a function imports is loaded only when its job runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+import crem
+from crem.cli import completion as shell_completion
+from crem.cli.command_line import START, Config, Options, Place, Preset, Setting, app, job, parse
+from crem.config import load_config
+from crem.errors import ConfigError
+
+
+@job
+def demo(
+    *settings: Setting,
+    out: str = "out/demo",
+    preset: Preset = "micro+demo",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Run every job on the embedded emoji corpus and write report.html.
+
+    example:
+      crem demo --out out/demo
+
+    Args:
+        out: folder of the results
+    """
+    from pipelines.demo.demo import demo
+
+    print(demo(out, config))
+
+
+@job
+def prepare(
+    source: Place,
+    /,
+    *settings: Setting,
+    out: str,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Read a raw corpus, validate it, re-encode its images, write prepared and rejected tables.
+
+    example:
+      crem prepare s3://bucket/corpus --out s3://bucket/prepared --preset 2b
+
+    Args:
+        source: raw corpus: folder or URI with rows (Parquet, JSONL) and images/ or images.zip
+        out: folder or URI for the tables
+    """
+    from pipelines.corpus.prepare import prepare
+
+    m = prepare(source, out, config)
+    print(f"rows in {m['rows_in']} = out {m['rows_out']} + rejected {m['rejected']} + filtered {m['filtered']}")
+    print(f"images  {m['images']}")
+    for reason, count in sorted(m["by_reason"].items(), key=lambda pair: -pair[1]):
+        print(f"  rejected {count:>8}  {reason}")
+
+
+@job
+def graft(
+    language_model: Place,
+    /,
+    *settings: Setting,
+    out: str,
+    preset: Preset = "small-base",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Make a language model the language half of a Qwen2-VL with a new vision tower, the backbone of small-base.
+
+    example:
+      crem graft HuggingFaceTB/SmolLM2-135M-Instruct --out out/small/graft
+      crem graft model.gguf --out out/small/graft
+
+    Args:
+        language_model: a model of Llama's architecture: folder, URI or hub name, or a .gguf file
+        out: local folder for the checkpoint
+    """
+    from crem.model.graft import graft
+
+    made = graft(language_model, out, config.graft, seed=config.train.seed)
+    print(
+        f"{made['out']}: {made['language'] / 1e6:.1f} M parameters, {made['vision'] / 1e6:.1f} M of a new vision tower"
+    )
+    print(f"next: crem train PREPARED --out out/small/base --preset small-base model.backbone={made['out']}")
+
+
+@job
+def train(
+    prepared: Place | None = None,
+    /,
+    *settings: Setting,
+    out: str | None = None,
+    dry_run: bool = False,
+    resume: Annotated[bool, Parameter(group=START)] = False,
+    fresh: Annotated[bool, Parameter(group=START)] = False,
+    preset: Preset = "2b",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Train a CREM model on prepared tables: DeepSpeed under Ray Train.
+
+    example:
+      crem train s3://bucket/prepared --out s3://bucket/run --preset 2b train.steps=5000 --resume
+
+    Args:
+        prepared: folder or URI written by crem prepare
+        out: folder or URI for checkpoints, metrics and the model
+        dry_run: print rows, steps, tokens, memory, the GPUs needed and the time, and stop; PREPARED may be left out
+        resume: continue from the newest checkpoint in --out, if there is one
+        fresh: remove an earlier run in --out first
+    """
+    if dry_run:
+        from crem.forecast.summary import summary
+        from pipelines.training.dry_run import dry_run as forecast
+
+        print(summary(forecast(prepared, config)))
+        return
+    if not prepared or not out:
+        missing = "PREPARED, the tables" if not prepared else "--out, the folder of the run"
+        raise ConfigError(f"{missing}, is missing: crem train PREPARED --out RUN; only --dry-run works without")
+    from pipelines.training.train import train
+
+    result = train(prepared, out, config, resume=resume, fresh=fresh)
+    print(f"model       {result['model']}\nfingerprint {result['fingerprint']}\nsteps       {result['steps']}")
+
+
+@job
+def embed(
+    source: Place,
+    /,
+    *settings: Setting,
+    model: str,
+    out: str,
+    fresh: bool = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Embed every item of a table with a Ray Data actor pool; continues where it was interrupted.
+
+    example:
+      crem embed s3://bucket/items --model s3://bucket/run/model --out s3://bucket/vectors --preset 2b
+
+    Args:
+        source: items (Parquet or JSONL with text, image, uri, id …), or a prepared folder
+        model: checkpoint folder or URI
+        out: folder or URI for the vectors
+        fresh: remove an earlier run in --out first
+    """
+    from pipelines.embedding.embed import embed
+
+    r = embed(model, source, out, config, fresh=fresh)
+    print(
+        f"rows in {r['rows_in']} = embedded {r['embedded']} + errors {r['errors']}   "
+        f"{r['items_per_s']:.0f} items/s   fingerprint {r['fingerprint']}"
+    )
+
+
+@job
+def index(
+    embeddings: Place,
+    /,
+    *settings: Setting,
+    out: str,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Build a vector index from embeddings: exact below index.exact_below rows.
+
+    example:
+      crem index out/demo/embeddings --out out/demo/index
+
+    Args:
+        embeddings: folder or URI written by crem embed
+        out: folder or URI for the index
+    """
+    from pipelines.search.index import build
+
+    print(json.dumps(build(embeddings, out, config), indent=2))
+
+
+@job
+def search(
+    text: Place | None = None,
+    /,
+    *settings: Setting,
+    image: list[str] | None = None,
+    index: str = "out/demo/index",
+    model: str | None = None,
+    k: Annotated[int, Parameter(name="-k")] = 10,
+    json_lines: Annotated[bool, Parameter(name="--json")] = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Find the items nearest to a text, an image, or both.
+
+    example:
+      crem search "a red apple" --index out/demo/index
+      crem search --image photo.png
+
+    Args:
+        text: what to look for
+        image: image to look for; may be repeated
+        index: index folder or URI
+        model: checkpoint; by default the one named in the index
+        k: number of results
+        json_lines: print JSON lines
+    """
+    if not text and not image:
+        raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
+    from pipelines.search.search import Index, search
+
+    opened = Index(index)
+    images = tuple(Path(p) if "://" not in p else p for p in image or ())
+    hits = search(index, model or opened.summary["model"], crem.Item(text=text, images=images), k)
+    for rank, hit in enumerate(hits, 1):
+        if json_lines:
+            print(json.dumps({"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}))
+        else:
+            print(f"{rank:>3}  {hit.score:+.4f}  {hit.uri or hit.text or hit.id}")
+
+
+@job
+def evaluate(
+    prepared: Place,
+    /,
+    *settings: Setting,
+    model: str,
+    out: str,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Precision@1 and @10 per direction and split, answers native and compressed, cache sizes.
+
+    example:
+      crem evaluate out/demo/prepared --model out/demo/model --out out/demo/evaluation
+
+    Args:
+        prepared: prepared tables with test splits
+        model: checkpoint folder or URI
+        out: folder or URI for evaluation.json
+    """
+    from pipelines.evaluation.evaluate import evaluate
+    from pipelines.evaluation.evaluation_text import evaluation_table
+
+    print(evaluation_table(evaluate(model, prepared, out, config)))
+
+
+@job
+def ablate(
+    prepared: Place,
+    /,
+    *settings: Setting,
+    out: str,
+    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
+    only: Literal["table3", "table4", "figure4"] | None = None,
+    report: bool = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Train and evaluate the paper's ablations with seeds and error bars, beside the paper's figures.
+
+    example:
+      crem ablate out/prepared --out out/ablation --seeds 0 1 2 model.scratch=null model.backbone=out/base/model
+
+    Args:
+        prepared: prepared tables with test splits
+        out: folder or URI for runs and report; continues what it holds
+        seeds: seeds of every variant
+        only: only the variants of one of them
+        report: run nothing; report what is finished
+    """
+    from pipelines.ablation.ablate import ablate
+    from pipelines.ablation.report import table
+
+    print(table(ablate(prepared, out, config, seeds=seeds, only=only, report_only=report)))
+
+
+@job
+def serve(
+    model: Place,
+    /,
+    *settings: Setting,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Serve embeddings and answers over HTTP (OpenAI's API) with Ray Serve.
+
+    example:
+      crem serve out/demo/model serve.port=8000
+
+    Args:
+        model: checkpoint folder or URI
+    """
+    from serve.app import run
+
+    run(model, config, blocking=True)
+
+
+@job
+def submit(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    address: str | None = None,
+    working_dir: str | None = None,
+    no_wait: bool = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> int:
+    """Submit any of these jobs to a running Ray cluster.
+
+    example:
+      crem submit --address http://127.0.0.1:8265 -- train s3://bucket/prepared --out s3://bucket/run --resume
+
+    Args:
+        command: behind --, a crem job with its arguments
+        address: URL of the cluster's job server (default http://127.0.0.1:8265)
+        working_dir: local folder whose code is uploaded; otherwise the image's code runs
+        no_wait: return once the job is accepted
+    """
+    from cluster.submit import submit
+
+    words = list(command[1:] if command[:1] == ("crem",) else command)
+    if not words:
+        raise ConfigError("a job is missing: crem submit -- JOB …, e.g. crem submit -- doctor")
+    line = parse(words)  # a mistake is found here, not on the cluster
+    if line.preset is not None:
+        load_config(line.preset, line.overrides)
+    return submit(["crem", *words], address=address, working_dir=working_dir, follow=not no_wait)
+
+
+@job
+def doctor(
+    *settings: Setting,
+    storage: list[str] | None = None,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> int:
+    """Print versions, devices, memory and reachable storage, and what is missing with the command that fixes it.
+
+    example:
+      crem doctor --storage s3://bucket
+
+    Args:
+        storage: path or URI that must be readable and writable; may be repeated
+    """
+    from crem.doctor import examine
+
+    report = examine(storage or ())
+    print(report.text)
+    return 0 if report.healthy else 1
+
+
+@job
+def completion(shell: shell_completion.SHELLS, /) -> None:
+    """Print the completion script of a shell: jobs, options, presets and settings.
+
+    example:
+      eval "$(crem completion bash)"      in ~/.bashrc; zsh alike
+      crem completion fish | source       in ~/.config/fish/config.fish
+    """
+    print(shell_completion.script(app, shell))
