@@ -55,15 +55,16 @@ bench: $(STAMP)  ## benchmarks; print ratios
 	$(BIN)/python -m tests.bench.bench_compile $(ARGS)
 	$(BIN)/python -m tests.bench.bench_decode $(ARGS)
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP)  ## ruff: rules and format; deptry: declared dependencies are those imported
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/deptry .
 
 format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-types: $(STAMP)  ## mypy on crem/
+types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 lock: $(STAMP)  ## write constraints.txt from the virtual environment
