@@ -2,9 +2,8 @@
 
 Choices:
 
-- **A bad item fails alone.** A batch that raises is halved until the culprit is by itself; its neighbours get their
-  vectors. Bad items are found while they are decoded, before the forward, so the extra work is small; batches of any
-  size give the same vectors (the model's own promise).
+- **A bad item fails alone.** Items are prepared (decoded and tokenised) one by one before the forward; those that
+  cannot be prepared get their error, all others share one forward.
 - **Generation is an iterator of steps**, so that the caller decides on which thread each step runs, may compute
   something else between two steps, and stops decoding by closing the iterator.
 - **Stop strings** are cut here, on text: a piece that might be the beginning of a stop string is held back until it
@@ -23,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import crem
+from crem.data.sequence import PreparedSequence
 from crem.errors import ItemError
 from crem.inference import Answer
+from crem.model.generation import Sampling
 
 __all__ = ["Delta", "Embedded", "Ending", "Engine", "GenerationRequest", "StopCutter"]
 
@@ -77,17 +78,24 @@ class Engine:
         self._model = model
 
     def embed(self, items: Sequence[crem.Item]) -> list[Embedded | Exception]:
-        """One result per item, in order; an ``Exception`` in the place of the item that caused it."""
-        try:
-            vectors = self._model.embed(items, batch_size=len(items))
-            return [Embedded(v, self._model.count_tokens(item)) for v, item in zip(vectors, items, strict=True)]
-        except Exception as error:
-            if len(items) == 1:
+        """One result per item, in order; an ``Exception`` for an item that cannot be embedded."""
+        results: list[Embedded | Exception | None] = [None] * len(items)
+        prepared: dict[int, PreparedSequence] = {}
+        for place, item in enumerate(items):
+            try:
+                prepared[place] = self._model.prepare(item)
+            except Exception as error:
                 if not isinstance(error, ItemError):
-                    logger.exception("an item could not be embedded")
-                return [error]
-            half = len(items) // 2
-            return self.embed(items[:half]) + self.embed(items[half:])
+                    logger.exception("an item could not be prepared")
+                results[place] = error
+        try:
+            vectors = self._model.embed_prepared(list(prepared.values()), batch_size=len(items))
+        except Exception as error:  # not the fault of one item: all of this forward fail
+            logger.exception("a batch of %d items could not be embedded", len(prepared))
+            vectors = [error] * len(prepared)
+        for (place, sequence), vector in zip(prepared.items(), vectors, strict=True):
+            results[place] = vector if isinstance(vector, Exception) else Embedded(vector, sequence.tokens)
+        return results
 
     def generate(self, request: GenerationRequest) -> Generator[Delta]:
         """The answer, one decoding step at a time; closing the iterator ends the decoding.
@@ -96,7 +104,8 @@ class Engine:
             ItemError: from the first step.
         """
         cutter, steps = StopCutter(request.stop), 0
-        with closing(self._pieces(request)) as pieces:
+        sequence = self._model.prepare(request.item)
+        with closing(self._pieces(request, sequence)) as pieces:
             for piece in pieces:
                 if isinstance(piece, Answer):
                     ending = Ending(piece.finish_reason, piece.prompt_tokens, piece.completion_tokens)
@@ -105,20 +114,18 @@ class Engine:
                 steps += 1
                 text = cutter.push(piece)
                 if cutter.stopped:
-                    prompt_tokens = self._model.count_tokens(request.item, request.prompt)
+                    prompt_tokens = self._model.prompt_tokens(sequence, request.prompt)
                     yield Delta(text, Ending("stop", prompt_tokens, steps))
                     return
                 yield Delta(text)
 
-    def _pieces(self, request: GenerationRequest) -> Generator[str | Answer]:
-        yield from self._model.stream(
-            request.item,
+    def _pieces(self, request: GenerationRequest, sequence: PreparedSequence) -> Generator[str | Answer]:
+        yield from self._model.stream_prepared(
+            sequence,
             request.prompt,
             compressed=request.compressed,
             max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
+            sampling=Sampling(request.temperature, request.top_p, request.seed),
         )
 
 

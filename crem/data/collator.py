@@ -1,11 +1,12 @@
-"""From items and rows to the tensors of one forward.
+"""From items and training examples to the tensors of one forward.
 
-A ``PreparedSequence`` is one prompt with its pixels. A ``Batch`` holds N of them in B rows of T tokens: for inference
-one sequence per row, padded on the right, where causal attention never looks; for training all sequences in one row
-without padding (a joint batch mixes captions, images and questions of very different lengths), with the plan of its
-attention. Neither padding nor neighbours can change a result. An image that comes several times is held once, and goes
-through the vision tower once. Shape suffixes: N sequences, B rows, T tokens, P patches, I distinct images, J places of
-images.
+``Collator.prepare`` makes one ``PreparedSequence`` of an item. A ``Batch`` holds N of them in B rows of T tokens: for
+inference one sequence per row, padded on the right, where causal attention never looks; for training all sequences in
+one row without padding (a joint batch mixes captions, images and questions of very different lengths), with the plan of
+its attention. Neither padding nor neighbours can change a result. An image that occurs several times is stored once and
+passes the vision tower once.
+
+Shape suffixes: N sequences, B rows, T tokens, P patches, I distinct images, J places of images.
 """
 
 from __future__ import annotations
@@ -27,23 +28,15 @@ from crem.data.augment import augmented
 from crem.data.images import load_image
 from crem.data.items import Item, TrainingExample
 from crem.data.packing import TwoPart, two_part
-from crem.data.positions import rope_positions
-from crem.data.prompts import Prompt, PromptBuilder, Segment
+from crem.data.prompts import PromptBuilder, Segment
+from crem.data.sequence import Grid, PixelTable, PreparedSequence, rope_positions
 from crem.errors import ItemError
 
-__all__ = ["Batch", "Collator", "PreparedSequence"]
+__all__ = ["Batch", "Collator"]
 
-
-@dataclass(frozen=True)
-class PreparedSequence:
-    """One sequence: tokens with segments, positions and the patches of its images."""
-
-    prompt: Prompt
-    positions_3T: NDArray[np.int64]
-    patches: NDArray[np.float32]
-    """[P, channels * temporal * patch * patch]; P may be 0."""
-    grids: tuple[tuple[int, int, int], ...]
-    z: bool = False
+_EMPTY = torch.empty(0, dtype=torch.long)
+_MAX_ASPECT = 190
+"""Long to short side. Qwen2-VL's resize refuses ratios over 200."""
 
 
 @dataclass
@@ -69,20 +62,24 @@ class Batch:
     chorus_tokens: int = 1
     """tokens that each embedding is pooled over"""
     two_part: TwoPart | None = None
-    """how attention falls into calls, where all sequences stand in one row"""
-    queries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """how attention is split into calls, where all sequences share one row"""
+    queries: Tensor = field(default_factory=_EMPTY.clone)
     """int64 [Q]: sequences that are retrieval queries"""
-    candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q + negatives]: sequence of each query's target in the order of ``queries``, then hard negatives"""
-    query_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q]: content of each query, -1 matches nothing"""
-    candidate_keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """int64 [Q + negatives]: content of each candidate, -1 matches nothing"""
+    targets: Tensor = field(default_factory=_EMPTY.clone)
+    """int64 [Q]: sequence of each query's target"""
+    negatives: Tensor = field(default_factory=_EMPTY.clone)
+    """int64: sequences of the hard negatives of all queries"""
+    query_keys: Tensor = field(default_factory=_EMPTY.clone)
+    """int64 [Q]: content hash of each query; -1 matches nothing, here and below"""
+    target_keys: Tensor = field(default_factory=_EMPTY.clone)
+    """int64 [Q]: content hash of each target"""
+    negative_keys: Tensor = field(default_factory=_EMPTY.clone)
+    """int64: content hash of each hard negative"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in held.items() if isinstance(v, Tensor)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved, two_part=self.two_part.to(device) if self.two_part else None)
 
     @property
@@ -97,19 +94,22 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Token positions that hold no padding."""
+        """Token positions without padding."""
         return int((self.segments != Segment.PAD).sum())
 
     @property
     def padding_share(self) -> float:
-        """Share of the work that goes into padding: of all layers, or of attention alone where nothing else has any."""
+        """Share of the computation spent on padding: of attention with a two-part plan, else of all layers."""
         if self.two_part is not None:
             return self.two_part.padding_share
         return 1 - self.tokens / self.segments.numel()
 
 
 class Collator:
-    """Turns items and training rows into batches for one model's tokenizer, image processor and configuration."""
+    """Turns items and training examples into batches for one model's tokenizer, image processor and configuration.
+
+    Needs no weights, may be used by several threads at once, and pickles.
+    """
 
     def __init__(self, tokenizer: Any, processor: Any, chorus_ids: Sequence[int], config: ModelConfig):
         self.prompts = PromptBuilder(tokenizer, chorus_ids, config.prompt)
@@ -117,9 +117,9 @@ class Collator:
         self.limits = config.image
         self.template_visible = config.prompt.template_visible
         self.pad_id = tokenizer.pad_token_id
-        self._empty = np.empty((0, 3 * processor.temporal_patch_size * processor.patch_size**2), dtype=np.float32)
+        self.pixels = PixelTable(processor)
 
-    def sequence(
+    def prepare(
         self,
         item: Item,
         *,
@@ -131,10 +131,15 @@ class Collator:
     ) -> PreparedSequence:
         """``[S V T U]`` of an item, followed by ``[Q]`` and ``[A]`` where a question and an answer are given.
 
+        Args:
+            z: compression bit of the sequence.
+            chorus_tokens: how many of the K chorus tokens; all of them where None.
+            augment: applied to every image after decoding.
+
         Raises:
             ItemError: the item is empty or one of its images cannot be used.
         """
-        patches, grids = self._pixels(item, augment)
+        patches_PCN, grids = self.pixels.patches(self._images(item, augment))
         merge = self.processor.merge_size
         vision = [t * h * w // merge**2 for t, h, w in grids]
         prompt = self.prompts.prefix(item.text, item.instruction, vision, chorus_tokens)
@@ -142,16 +147,16 @@ class Collator:
             prompt = prompt + self.prompts.question(question)
         if answer is not None:
             prompt = prompt + self.prompts.answer(answer)
-        positions = rope_positions(prompt.input_ids == self.prompts.image_id, grids, merge)
-        return PreparedSequence(prompt, positions, patches, grids, z)
+        positions_3T = rope_positions(prompt.input_ids == self.prompts.image_id, grids, merge)
+        return PreparedSequence(prompt, positions_3T, patches_PCN, grids, z)
 
     def items(self, items: Sequence[Item], *, chorus_tokens: int | None = None) -> Batch:
         """A batch of prefixes ``[S V T U]``."""
-        return self.pad([self.sequence(item, chorus_tokens=chorus_tokens) for item in items])
+        return self.pad([self.prepare(item, chorus_tokens=chorus_tokens) for item in items])
 
     def examples(
         self,
-        pairs: Sequence[TrainingExample],
+        examples: Sequence[TrainingExample],
         *,
         chorus_tokens: int | None = None,
         augment: float = 0.0,
@@ -168,36 +173,44 @@ class Collator:
         paired: list[int] = []
         targets: list[PreparedSequence] = []
         negatives: list[PreparedSequence] = []
-        for number, p in enumerate(pairs):
-            draw = np.random.default_rng(p.seed)
+        negative_keys: list[int] = []
+        for number, e in enumerate(examples):
+            draw = np.random.default_rng(e.seed)
             change = partial(augmented, strength=augment, draw=draw) if augment else None
-            make = partial(self.sequence, chorus_tokens=chorus_tokens, augment=change)
-            answered = p.answer is not None
-            question = p.question if answered else None
-            queries.append(make(p.query, question=question, answer=p.answer, z=p.z and answered))
-            if p.target is not None:
+            make = partial(self.prepare, chorus_tokens=chorus_tokens, augment=change)
+            answered = e.answer is not None
+            question = e.question if answered else None
+            queries.append(make(e.query, question=question, answer=e.answer, z=e.z and answered))
+            if e.target is not None:
                 paired.append(number)
-                targets.append(make(p.target))
-                negatives += [make(n) for n in p.negatives]
+                targets.append(make(e.target))
+                negatives += [make(n) for n in e.negatives]
+                negative_keys += e.negative_keys or [-1] * len(e.negatives)
         sequences = queries + targets + negatives
-        keys = [pairs[i].target_key for i in paired]
-        for p in (pairs[i] for i in paired):
-            keys += p.negative_keys or [-1] * len(p.negatives)
+        first_negative = len(queries) + len(targets)
         return replace(
             self.pad(sequences, [list(range(len(sequences)))] if flat else None),
             queries=torch.tensor(paired, dtype=torch.long),
-            candidates=torch.arange(len(queries), len(sequences)),
-            query_keys=torch.tensor([pairs[i].query_key for i in paired], dtype=torch.long),
-            candidate_keys=torch.tensor(keys, dtype=torch.long),
+            targets=torch.arange(len(queries), first_negative),
+            negatives=torch.arange(first_negative, len(sequences)),
+            query_keys=torch.tensor([examples[i].query_key for i in paired], dtype=torch.long),
+            target_keys=torch.tensor([examples[i].target_key for i in paired], dtype=torch.long),
+            negative_keys=torch.tensor(negative_keys, dtype=torch.long),
         )
 
     def pad(self, sequences: Sequence[PreparedSequence], layout: list[list[int]] | None = None) -> Batch:
         """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default).
 
         A single row of several sequences gets the plan of its attention with it.
+
+        Raises:
+            ValueError: the sequences have different numbers of chorus tokens.
         """
+        counts = sorted({s.chorus_tokens for s in sequences})
+        if len(counts) > 1:
+            raise ValueError(f"sequences with {counts} chorus tokens in one batch; prepare all with the same number")
         layout = layout or [[i] for i in range(len(sequences))]
-        size = len(layout), max(sum(len(sequences[i].prompt.input_ids) for i in row) for row in layout)
+        size = len(layout), max(sum(sequences[i].tokens for i in row) for row in layout)
         input_ids = np.full(size, self.pad_id, dtype=np.int64)
         segments = np.full(size, Segment.PAD, dtype=np.int8)
         sequence_ids = np.full(size, -1, dtype=np.int64)
@@ -206,14 +219,14 @@ class Collator:
         for row, members in enumerate(layout):
             at = 0
             for sequence in (sequences[i] for i in members):
-                here = slice(at, at + len(sequence.prompt.input_ids))
+                here = slice(at, at + sequence.tokens)
                 input_ids[row, here] = sequence.prompt.input_ids
                 segments[row, here] = sequence.prompt.segments
                 sequence_ids[row, here] = len(placed)
                 positions[:, row, here] = sequence.positions_3T
                 placed.append(sequence)
                 at = here.stop
-        pixel_values, grids, image_index = _distinct(placed)
+        pixel_values, grids, image_index = self._distinct_images(placed)
         flat = len(layout) == 1 and len(placed) > 1
         return Batch(
             input_ids=torch.from_numpy(input_ids),
@@ -224,7 +237,7 @@ class Collator:
             pixel_values=pixel_values,
             image_grid_thw=grids,
             image_index=image_index,
-            chorus_tokens=int((placed[0].prompt.segments == Segment.U).sum()),
+            chorus_tokens=counts[0],
             two_part=two_part(
                 [s.prompt.segments for s in placed], [s.z for s in placed], template_visible=self.template_visible
             )
@@ -232,9 +245,8 @@ class Collator:
             else None,
         )
 
-    def _pixels(
-        self, item: Item, augment: Callable[[Image.Image], Image.Image] | None = None
-    ) -> tuple[NDArray[np.float32], tuple[tuple[int, int, int], ...]]:
+    def _images(self, item: Item, augment: Callable[[Image.Image], Image.Image] | None) -> list[Image.Image]:
+        """The decoded images of an item that the model can take."""
         if not item.images and not (item.text and item.text.strip()):
             raise ItemError("empty_item", "an item needs a text that is not blank, or an image")
         if len(item.images) > self.limits.max_images_per_item:
@@ -243,43 +255,41 @@ class Collator:
                 f"{len(item.images)} images; the limit is model.image.max_images_per_item="
                 f"{self.limits.max_images_per_item}",
             )
-        if not item.images:
-            return self._empty, ()
         images = [load_image(source, self.limits) for source in item.images]
         if augment is not None:
             images = [augment(image) for image in images]
-        images = [_within_aspect(image) for image in images]
-        out = self.processor(images=images, return_tensors="np")
-        grids = tuple((int(t), int(h), int(w)) for t, h, w in out["image_grid_thw"])
-        return out["pixel_values"].astype(np.float32, copy=False), grids
+        return [_within_aspect(image) for image in images]
+
+    def _distinct_images(
+        self, sequences: Sequence[PreparedSequence]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Pixels [P, …] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
+        known: dict[tuple[Grid, bytes], int] = {}
+        patches: list[NDArray[np.uint8]] = []
+        index: list[int] = []
+        for sequence in sequences:
+            at = 0
+            for grid in sequence.grids:
+                image = sequence.patches_PCN[at : (at := at + grid[0] * grid[1] * grid[2])]
+                key = (grid, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+                if key not in known:
+                    known[key] = len(patches)
+                    patches.append(image)
+                index.append(known[key])
+        if not index:
+            return None, None, None
+        grids = torch.tensor([grid for grid, _ in known], dtype=torch.long)
+        pixel_values = torch.from_numpy(self.pixels.values(np.concatenate(patches)))
+        return pixel_values, grids, torch.tensor(index, dtype=torch.long)
 
 
-def _distinct(sequences: Sequence[PreparedSequence]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Patches [P, …] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
-    known: dict[tuple[Any, bytes], int] = {}
-    patches: list[NDArray[np.float32]] = []
-    index: list[int] = []
-    for sequence in sequences:
-        at = 0
-        for grid in sequence.grids:
-            image = sequence.patches[at : (at := at + grid[0] * grid[1] * grid[2])]
-            key = (grid, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
-            if key not in known:
-                known[key] = len(patches)
-                patches.append(image)
-            index.append(known[key])
-    if not index:
-        return None, None, None
-    grids = torch.tensor([grid for grid, _ in known], dtype=torch.long)
-    return torch.from_numpy(np.concatenate(patches)), grids, torch.tensor(index, dtype=torch.long)
-
-
-def _within_aspect(image: Any, limit: int = 190) -> Any:
-    """Centre a sliver on white: Qwen2-VL's resize refuses sides of a ratio over 200."""
+def _within_aspect(image: Image.Image) -> Image.Image:
+    """Centre an extremely long or tall image on white."""
     long, short = max(image.size), min(image.size)
-    if long <= limit * short:
+    if long <= _MAX_ASPECT * short:
         return image
-    size = (long, -(-long // limit)) if image.width == long else (-(-long // limit), long)
+    side = -(-long // _MAX_ASPECT)
+    size = (long, side) if image.width == long else (side, long)
     canvas = Image.new("RGB", size, (255, 255, 255))
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas

@@ -1,6 +1,7 @@
-"""What the model embeds and talks about: an item is a text, one or more images, or both; a pair is a training row.
+"""What the model embeds and answers about: an item is a text, one or more images, or both. A training example is built
+of items.
 
-Light on purpose: data workers that only carry items import neither torch nor transformers.
+This module imports neither torch nor transformers, so that data workers that only pass items on start fast.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ ImageSource = Image.Image | bytes | str | Path
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to embed or to ask about.
+    """A text, images or both, to embed or to ask about.
 
     Attributes:
-        text: its text, if any.
-        images: its images, in the order in which the model reads them; they precede the text.
+        text: may be None where there are images.
+        images: in the order in which the model reads them; they precede the text.
         instruction: embedding instruction; the checkpoint's own where None.
     """
 
@@ -34,9 +35,9 @@ class Item:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.images, ImageSource):  # one image without the list around it
+        if isinstance(self.images, ImageSource):  # a single image without a list around it
             object.__setattr__(self, "images", (self.images,))
-        elif not isinstance(self.images, tuple):  # a list is what people write
+        elif not isinstance(self.images, tuple):  # callers usually pass a list
             object.__setattr__(self, "images", tuple(self.images))
 
 
@@ -44,7 +45,7 @@ class Item:
 class TrainingExample:
     """One training row, ready to collate: a query, and optionally its target, negatives and generation turn.
 
-    ``z`` is the row's compression bit; it is drawn by the plan (``crem.data.mixing``) and stays with the row.
+    The content keys tell InfoNCE which negatives are false ones.
     """
 
     query: Item
@@ -53,15 +54,15 @@ class TrainingExample:
     question: str | None = None
     answer: str | None = None
     z: bool = False
+    """compression bit; drawn by the mixing plan (``crem.data.mixing``), fixed for the row from then on"""
     seed: tuple[int, ...] = ()
-    """run, step and row: what the random changes of its images are drawn from"""
+    """run, step and row: seed of the random changes of its images"""
     query_key: int = -1
-    """Content hash of the query: the targets of equal queries are no negatives of each other. -1 matches nothing."""
+    """content hash of the query; targets of equal queries are not negatives of each other; -1 matches nothing"""
     target_key: int = -1
-    """Content hash of the target: equal targets are no negatives of each other's queries. -1 matches nothing."""
+    """content hash of the target; equal targets are not negatives of each other's queries; -1 matches nothing"""
     negative_keys: tuple[int, ...] = ()
-    """Content hash of each hard negative: one that equals a query's target is no negative of that query. Empty matches
-    nothing."""
+    """content hashes of the hard negatives; one equal to a query's target is not its negative; empty matches nothing"""
 
 
 def as_item(value: Any) -> Item:

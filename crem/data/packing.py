@@ -1,6 +1,6 @@
-"""How sequences that share one row are attended to without a mask (method.md section 3): the mask-free form.
+"""Compression-aware attention without a mask, for sequences packed into one row (method.md section 3).
 
-All sequences stand in one row without padding. ``two_part`` plans the calls; ``crem.model.attention`` runs them.
+The sequences follow each other without padding. ``two_part`` plans the calls; ``crem.model.attention`` runs them.
 
 Shape suffixes: T tokens, G sequences of a group, Q and K queries and keys of each.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,29 +19,37 @@ from torch import Tensor
 
 from crem.data.prompts import Segment
 
-__all__ = ["Group", "TwoPart", "two_part"]
+__all__ = ["Group", "TwoPart", "hidden_from_answer", "two_part"]
+
+Array = TypeVar("Array", Tensor, NDArray[Any])
 
 _SHORTEST = 0.75
 """A sequence joins a call whose longest is at most 1 / 0.75 of its own length. Source: ours, bench_attention."""
 
 
+def hidden_from_answer(segments: Array, template_visible: bool) -> Array:
+    """True at the keys that Q and A must not see when z = 1: V and T, and S unless it is visible."""
+    hidden = (segments == Segment.V) | (segments == Segment.T)
+    return hidden if template_visible else hidden | (segments == Segment.S)
+
+
 class Group(NamedTuple):
-    """One call: each of G sequences' queries over its keys, causal, the last query seeing the last key."""
+    """One call: the queries of each of G sequences over its keys, causal; the last query sees the last key."""
 
     queries_GQ: Tensor
-    """int64 places in the row; short sequences repeat their last one, behind what any real query sees"""
+    """int64 positions in the row; short sequences repeat their last one, behind what any real query sees"""
     keys_GK: Tensor
     triangle_QK: Tensor | None
-    """bool; None where there are as many queries as keys, which is plain causal attention"""
+    """bool; None for as many queries as keys, which is plain causal attention"""
 
 
 @dataclass(frozen=True)
 class TwoPart:
-    """How the attention of one row falls into calls; the same for every layer."""
+    """How the attention of one row is split into calls; the same for every layer."""
 
     groups: tuple[Group, ...]
     order_T: Tensor
-    """int64: where each token's result stands among the results of all groups"""
+    """int64: position of each token's result among the results of all groups"""
 
     def to(self, device: torch.device | str) -> TwoPart:
         """The same on ``device``."""
@@ -65,7 +73,7 @@ class TwoPart:
 
 
 def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, template_visible: bool = True) -> TwoPart:
-    """The calls for sequences that stand one behind the other in a single row.
+    """The calls for sequences that follow each other in a single row.
 
     Args:
         segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md section 2).
@@ -79,9 +87,8 @@ def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, templat
         prefix = int(np.searchsorted(segments_T, Segment.Q)) if bit else len(segments_T)
         spans.append((places[:prefix], places[:prefix]))
         if prefix < len(segments_T):
-            kept = (segments_T >= Segment.U) | ((segments_T == Segment.S) & template_visible)
-            spans.append((places[prefix:], places[kept]))
-    # what precedes the queries among the keys is the same for all members of a group, or their ends would not align
+            spans.append((places[prefix:], places[~hidden_from_answer(segments_T, template_visible)]))
+    # members of a group have equally many keys before their queries, or the ends of both would not align
     spans.sort(key=lambda span: (len(span[1]) - len(span[0]), -len(span[0])))
     groups: list[Group] = []
     order_T = np.empty(at, dtype=np.int64)

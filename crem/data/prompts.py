@@ -7,8 +7,8 @@
 
 Every token carries its segment, and everything downstream (mask, pooling, loss, cache pruning) reads segments, never
 offsets. Segments are tokenised one by one, so the tokens of a prefix do not depend on what follows: an item has the
-same embedding with and without a question. Texts are tokenised with special tokens split: a text that spells
-``<|image_pad|>`` is only text.
+same embedding with and without a question. Texts are tokenised with special tokens split: ``<|image_pad|>`` in a text
+is plain text.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["Prompt", "PromptBuilder", "Segment"]
 logger = logging.getLogger(__name__)
 
 _KNOWN_TEXTS = 50_000
+"""Texts whose tokens are kept in memory."""
 
 
 class Segment(IntEnum):
@@ -61,7 +62,7 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Builds prompts for one tokenizer, chorus and prompt configuration."""
+    """Builds prompts for one tokenizer, chorus and prompt configuration. May be used by several threads at once."""
 
     def __init__(self, tokenizer: Any, chorus_ids: Sequence[int], config: PromptConfig):
         self.tokenizer = tokenizer
@@ -114,15 +115,15 @@ class PromptBuilder:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _text(self, text: str, limit: int) -> list[int]:
-        # instructions, questions and labels come again and again
+        # instructions, questions and labels recur
         if (known := self._known.get((text, limit))) is not None:
             return known
         ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
         if len(ids) > limit and not self._cut_warned:
             self._cut_warned = True
             logger.warning(
-                "a text of %d tokens was cut at model.prompt.max_text_tokens or max_answer_tokens = %d; this is said "
-                "once per process",
+                "a text of %d tokens was cut to %d (model.prompt.max_text_tokens or max_answer_tokens); this process "
+                "logs no further cuts",
                 len(ids),
                 limit,
             )

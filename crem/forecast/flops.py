@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from crem.data.collator import Batch
+from crem.data.packing import hidden_from_answer
 from crem.data.prompts import Segment
-from crem.model.attention import hidden_from_answer
 from crem.model.crem import CremModel
 
 __all__ = ["Load", "ModelFlops", "PartFlops", "visible_pairs"]

@@ -10,11 +10,11 @@ Padding and, where sequences share a row, the other sequences of the row are nev
 Two forms, tested to agree:
 
 - ``compression_aware_mask``: the dense mask, exact for every layout; quadratic in the length of a row. The oracle.
-- ``two_part``: for training. All sequences stand in one row without padding, so every other layer of the model sees
-  real tokens only. Attention falls into causal calls over whole sequences (z = 0) or their prefixes (z = 1), and causal
-  calls of [Q A] over [S U Q A] aligned at the end (z = 1). Sequences of similar length share a call: PyTorch's fused
-  causal kernel for the first kind, its memory-efficient one with a triangle of the few [Q A] for the second. The
-  padding of that grouping is the only one.
+- ``crem.data.packing.two_part``: for training. All sequences share one row without padding, so every other layer of
+  the model computes real tokens only. Attention is split into causal calls over whole sequences (z = 0) or their
+  prefixes (z = 1), and causal calls of [Q A] over [S U Q A] aligned at the end (z = 1). Sequences of similar length
+  share a call, which pads the shorter ones: PyTorch's fused causal kernel for the first kind, its memory-efficient
+  kernel with a triangular mask for the few [Q A] of the second.
 
 Shape suffixes: N sequences, B rows, T tokens, H heads, G sequences of a group, Q and K queries and keys of each.
 """
@@ -30,19 +30,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from crem.data.packing import TwoPart
+from crem.data.packing import TwoPart, hidden_from_answer
 from crem.data.prompts import Segment
 
-__all__ = ["TWO_PART", "attend", "compression_aware_mask", "hidden_from_answer"]
+__all__ = ["TWO_PART", "attend", "compression_aware_mask"]
 
 TWO_PART = "crem_two_part"
 """Name under which transformers finds the attention function."""
-
-
-def hidden_from_answer(segments_BT: Tensor, template_visible: bool) -> Tensor:
-    """bool [B, T]: the keys that Q and A must not see when z = 1, i.e. V and T (and S unless it is visible)."""
-    hidden_BT = (segments_BT == Segment.V) | (segments_BT == Segment.T)
-    return hidden_BT if template_visible else hidden_BT | (segments_BT == Segment.S)
 
 
 def compression_aware_mask(
@@ -62,12 +56,12 @@ def compression_aware_mask(
     z_BT = z_N[sequence_ids_BT.clamp(min=0)] & (segments_BT >= Segment.Q)
     hidden_BT = hidden_from_answer(segments_BT, template_visible)
     visible_BTT = causal_TT & same_BTT & ~(z_BT[:, :, None] & hidden_BT[:, None, :])
-    # padding has the number -1 and sees only padding, so that softmax has something to normalise; nobody reads it
+    # padding has id -1 and sees only padding, so that no softmax is empty; its result is not used
     return visible_BTT[:, None]
 
 
 _PRODUCTS_UP_TO = 256
-"""Keys up to which attention on CPU is two products. Source: ours, measured (``attend``)."""
+"""Keys up to which attention on CPU is two matrix products. Source: ours, measured (``attend``)."""
 
 
 def attend(
@@ -80,11 +74,11 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` of [G, H, Q, width] over [G, H, K, width], by products where that is faster.
+    """``F.scaled_dot_product_attention`` of [G, H, Q, width] over [G, H, K, width], by matrix products where faster.
 
-    Keys and values may have fewer heads, each for several of the queries'.
+    Keys and values may have fewer heads than the queries (grouped-query attention).
 
-    On CPU the backward pass of PyTorch's fused kernel took 66 ms in bf16 where products took 6 (152 x 3 heads of 64
+    On CPU the backward pass of PyTorch's fused kernel took 66 ms in bf16, matrix products 6 (152 x 3 heads of 64
     patches, one thread of an AVX-512 CPU); beyond a few hundred keys the fused kernel wins.
     """
     products = query.device.type == "cpu" and key.shape[2] <= _PRODUCTS_UP_TO
@@ -120,7 +114,7 @@ def _attention(
     two_part: TwoPart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: by ``two_part`` where the batch brings one, else by the mask or causally.
+    """transformers' attention interface: by ``two_part`` where the batch has one, else by the mask or causally.
 
     ``query`` is [B, H, T, width], ``key`` and ``value`` have the key-value heads; returns [B, T, H, width].
     """
@@ -146,5 +140,5 @@ def _attention(
     return torch.cat(results).index_select(0, two_part.order_T)[None], None
 
 
-AttentionInterface.register(TWO_PART, torch.compiler.disable(_attention))  # loops over what the batch brings
+AttentionInterface.register(TWO_PART, torch.compiler.disable(_attention))  # loops over the batch's groups
 AttentionMaskInterface.register(TWO_PART, sdpa_mask)

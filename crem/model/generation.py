@@ -25,7 +25,7 @@ from crem.data.prompts import Prompt, Segment
 from crem.model.chorus import pool
 from crem.model.crem import CremModel
 
-__all__ = ["Context", "Sampling", "decode", "prefill"]
+__all__ = ["GREEDY", "Context", "Sampling", "decode", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+
+GREEDY = Sampling()
 
 
 @dataclass
@@ -106,7 +109,7 @@ def decode(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Tensor]:
     """Continue a context with its questions, one token of every sequence at a time.
 

@@ -1,4 +1,4 @@
-"""THE training step: both losses, one update (method.md section 4), over a batch that may be far larger than memory.
+"""The training step: both losses, one update (method.md section 4), over a batch that may be far larger than memory.
 
 Scale. Every rank computes the same InfoNCE over the gathered global batch, with gradient through its own embeddings
 only, and its own share of the LM loss, divided by the *global* number of answer tokens. The sum of the ranks' gradients
@@ -7,12 +7,12 @@ the number of ranks before the backward pass.
 
 Gradient caching (GradCache, arXiv 2101.06983). A rank's share comes in chunks. With more than one, all chunks are
 embedded without gradient first; InfoNCE over the gathered embeddings gives the gradient of each embedding; then every
-chunk is run once more, with gradient, and its surrogate (cached gradient times embedding) goes backward together with
-its share of the LM loss. Chunks are DeepSpeed's own micro-batches (``gradient_accumulation_steps``), which it averages,
-so each is multiplied by their number. ZeRO 0 and 1 reduce gradients once a step, with the last chunk; ZeRO 2 and 3 hold
-only their part of the gradients and have to reduce with each.
+chunk is run once more, with gradient, and its surrogate (cached gradient times embedding) is backpropagated together
+with its share of the LM loss. Chunks are DeepSpeed's own micro-batches (``gradient_accumulation_steps``), which it
+averages, so each is multiplied by their number. ZeRO 0 and 1 reduce gradients once a step, with the last chunk; ZeRO 2
+and 3 store only their part of the gradients and must reduce with each.
 
-Both passes of a chunk draw the same dropout, because both start from the chunk's own seed; z is part of the chunk.
+Both passes of a chunk draw the same dropout, because both start from the chunk's seed; z is part of the chunk.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def train_step(
     """One optimizer step over this rank's share of the global batch.
 
     Args:
-        chunks: the share in the order of its rows, the same number of chunks on every rank. They may lie in the host's
-            memory; each is on ``device`` only while it runs.
+        chunks: this rank's rows in order, the same number of chunks on every rank. They may be in host memory; each is
+            on ``device`` only while it runs.
         seed: of this step and rank; chunk i draws its dropout from ``seed + i``.
     """
     ranks = world_size()
@@ -110,7 +110,7 @@ def train_step(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """InfoNCE of the global batch, and the embeddings that it was computed from."""
+    """InfoNCE of the global batch, and the embeddings it was computed from."""
 
     loss: Tensor
     queries_QD: Tensor
@@ -118,22 +118,20 @@ class Retrieval:
 
 
 def retrieval_of(embeddings_ND: Tensor, chunks: Sequence[Batch], config: LossConfig) -> Retrieval:
-    """L_r of the global batch from this rank's embeddings, which are those of its chunks one after the other."""
+    """L_r of the global batch from this rank's embeddings, which are those of its chunks, concatenated."""
     queries, targets, negatives, start = [], [], [], 0
     for chunk in chunks:
-        count = len(chunk.queries)
         queries.append(chunk.queries + start)
-        targets.append(chunk.candidates[:count] + start)
-        negatives.append(chunk.candidates[count:] + start)
+        targets.append(chunk.targets + start)
+        negatives.append(chunk.negatives + start)
         start += len(chunk.z)
     device = embeddings_ND.device
     queries_QD, targets_QD, negatives_ND = (
         gather_rows(embeddings_ND[torch.cat(places).to(device)]) for places in (queries, targets, negatives)
     )
-    query_keys_Q = gather_rows(torch.cat([chunk.query_keys for chunk in chunks]).to(device))
-    target_keys_Q, negative_keys_N = (
+    query_keys_Q, target_keys_Q, negative_keys_N = (
         gather_rows(torch.cat(keys).to(device))
-        for keys in zip(*(c.candidate_keys.tensor_split([len(c.queries)]) for c in chunks), strict=True)
+        for keys in zip(*((c.query_keys, c.target_keys, c.negative_keys) for c in chunks), strict=True)
     )
     loss = info_nce(
         queries_QD,

@@ -68,8 +68,7 @@ def validate(
     native_loss, compressed_loss = lm_loss(sum_over_ranks(sums), int(sum_over_ranks(answer_tokens))).tolist()
     retrieval = retrieval_of(torch.cat(embeddings), chunks, config)
     query_keys, target_keys = (
-        gather_rows(torch.cat(keys))
-        for keys in zip(*((c.query_keys, c.candidate_keys[: len(c.queries)]) for c in chunks), strict=True)
+        gather_rows(torch.cat(keys)) for keys in zip(*((c.query_keys, c.target_keys) for c in chunks), strict=True)
     )
     share = config.compression_probability
     return ValidationResult(

@@ -52,7 +52,7 @@ def measure_maps(model: crem.Crem, rows: PreparedRows, most: int) -> dict[str, A
     for start in range(0, len(ids), _BATCH):
         some = ids[start : start + _BATCH]
         sequences = [
-            model.collator.sequence(Item(images=(rows.image(i),)), chorus_tokens=model.chorus_tokens or None)
+            model.collator.prepare(Item(images=(rows.image(i),)), chorus_tokens=model.chorus_tokens or None)
             for i in some
         ]
         batch = model.collator.pad(sequences).to(model.device)

@@ -3,7 +3,7 @@
 The input is cut into *shards* of about five hundred rows; a shard is read, embedded and written by one actor as one
 Parquet file, whole or not at all. That makes resuming simple and exact: what is missing is the shards whose file is not
 there. ``plan.json`` names the model's fingerprint and the input files; a run into a folder whose plan differs is
-refused with both named. While the model computes one batch, a thread reads and decodes the next.
+refused with both named. While the model computes one batch, a thread reads and prepares the next.
 
 A bad item is a row with a null embedding and its error: rows in = rows out, always.
 """
@@ -23,9 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from numpy.typing import NDArray
 
 from crem.config import EmbedConfig, RunConfig
-from crem.errors import CheckpointError, ConfigError, ItemError, ResourceError
+from crem.data.sequence import PreparedSequence
+from crem.errors import CheckpointError, ConfigError, ResourceError
 from pipelines.corpus import sources
 from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.sources import Piece, Source
@@ -283,10 +285,10 @@ class ShardEmbedder:
         return {"embedded": embedded, "errors": table.num_rows - embedded}
 
     def _batches(self, pieces: list[dict[str, Any]]) -> Iterator[list[Loaded]]:
-        """Batches of decoded items; the next one is read while the caller embeds the last."""
+        """Batches of prepared items; the next one is prepared while the caller embeds the last."""
         limits = self.model.config.image
         loaded = (
-            items.load_item(record, self.reader, limits)
+            items.load_item(record, self.reader, limits, self.model.prepare)
             for piece in pieces
             for record in sources.read(Piece.from_dict(piece), items.COLUMNS)
         )
@@ -296,15 +298,11 @@ class ShardEmbedder:
             yield batch
 
     def _embed(self, batch: list[Loaded]) -> pa.Table:
-        good = [row for row in batch if row.item is not None]
-        vectors, refused = self._vectors([row.item for row in good])
         dim = self.model.dim
         values = np.zeros((len(batch), dim), np.float32)
+        places = [place for place, row in enumerate(batch) if row.sequence is not None]
+        values[places] = self._vectors([row.sequence for row in batch if row.sequence is not None])
         errors = [row.error for row in batch]
-        positions = [i for i, row in enumerate(batch) if row.item is not None]
-        for position, vector, error in zip(positions, vectors, refused, strict=True):
-            values[position] = vector
-            errors[position] = error
         null = pa.array([error is not None for error in errors])
         columns = [
             pa.array([row.id for row in batch], pa.int64()),
@@ -315,20 +313,12 @@ class ShardEmbedder:
         ]
         return pa.table(columns, schema=self.schema)
 
-    def _vectors(self, batch: list[Any]) -> tuple[np.ndarray, list[str | None]]:
-        """Vectors of the batch; if the model refuses it, one item at a time, so that only the bad ones lose theirs."""
-        if not batch:
-            return np.zeros((0, self.model.dim), np.float32), []
+    def _vectors(self, sequences: list[PreparedSequence]) -> NDArray[np.float32]:
         try:
-            return self.model.embed(batch, batch_size=self.batch_size), [None] * len(batch)
-        except ItemError as error:
-            if len(batch) == 1:
-                return np.zeros((1, self.model.dim), np.float32), [str(error)]
-            halves = [self._vectors([item]) for item in batch]
-            return np.concatenate([v for v, _ in halves]), [e for _, es in halves for e in es]
+            return self.model.embed_prepared(sequences, batch_size=self.batch_size)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
                 raise ResourceError(
-                    f"a batch of {len(batch)} items does not fit in memory: {error}; lower embed.batch_size"
+                    f"a batch of {len(sequences)} items does not fit in memory: {error}; lower embed.batch_size"
                 ) from error
             raise

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from crem.config import ImageConfig
-from crem.data.images import load_image
-from crem.data.items import Item
+from crem.data.items import ImageSource, Item
+from crem.data.sequence import PreparedSequence
 from crem.errors import ItemError
 from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.raw_rows import parse_images, parse_text
@@ -26,14 +25,16 @@ class Loaded:
     """An item ready for the model, or the reason why it is not."""
 
     id: int
-    item: Item | None
+    sequence: PreparedSequence | None
     error: str | None
     uri: str | None
     text: str | None
 
 
-def load_item(record: Record, reader: ImageReader, limits: ImageConfig) -> Loaded:
-    """Turn one record into an item with decoded images.
+def load_item(
+    record: Record, reader: ImageReader, limits: ImageConfig, prepare: Callable[[Item], PreparedSequence]
+) -> Loaded:
+    """Read the item of one record and prepare it for the model.
 
     Images come from ``images``, ``image`` or ``bytes``, whichever is there; a row with no text and none of them is
     the image at its ``uri``. A row without a whole-number ``id`` gets the hash of its id, or else of its content.
@@ -54,10 +55,11 @@ def load_item(record: Record, reader: ImageReader, limits: ImageConfig) -> Loade
             raise ItemError("empty_item", "the row has neither text nor an image; fill it or drop it")
         if len(sources) > limits.max_images_per_item:
             raise ItemError("too_many_images", f"{len(sources)} images; the limit is {limits.max_images_per_item}")
-        images: tuple[Image.Image, ...] = tuple(load_image(reader.read(source), limits) for source in sources)
+        images: tuple[ImageSource, ...] = tuple(reader.read(source) for source in sources)
+        sequence = prepare(Item(text=text, images=images, instruction=instruction))
     except ItemError as error:
         return Loaded(identity, None, str(error), uri, text)
-    return Loaded(identity, Item(text=text, images=images, instruction=instruction), None, uri, text)
+    return Loaded(identity, sequence, None, uri, text)
 
 
 def _identity(values: dict[str, Any], name: str) -> int:

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from crem.data.collator import Batch, Collator, Sequence
+from crem.data.collator import Batch, Collator
 from crem.data.items import TrainingExample
+from crem.data.sequence import PreparedSequence
 from crem.train.step import train_step
 from tests.bench.steps import Accumulating, build, rows
 from tests.bench.timing import environment, interleaved, table
@@ -61,26 +62,26 @@ def measure(side: int, words: int, args: argparse.Namespace) -> list[list[str]]:
 def batches_of(pairs: list[TrainingExample], collator: Collator) -> dict[str, Batch]:
     """The same sequences in the three layouts; each query has a target and no negatives."""
     queries = [
-        collator.sequence(p.query, question=p.question, answer=p.answer, z=p.z and p.answer is not None) for p in pairs
+        collator.prepare(p.query, question=p.question, answer=p.answer, z=p.z and p.answer is not None) for p in pairs
     ]
-    sequences = queries + [collator.sequence(p.target) for p in pairs if p.target is not None]
-    lengths = [len(s.prompt.input_ids) for s in sequences]
+    sequences = queries + [collator.prepare(p.target) for p in pairs if p.target is not None]
+    lengths = [s.tokens for s in sequences]
     everything = list(range(len(sequences)))
     layouts = {TWO_PART: [everything], FIRST_FIT: first_fit(lengths), SINGLE: [[i] for i in everything]}
     return {name: _batch(sequences, layout, pairs, collator) for name, layout in layouts.items()}
 
 
 def _batch(
-    sequences: list[Sequence], layout: list[list[int]], pairs: list[TrainingExample], collator: Collator
+    sequences: list[PreparedSequence], layout: list[list[int]], pairs: list[TrainingExample], collator: Collator
 ) -> Batch:
     number_of = torch.empty(len(sequences), dtype=torch.long)  # sequences are numbered row by row
     number_of[torch.tensor([i for row in layout for i in row])] = torch.arange(len(sequences))
     return replace(
         collator.pad(sequences, layout),
         queries=number_of[: len(pairs)],
-        candidates=number_of[len(pairs) :],
+        targets=number_of[len(pairs) :],
         query_keys=torch.tensor([p.query_key for p in pairs]),
-        candidate_keys=torch.tensor([p.target_key for p in pairs]),
+        target_keys=torch.tensor([p.target_key for p in pairs]),
     )
 
 

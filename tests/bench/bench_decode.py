@@ -104,7 +104,7 @@ def item_of(length: int, collator: Collator) -> Item:
     image = Image.new("RGB", (side, side), (200, 30, 30))
 
     def tokens(text: str) -> int:
-        segments = collator.sequence(Item(text, [image])).prompt.segments
+        segments = collator.prepare(Item(text, [image])).prompt.segments
         return int(((segments == Segment.V) | (segments == Segment.T)).sum())
 
     text = "~" * (length - tokens("~") + 1)  # a byte that no text in training held: it merges with nothing

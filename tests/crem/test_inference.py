@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,12 +109,29 @@ def test_answers_count_tokens_and_bytes(model: crem.Crem) -> None:
     per_token = 2 * 2 * 2 * 12 * 4  # keys and values, layers, heads, width, bytes
     template = len(model.collator.prompts.prefix("x", "", []).input_ids) - 4 - len("x\n")
     for item, n, c in zip(ITEMS, native, compressed, strict=True):
-        assert n.prompt_tokens == c.prompt_tokens == model.count_tokens(item, "what?")
+        sequence = model.prepare(item)
+        assert n.prompt_tokens == c.prompt_tokens == model.prompt_tokens(sequence, "what?")
         assert c.cache_bytes == 4 * per_token
-        assert n.cache_bytes == (model.count_tokens(item) - template) * per_token
+        assert n.cache_bytes == (sequence.tokens - template) * per_token
         for answer in (n, c):
             assert answer.completion_tokens == 3 if answer.finish_reason == "length" else answer.completion_tokens <= 3
-    assert model.count_tokens("food", "what?") > model.count_tokens("food")
+    food = model.prepare("food")
+    assert model.prompt_tokens(food, "what?") > food.tokens
+
+
+def test_the_halves_are_the_whole_to_the_last_bit(model: crem.Crem) -> None:
+    shell = Crem(SimpleNamespace(config=model.config), model.collator, "")  # type: ignore[arg-type]
+    sequences = pickle.loads(pickle.dumps([shell.prepare(item, instruction="Find it.") for item in ITEMS]))
+    whole = model.embed(ITEMS, instruction="Find it.", batch_size=2)
+    assert np.array_equal(model.embed_prepared(sequences, batch_size=2), whole), "preparing needs no weights"
+    assert np.array_equal(model.embed_prepared([]), np.zeros((0, model.dim)))
+    plain = [shell.prepare(item) for item in ITEMS]
+    for compressed in (False, True):
+        answers = model.answer(ITEMS, "what?", compressed=compressed, max_new_tokens=5)
+        prompts = ["what?"] * len(ITEMS)
+        assert model.answer_prepared(plain, prompts, compressed=compressed, max_new_tokens=5) == answers
+        *_, last = model.stream_prepared(plain[2], "what?", compressed=compressed, max_new_tokens=5)
+        assert last == answers[2]
 
 
 def streamed(model: crem.Crem, *args: object, **options: object) -> tuple[list[str], Answer]:
@@ -174,7 +193,7 @@ def test_bad_items(model: crem.Crem, tmp_path: Path) -> None:
         (Item("x", [RED] * 17), "too_many_images"),
     ]:
         for call in (
-            lambda i: model.check(i),
+            lambda i: model.prepare(i),
             lambda i: model.embed(["fine", i]),
             lambda i: model.generate(["fine", i], "what?"),
             lambda i: next(model.stream(i, "what?")),
@@ -182,4 +201,4 @@ def test_bad_items(model: crem.Crem, tmp_path: Path) -> None:
             with pytest.raises(ItemError) as error:
                 call(item)
             assert error.value.reason == reason
-    model.check("fine")
+    model.prepare("fine")

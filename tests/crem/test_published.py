@@ -36,7 +36,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def vision_tokens(collator, size: tuple[int, int]) -> int:  # type: ignore[no-untyped-def]
-    _, height, width = collator.sequence(Item(images=[Image.new("RGB", size, (10, 20, 30))])).grids[0]
+    _, height, width = collator.prepare(Item(images=[Image.new("RGB", size, (10, 20, 30))])).grids[0]
     return height * width // 4
 
 

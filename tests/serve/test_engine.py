@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import crem
+from crem.config import ImageConfig
+from crem.data.images import load_image
 from crem.errors import ItemError
 from serve.engine import Embedded, Engine, GenerationRequest, StopCutter
 
@@ -40,10 +43,58 @@ def test_a_bad_item_fails_alone(model: crem.Crem, engine: Engine) -> None:
     np.testing.assert_allclose(vectors, model.embed(good), atol=1e-5)
 
 
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The images that are decoded, one entry each time."""
+    seen: list[object] = []
+
+    def counted(source: object, limits: ImageConfig) -> Image.Image:
+        seen.append(source)
+        return load_image(source, limits)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("crem.data.collator.load_image", counted)
+    return seen
+
+
+def test_neighbours_of_bad_items_share_one_forward(
+    model: crem.Crem, engine: Engine, decodes: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [png("red"), png("green"), png("blue")]
+    items = [crem.Item(images=[image]) for image in (images[0], b"no image", images[1], b"", images[2])]
+    forwards: list[int] = []
+    encode = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda batch: forwards.append(len(batch.z)) or encode(batch))
+    results = engine.embed(items)
+    assert forwards == [3]
+    assert [decodes.count(image) for image in images] == [1, 1, 1] and len(decodes) == 5
+    vectors = np.stack([r.vector for r in results if isinstance(r, Embedded)])
+    assert np.array_equal(vectors, model.embed([items[0], items[2], items[4]]))
+    assert [isinstance(r, ItemError) for r in results] == [False, True, False, True, False]
+    assert all(isinstance(r, ItemError) for r in engine.embed([items[1], items[3]]))
+
+
+def test_a_request_decodes_each_image_once(engine: Engine, decodes: list[object]) -> None:
+    images = [png("red"), png("green")]
+    request = GenerationRequest(crem.Item(images=images), "describe it", max_new_tokens=24, temperature=1.0, seed=3)
+    text = "".join(delta.text for delta in engine.generate(request))
+    assert decodes == images
+    stopped = list(engine.generate(replace(request, stop=(text[2:4],))))  # needs the count of tokens, too
+    assert stopped[-1].ending is not None and stopped[-1].ending.prompt_tokens > 0
+    assert decodes == images * 2
+
+
+def test_a_failing_forward_fails_the_items_in_it(
+    model: crem.Crem, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.model, "encode", lambda batch: 1 / 0)
+    results = engine.embed([crem.Item(text="a"), crem.Item(text=""), crem.Item(text="b")])
+    assert [type(r) for r in results] == [ZeroDivisionError, ItemError, ZeroDivisionError]
+
+
 def test_embedding_counts_tokens(model: crem.Crem, engine: Engine) -> None:
     (result,) = engine.embed([crem.Item(images=[png("red")])])
     assert isinstance(result, Embedded)
-    assert result.tokens == model.count_tokens(crem.Item(images=[png("red")]))
+    assert result.tokens == model.prepare(crem.Item(images=[png("red")])).tokens
     assert result.tokens > model.config.chorus_tokens
 
 

@@ -88,7 +88,7 @@ def test_embeddings_are_the_librarys(client: openai.OpenAI, model: crem.Crem, op
     ]
     np.testing.assert_allclose(np.array(vectors), model.embed(texts), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert response.usage.prompt_tokens == sum(model.count_tokens(t) for t in texts)
+    assert response.usage.prompt_tokens == sum(model.prepare(t).tokens for t in texts)
 
 
 def test_an_image_with_text_is_one_item(client: openai.OpenAI, model: crem.Crem) -> None:

@@ -26,19 +26,19 @@ def collator(tiny_model_dir: str) -> Collator:
 @pytest.mark.parametrize("item", [Item(), Item(""), Item(" \n\t"), Item(None, [], "Represent.")])
 def test_an_empty_item_is_refused(collator: Collator, item: Item) -> None:
     with pytest.raises(ItemError, match="text that is not blank") as error:
-        collator.sequence(item)
+        collator.prepare(item)
     assert error.value.reason == "empty_item"
 
 
 def test_too_many_images_are_refused(collator: Collator) -> None:
     images = [Image.new("RGB", (8, 8))] * 17
     with pytest.raises(ItemError, match="max_images_per_item=16") as error:
-        collator.sequence(Item("x", images))
+        collator.prepare(Item("x", images))
     assert error.value.reason == "too_many_images"
-    assert len(collator.sequence(Item("x", images[:16])).grids) == 16
+    assert len(collator.prepare(Item("x", images[:16])).grids) == 16
 
 
-def random_pairs(seed: int) -> list[TrainingExample]:
+def random_examples(seed: int) -> list[TrainingExample]:
     draw = random.Random(seed)
 
     def item() -> Item:
@@ -47,11 +47,11 @@ def random_pairs(seed: int) -> list[TrainingExample]:
         images = [Image.new("RGB", (64, 64), (shade, i, 0)) for i in range(draw.choice([0, 0, 1, 2]))]
         return Item(words, images)
 
-    pairs = []
+    examples = []
     for number in range(draw.randint(1, 12)):
         paired = draw.random() < 0.7
         answer = draw.choice(WORDS) if draw.random() < 0.5 or not paired else None
-        pairs.append(
+        examples.append(
             TrainingExample(
                 item(),
                 item() if paired else None,
@@ -62,7 +62,7 @@ def random_pairs(seed: int) -> list[TrainingExample]:
                 target_key=number + 100,
             )
         )
-    return pairs
+    return examples
 
 
 def tokens_of(batch: Batch, number: int) -> list[int]:
@@ -71,23 +71,25 @@ def tokens_of(batch: Batch, number: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int) -> None:
-    pairs = random_pairs(seed)
-    batch = collator.examples(pairs, flat=seed % 2 == 0)
-    asked = [
-        collator.sequence(p.query, question=p.question if p.answer else None, answer=p.answer, z=p.z) for p in pairs
+    examples = random_examples(seed)
+    batch = collator.examples(examples, flat=seed % 2 == 0)
+    queries = [
+        collator.prepare(p.query, question=p.question if p.answer else None, answer=p.answer, z=p.z) for p in examples
     ]
-    paired = [i for i, p in enumerate(pairs) if p.target is not None]
-    targets = [collator.sequence(pairs[i].target) for i in paired]  # type: ignore[arg-type]
-    negatives = [collator.sequence(n) for i in paired for n in pairs[i].negatives]
-    expected = asked + targets + negatives
-    held = [tokens_of(batch, n) for n in range(len(batch.z))]
-    assert sorted(held) == sorted(s.prompt.input_ids.tolist() for s in expected)
+    paired = [i for i, p in enumerate(examples) if p.target is not None]
+    targets = [collator.prepare(examples[i].target) for i in paired]  # type: ignore[arg-type]
+    negatives = [collator.prepare(n) for i in paired for n in examples[i].negatives]
+    expected = queries + targets + negatives
+    placed = [tokens_of(batch, n) for n in range(len(batch.z))]
+    assert sorted(placed) == sorted(s.prompt.input_ids.tolist() for s in expected)
     assert set(batch.sequence_ids.unique().tolist()) - {-1} == set(range(len(expected)))
 
     # each index names the sequence that it should, with its pixels in the order of the sequences
-    assert [held[n] for n in batch.queries] == [asked[i].prompt.input_ids.tolist() for i in paired]
-    assert [held[n] for n in batch.candidates] == [s.prompt.input_ids.tolist() for s in targets + negatives]
-    assert batch.candidate_keys.tolist() == [pairs[i].target_key for i in paired] + [-1] * len(negatives)
+    assert [placed[n] for n in batch.queries] == [queries[i].prompt.input_ids.tolist() for i in paired]
+    assert [placed[n] for n in batch.targets] == [s.prompt.input_ids.tolist() for s in targets]
+    assert [placed[n] for n in batch.negatives] == [s.prompt.input_ids.tolist() for s in negatives]
+    assert batch.target_keys.tolist() == [examples[i].target_key for i in paired]
+    assert batch.negative_keys.tolist() == [-1] * len(negatives)
     images = int((batch.input_ids == collator.prompts.image_id).sum())
     if batch.pixel_values is None:
         assert images == 0
@@ -95,7 +97,7 @@ def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int
         assert batch.image_grid_thw is not None and batch.image_index is not None
         assert images == int(batch.image_grid_thw[batch.image_index].prod(1).sum()) // 4
         by_tokens = {tuple(s.prompt.input_ids.tolist()): s for s in expected}
-        pixels = torch.cat([torch.from_numpy(by_tokens[tuple(h)].patches) for h in held])
+        pixels = torch.cat([torch.from_numpy(collator.pixels.values(by_tokens[tuple(h)].patches_PCN)) for h in placed])
         distinct = batch.pixel_values.split(batch.image_grid_thw.prod(1).tolist())
         assert torch.equal(torch.cat([distinct[i] for i in batch.image_index.tolist()]), pixels)
         assert len({image.numpy().tobytes() for image in distinct}) == len(distinct)
@@ -115,15 +117,16 @@ def test_a_batch_keeps_every_sequence_exactly_once(collator: Collator, seed: int
 def test_a_hard_negative_brings_its_content(collator: Collator) -> None:
     known = TrainingExample(Item("a"), Item("b"), (Item("c"), Item("d")), target_key=4, negative_keys=(5, 6))
     unknown = TrainingExample(Item("e"), Item("f"), (Item("g"),), target_key=7)
-    assert collator.examples([known, unknown]).candidate_keys.tolist() == [4, 7, 5, 6, -1]
+    batch = collator.examples([known, unknown])
+    assert (batch.target_keys.tolist(), batch.negative_keys.tolist()) == ([4, 7], [5, 6, -1])
 
 
 def test_z_stays_with_its_row(collator: Collator) -> None:
-    pairs = [TrainingExample(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
-    batch = collator.examples(pairs)
+    examples = [TrainingExample(Item(f"{w} thing"), None, (), "what?", w, z=i % 3 == 0) for i, w in enumerate(WORDS)]
+    batch = collator.examples(examples)
     marked = {tuple(tokens_of(batch, n)) for n in batch.z.nonzero()[:, 0].tolist()}
     expected = {
-        tuple(collator.sequence(p.query, question="what?", answer=p.answer).prompt.input_ids) for p in pairs if p.z
+        tuple(collator.prepare(p.query, question="what?", answer=p.answer).prompt.input_ids) for p in examples if p.z
     }
     assert marked == expected
 

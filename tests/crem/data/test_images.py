@@ -88,7 +88,7 @@ def test_extreme_shapes(size: tuple[int, int], tiny_model_dir: str) -> None:
 
     assert load_image(encoded(Image.new("RGB", size), "PNG"), LIMITS).size == size
     model = load(tiny_model_dir)
-    sequence = model.collator.sequence(Item(images=[Image.new("RGB", size)]))
+    sequence = model.collator.prepare(Item(images=[Image.new("RGB", size)]))
     tokens = int((sequence.prompt.segments == Segment.V).sum()) - 2
     assert 0 < tokens <= 64, "Qwen2-VL keeps the short side at one token, so a sliver is over max_pixels, but bounded"
 

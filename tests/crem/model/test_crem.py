@@ -41,7 +41,7 @@ def tiny(request: pytest.FixtureRequest) -> tuple[CremModel, Collator]:
 
 
 def sequences(collator: Collator, z: bool) -> list[TokenSequence]:
-    return [collator.sequence(item, question=QUESTION, answer=ANSWER, z=z) for item in ITEMS]
+    return [collator.prepare(item, question=QUESTION, answer=ANSWER, z=z) for item in ITEMS]
 
 
 def logits(model: CremModel, batch: Batch) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_decoding_takes_the_tokens_of_the_masked_forward(tiny: tuple[CremModel, 
     tokens = torch.stack(list(decode(model, context, questions, stop_ids=stop, max_new_tokens=6)), 1)
     for row, item in enumerate(ITEMS):
         text = ["what?", QUESTION, "describe it", "animals and nature?"][row]
-        made = collator.sequence(item, question=text, z=compressed)
+        made = collator.prepare(item, question=text, z=compressed)
         for step in range(6):
             choice = int(logits(model, collator.pad([made]))[0, -1].argmax())
             assert choice == tokens[row, step], (row, step)
@@ -174,7 +174,7 @@ def test_native_generation_is_the_backbones(tiny: tuple[CremModel, Collator]) ->
     """transformers' own ``generate`` on the same prompt gives the same tokens."""
     model, collator = tiny
     for item in ITEMS:
-        batch = collator.pad([collator.sequence(item, question=QUESTION)])
+        batch = collator.pad([collator.prepare(item, question=QUESTION)])
         image_id = model.core.config.image_token_id
         pixels = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw} if item.images else {}
         theirs = model.core.generate(
@@ -233,7 +233,7 @@ def test_one_forward_gives_embedding_and_lm_loss_and_packing_changes_neither(tin
     total = torch.tensor(0.0)
     for number, pair in enumerate(pairs):
         alone = model(
-            collator.pad([collator.sequence(pair.query, question=pair.question, answer=pair.answer, z=pair.z)])
+            collator.pad([collator.prepare(pair.query, question=pair.question, answer=pair.answer, z=pair.z)])
         )
         total = total + alone.lm_loss_sum
         if pair.target is not None:
@@ -241,9 +241,7 @@ def test_one_forward_gives_embedding_and_lm_loss_and_packing_changes_neither(tin
             prefix = model(collator.items([pair.query]))  # the embedding does not depend on question or z
             torch.testing.assert_close(prefix.embeddings[0], alone.embeddings[0], atol=1e-5, rtol=0)
             target = model(collator.items([pair.target]))
-            torch.testing.assert_close(
-                out.embeddings[packed.candidates[number]], target.embeddings[0], atol=1e-5, rtol=0
-            )
+            torch.testing.assert_close(out.embeddings[packed.targets[number]], target.embeddings[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(out.lm_loss_sum, total, atol=1e-4, rtol=1e-5)
     assert int(out.answer_tokens) == sum(len(collator.prompts.answer(p.answer or "").input_ids) for p in pairs)
 

@@ -16,7 +16,7 @@ from crem.model.maps import chorus_attention, coverage, image_maps, overlap
 
 
 def _batch(model: crem.Crem, *items: object):
-    return model.collator.pad([model.collator.sequence(as_item(item)) for item in items])
+    return model.collator.pad([model.collator.prepare(as_item(item)) for item in items])
 
 
 def _image(seed: int) -> Image.Image:
@@ -83,7 +83,7 @@ def test_a_map_is_over_the_vision_tokens_of_its_image(tiny_model_dir: str) -> No
 
 def test_maps_at_a_smaller_chorus_count(tiny_model_dir: str) -> None:
     model = crem.load(tiny_model_dir)
-    batch = model.collator.pad([model.collator.sequence(as_item(_image(1)), chorus_tokens=2)])
+    batch = model.collator.pad([model.collator.prepare(as_item(_image(1)), chorus_tokens=2)])
     assert chorus_attention(model.model, batch).shape[3] == 2
 
 

@@ -127,11 +127,11 @@ def test_validation_by_hand() -> None:
     (native, compressed), model = held_out(collator, 1)[0], engine.model.eval()
     with torch.no_grad():
         out, cut = model(native), model(compressed)
-    queries, targets = (out.embeddings[at] for at in (native.queries, native.candidates[: len(native.queries)]))
+    queries, targets = (out.embeddings[at] for at in (native.queries, native.targets))
     retrieval = info_nce(
-        *(queries, out.embeddings[native.candidates]),
+        *(queries, out.embeddings[torch.cat([native.targets, native.negatives])]),
         query_keys=native.query_keys,
-        candidate_keys=native.candidate_keys,
+        candidate_keys=torch.cat([native.target_keys, native.negative_keys]),
         temperature=config.loss.temperature,
         symmetric=config.loss.symmetric,
     )
