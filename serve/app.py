@@ -15,16 +15,18 @@ import signal
 import socket
 import time
 import urllib.request
-from typing import Any
+from typing import Any, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
 from crem.checkpoint import describe
 from crem.config import RunConfig, ServeConfig, load_config
+from crem.config.loading import config_error
+from crem.config.section import Section
 from crem.errors import ConfigError, CremError, ResourceError
 from crem.ray_address import refuse_ray_client
 from serve.deployments import ModelClient, bind_model
@@ -74,24 +76,34 @@ def build(model: str, config: RunConfig) -> serve.Application:
     return ingress.bind(bind_model(model, model_name(model), settings), settings)
 
 
-class ApplicationArgs(BaseModel):
-    """Arguments of ``application`` in a Serve config file."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+class ApplicationArgs(Section):
+    """Arguments of ``application``: the ``args`` of a Serve config file."""
 
     model: str
-    """checkpoint: folder, URI or the name of a shipped one"""
+    """Checkpoint: folder, URI or the name of a shipped one."""
     preset: str = "2b"
-    """preset whose section ``serve`` is used, or the path of a YAML file"""
-    overrides: list[str] = []
-    """``section.key=value``"""
+    """Preset whose section ``serve`` is used, or the path of a YAML file."""
+    overrides: list[str] = Field(default_factory=list)
+    """A list of ``serve.key=value``. Host and port are not among them: the file's ``http_options`` hold these."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, args: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Ray validates the arguments itself and shows the error as it is."""
+        try:
+            return validate(args)
+        except ValidationError as error:
+            problem = config_error(error, cls)
+            raise ConfigError(
+                f"args of serve.app:application: {problem}\nCorrect them in the Serve config file and deploy it again"
+            ) from None
 
 
 def application(args: ApplicationArgs) -> serve.Application:
     """Builder for ``serve deploy`` and RayService: ``import_path: serve.app:application``.
 
     Raises:
-        ConfigError: unknown preset, key or value.
+        ConfigError: unknown preset or key, a value out of bounds.
     """
     return build(args.model, load_config(args.preset, args.overrides))
 

@@ -20,7 +20,7 @@ from crem.config.run import RunConfig
 from crem.config.section import Section, section_of
 from crem.errors import ConfigError
 
-__all__ = ["load_config"]
+__all__ = ["config_error", "load_config"]
 
 
 def load_config(preset: str | os.PathLike[str] = "2b", overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,7 +43,12 @@ def load_config(preset: str | os.PathLike[str] = "2b", overrides: Sequence[str] 
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+        raise config_error(error, RunConfig) from error
+
+
+def config_error(error: ValidationError, root: type[Section]) -> ConfigError:
+    """What pydantic found wrong in a ``root``, one line each."""
+    return ConfigError("\n".join(_explain(e, root) for e in error.errors()))
 
 
 def _scientific(value: str) -> str:
@@ -66,21 +71,21 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(error: ErrorDetails, root: type[Section]) -> str:
     """One line for one of pydantic's errors."""
     *sections, leaf = map(str, error["loc"]) if error["loc"] else [""]
     where = ".".join([*sections, leaf])
     if error["type"] != "extra_forbidden":
         return f"{where or 'config'}: {error['msg']} (got {error['input']!r})"
-    known = _keys_at(sections)
+    known = _keys_at(sections, root)
     near = difflib.get_close_matches(leaf, known, n=1, cutoff=0.4)
     hint = f"did you mean {'.'.join([*sections, near[0]])!r}?" if near else f"known here: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    """Field names of the section at ``path``."""
-    section: type[Section] | None = RunConfig
+def _keys_at(path: Sequence[str], root: type[Section]) -> list[str]:
+    """Field names of the section at ``path`` below ``root``."""
+    section: type[Section] | None = root
     for part in path:
         section = section_of(section.model_fields[part]) if section and part in section.model_fields else None
     return list(section.model_fields) if section else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 
 import pytest
-from pydantic import ValidationError
 
 from crem.config import load_config
 from crem.errors import ConfigError, CremError
@@ -22,10 +21,23 @@ def test_the_builder_takes_the_arguments_of_a_serve_config() -> None:
 
     built = app.application(app.ApplicationArgs(model="s3://b/m", preset="micro", overrides=["serve.max_replicas=9"]))
     assert isinstance(built, Application)
-    with pytest.raises(ValidationError, match="modle"):
-        app.ApplicationArgs.model_validate({"model": "m", "modle": "m"})
     with pytest.raises(ConfigError, match=r"did you mean 'serve\.max_replicas'"):
         app.application(app.ApplicationArgs(model="m", preset="micro", overrides=["serve.max_replica=9"]))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"model": "m", "presets": "2b"}, r"unknown key 'presets'; did you mean 'preset'\?"),
+        ({"model": "m", "zzz": 1}, r"unknown key 'zzz'; known here: model, preset, overrides"),
+        ({"preset": "2b"}, r"model: Field required"),
+        ({"model": "m", "overrides": "serve.max_replicas=2"}, r"overrides: Input should be a valid list"),
+        ({"model": 3}, r"model: Input should be a valid string \(got 3\)"),
+    ],
+)
+def test_wrong_arguments_of_a_serve_config_are_named_with_the_remedy(args: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)args of serve.app:application: .*{said}.*Serve config file"):
+        app.ApplicationArgs.model_validate(args)
 
 
 def test_a_taken_port_is_refused_before_anything_starts() -> None:
