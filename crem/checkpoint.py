@@ -1,11 +1,11 @@
 """Checkpoints: a stock checkpoint of the backbone plus one small file, ``crem.json``.
 
-``save`` writes safetensors, configuration, tokenizer and image processor as transformers does, so the plain class loads
-the folder without missing or unexpected keys; ``crem.json`` adds K and the prompt, image and attention settings.
+``save_model`` writes safetensors, configuration, tokenizer and image processor as transformers does, so the plain class
+loads the folder without missing or unexpected keys; ``crem.json`` adds K and the prompt, image and attention settings.
 ``crem.load`` reads a folder, an fsspec URI (downloaded once into a cache) or a hub name. Only safetensors are read and
 no code comes from a checkpoint.
 
-The fingerprint names everything that decides an embedding: weights, tokenizer and processor files, K, prompt, image
+The fingerprint covers everything that an embedding depends on: weights, tokenizer and processor files, K, prompt, image
 bounds, dtype and pooling. It is stamped on every embedding file and index.
 """
 
@@ -15,23 +15,31 @@ import hashlib
 import json
 import logging
 import shutil
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.errors import CheckpointError, ConfigError
 from crem.fetch import local_copy
-from crem.model.build import dtype_of, read_backbone, read_config, read_processors
 from crem.model.chorus import chorus_token_ids
 from crem.model.crem import CremModel
-from crem.model.lora import adapt
+from crem.model.lora import merged
+from crem.model.pretrained import dtype_of, read_backbone, read_config, read_processors
 
-__all__ = ["CREM_FILE", "check_chorus_tokens", "describe", "fingerprint", "read_model", "save_model"]
+__all__ = [
+    "CREM_FILE",
+    "CheckpointInfo",
+    "LoadedModel",
+    "check_chorus_tokens",
+    "describe",
+    "fingerprint",
+    "read_model",
+    "save_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +62,9 @@ _NOT_COPIED = (
     ".py",
     ".pyc",
 )
-"""Endings of weights, which are written anew, and of code, which is never run."""
+"""Suffixes of weights, which are written anew, and of code, which is never run."""
 _NOT_COPIED_NAMES = (".", CREM_FILE, "optimizer", "scheduler", "trainer_state", "training_args", "rng_state", "latest")
-"""Beginnings of the names of hidden files, of our own file, and of what another training run left."""
+"""Prefixes of hidden files, of our own file, and of files that another training run left."""
 _COPIED_UP_TO_BYTES = 64 * 2**20
 _TEXT_FILES = ("tokenizer.json", "preprocessor_config.json", "config.json")
 
@@ -64,7 +72,7 @@ _TEXT_FILES = ("tokenizer.json", "preprocessor_config.json", "config.json")
 def save_model(
     model: CremModel, collator: Collator, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None
 ) -> str:
-    """Write the checkpoint; returns its fingerprint. LoRA is merged into a copy, the model in training is untouched.
+    """Write the checkpoint; returns its fingerprint. LoRA is merged into a copy; ``model`` stays as it is.
 
     Args:
         state_dict: full weights of ``model`` where they are partitioned (ZeRO-3); its own otherwise.
@@ -73,14 +81,14 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     if model.stock_folder is not None:
         _copy_stock_files(model.stock_folder, folder)
-    backbone, weights = _plain(model, state_dict)
+    backbone, weights = merged(model, state_dict)
     dtype = dtype_of(model.config.dtype)
     weights = {k: v.to("cpu", dtype) for k, v in (weights or backbone.state_dict()).items()}
     if model.core.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     backbone.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     for part in (backbone.config, backbone.config.text_config, backbone.config.vision_config):
-        part.dtype = dtype  # save_pretrained wrote the dtype in training
+        part.dtype = dtype  # save_pretrained wrote the dtype of training
     backbone.config.save_pretrained(folder)
     collator.prompts.tokenizer.save_pretrained(folder)
     collator.processor.save_pretrained(folder)
@@ -96,51 +104,31 @@ def save_model(
 
 
 def _copy_stock_files(source: Path, folder: Path) -> None:
-    """What the backbone's publisher put beside the weights; what is saved after it replaces files of the same name."""
-    if not source.is_dir():  # a cache that was cleared during a long run; the trained weights matter more
+    """Copy the publisher's other files (LICENSE, …); files of the same name saved afterwards replace them."""
+    if not source.is_dir():  # a cache cleared during a long run, which must not cost the trained weights
         logger.warning("%s no longer exists: the checkpoint lacks the backbone's other files (LICENSE, …)", source)
         return
     for file in sorted(source.iterdir()):
-        left = file.name.startswith(_NOT_COPIED_NAMES) or file.name.lower().endswith(_NOT_COPIED)
-        if left or not file.is_file() or file.resolve() == (folder / file.name).resolve():
+        skipped = file.name.startswith(_NOT_COPIED_NAMES) or file.name.lower().endswith(_NOT_COPIED)
+        if skipped or not file.is_file() or file.resolve() == (folder / file.name).resolve():
             continue
         if file.stat().st_size > _COPIED_UP_TO_BYTES:
             logger.warning("%s is not copied to the checkpoint: it is over %d bytes", file, _COPIED_UP_TO_BYTES)
         elif file.name == "processor_config.json":
             content = json.loads(file.read_text(encoding="utf-8"))
-            content.pop("image_processor", None)  # it would win over preprocessor_config.json, which has our bounds
+            content.pop("image_processor", None)  # it would override preprocessor_config.json, which has our bounds
             (folder / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(file, folder / file.name)
 
 
-def _plain(
-    model: CremModel, state_dict: dict[str, torch.Tensor] | None
-) -> tuple[Qwen2VLForConditionalGeneration, dict[str, torch.Tensor] | None]:
-    """The backbone as a plain transformers model, and its weights where they are not its own."""
-    prefix = "backbone."
-    if state_dict is not None:
-        state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items()}
-    if not hasattr(model.backbone, "merge_and_unload"):
-        return model.core, state_dict
-    from copy import deepcopy
+class LoadedModel(NamedTuple):
+    """A checkpoint in memory."""
 
-    if state_dict is None:
-        merged: Any = deepcopy(model.backbone).cpu()
-    else:
-        # a partitioned model cannot be copied; rebuild its shape without weights and give it the gathered ones
-        with torch.device("meta"):
-            # through a dict, which leaves our vision attention behind
-            config = type(model.core.config).from_dict(model.core.config.to_dict())
-            bare = Qwen2VLForConditionalGeneration(config)
-        merged = adapt(bare, model.chorus_ids, model.config)
-        merged.load_state_dict(state_dict, strict=True, assign=True)
-    with warnings.catch_warnings():  # PEFT takes embeddings that were loaded apart for untied ones
-        warnings.filterwarnings("ignore", message=".*no longer tied.*")
-        plain = merged.merge_and_unload()
-    plain.config.tie_word_embeddings = model.core.config.tie_word_embeddings
-    plain.generation_config = model.core.generation_config
-    return plain, None
+    model: CremModel
+    """in evaluation mode"""
+    collator: Collator
+    fingerprint: str
 
 
 def read_model(
@@ -149,15 +137,15 @@ def read_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     chorus_tokens: int | None = None,
-) -> tuple[CremModel, Collator, str]:
-    """Read a CREM checkpoint: model in evaluation mode on ``device``, its collator, and its fingerprint.
+) -> LoadedModel:
+    """Read a CREM checkpoint onto ``device``.
 
     Args:
         chorus_tokens: K' of a nested checkpoint, which is part of the fingerprint; K where None.
 
     Raises:
         CheckpointError: missing, damaged or of another kind. ResourceError: too little memory. ConfigError: the model
-            was not trained with so many chorus tokens.
+            was not trained with that many chorus tokens.
     """
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
@@ -171,27 +159,39 @@ def read_model(
     except AssertionError as error:
         raise CheckpointError(f"{folder} does not fit its {CREM_FILE} ({error}); copy the checkpoint again") from error
     model = CremModel(backbone, chorus_ids, config, folder).to(device).eval()
-    mark = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
-    return model, Collator(tokenizer, processor, chorus_ids, config), mark
+    stamp = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
+    return LoadedModel(model, Collator(tokenizer, processor, chorus_ids, config), stamp)
 
 
-def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> dict[str, Any]:
-    """What a CREM checkpoint is, without loading its weights: ``fingerprint``, ``dim``, ``chorus_tokens``.
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A CREM checkpoint without its weights."""
+
+    fingerprint: str
+    dim: int
+    """length of an embedding"""
+    chorus_tokens: int
+    """number in use: K, or K' of a nested checkpoint"""
+
+
+def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> CheckpointInfo:
+    """Read what a CREM checkpoint is, without loading its weights.
 
     Raises:
-        CheckpointError: missing, damaged or of another kind. ConfigError: not trained with so many chorus tokens.
+        CheckpointError: missing, damaged or of another kind. ConfigError: not trained with that many chorus tokens.
     """
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {
-        "fingerprint": fingerprint(folder, description["model"]["dtype"], chorus_tokens),
-        "dim": int(config.get("text_config", config)["hidden_size"]),
-        "chorus_tokens": description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
-    }
+    return CheckpointInfo(
+        fingerprint=fingerprint(folder, description["model"]["dtype"], chorus_tokens),
+        dim=int(config.get("text_config", config)["hidden_size"]),
+        chorus_tokens=description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
+    )
 
 
 def _description(folder: Path, named: str) -> dict[str, Any]:
+    """The checked content of ``crem.json``, as written: the fingerprint is taken over it."""
     file = folder / CREM_FILE
     if not file.is_file():
         kind = "a folder without config.json"
@@ -216,11 +216,10 @@ def _description(folder: Path, named: str) -> dict[str, Any]:
 def fingerprint(folder: str | Path, dtype: str, chorus_tokens: int | None = None) -> str:
     """16 hex digits over the contents of the checkpoint folder, K, prompt and image settings, dtype and pooling.
 
-    Not over where the checkpoint lies, nor over where the backbone lay that it was trained from. ``chorus_tokens`` is
-    the number in use, K where None.
+    The paths of the checkpoint and of its backbone do not matter. ``chorus_tokens`` is the number in use, K where None.
 
     Raises:
-        ConfigError: the model was not trained with so many chorus tokens.
+        ConfigError: the model was not trained with that many chorus tokens.
     """
     folder = Path(folder)
     digest = hashlib.sha256()

@@ -79,23 +79,23 @@ class Engine:
 
     def embed(self, items: Sequence[crem.Item]) -> list[Embedded | Exception]:
         """One result per item, in order; an ``Exception`` for an item that cannot be embedded."""
-        results: list[Embedded | Exception | None] = [None] * len(items)
-        prepared: dict[int, PreparedSequence] = {}
-        for place, item in enumerate(items):
-            try:
-                prepared[place] = self._model.prepare(item)
-            except Exception as error:
-                if not isinstance(error, ItemError):
-                    logger.exception("an item could not be prepared")
-                results[place] = error
+        prepared = [self._prepared(item) for item in items]
+        sequences = [p for p in prepared if isinstance(p, PreparedSequence)]
         try:
-            vectors = self._model.embed_prepared(list(prepared.values()), batch_size=len(items))
-        except Exception as error:  # not the fault of one item: all of this forward fail
-            logger.exception("a batch of %d items could not be embedded", len(prepared))
-            vectors = [error] * len(prepared)
-        for (place, sequence), vector in zip(prepared.items(), vectors, strict=True):
-            results[place] = vector if isinstance(vector, Exception) else Embedded(vector, sequence.tokens)
-        return results
+            vectors = iter(self._model.embed_prepared(sequences, batch_size=len(items)))
+        except Exception as error:  # not the fault of one item: all items of this forward fail
+            logger.exception("a batch of %d items could not be embedded", len(sequences))
+            return [error if isinstance(p, PreparedSequence) else p for p in prepared]
+        return [Embedded(next(vectors), p.tokens) if isinstance(p, PreparedSequence) else p for p in prepared]
+
+    def _prepared(self, item: crem.Item) -> PreparedSequence | Exception:
+        try:
+            return self._model.prepare(item)
+        except ItemError as error:
+            return error
+        except Exception as error:
+            logger.exception("an item could not be prepared")
+            return error
 
     def generate(self, request: GenerationRequest) -> Generator[Delta]:
         """The answer, one decoding step at a time; closing the iterator ends the decoding.

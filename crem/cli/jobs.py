@@ -88,9 +88,10 @@ def graft(
 
     made = graft(language_model, out, config.graft, seed=config.train.seed)
     print(
-        f"{made['out']}: {made['language'] / 1e6:.1f} M parameters, {made['vision'] / 1e6:.1f} M of a new vision tower"
+        f"{made.out}: {made.language_parameters / 1e6:.1f} M parameters of the language model, "
+        f"{made.vision_parameters / 1e6:.1f} M of a new vision tower"
     )
-    print(f"next: crem train PREPARED --out out/small/base --preset small-base model.backbone={made['out']}")
+    print(f"next: crem train PREPARED --out out/small/base --preset small-base model.backbone={made.out}")
 
 
 @job

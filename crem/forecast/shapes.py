@@ -16,8 +16,8 @@ from crem.config import BackboneShape, ImageConfig, ModelConfig
 from crem.errors import CheckpointError, ConfigError
 from crem.fetch import shipped
 from crem.model.backbone import SPECIAL_TOKENS, Qwen2VLForConditionalGeneration, config_from_shape
-from crem.model.build import backbone_config
 from crem.model.lora import adapt
+from crem.model.pretrained import backbone_config
 
 __all__ = ["PUBLISHED", "image_patches", "meta_model", "shape_of"]
 

@@ -1,12 +1,13 @@
 """``crem graft``: a language model becomes the language half of a Qwen2-VL with a new vision tower.
 
 Qwen2-VL's language model differs from Llama's in biases of q, k and v and in M-RoPE, whose three positions are equal on
-text. With zero biases and the same rotary base it computes the same logits for text. What results is a stock Qwen2-VL
-checkpoint whose vision tower knows nothing yet: preset ``small-base`` trains it.
+text. With zero biases and the same rotary base it computes the same logits for text. The result is a stock Qwen2-VL
+checkpoint with an untrained vision tower, which preset ``small-base`` trains.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,37 @@ from crem.model.backbone import (
     initialise_by_fan_in,
 )
 
-__all__ = ["graft"]
+__all__ = ["Grafted", "graft"]
 
 _SAME = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""What the language half of Qwen2-VL cannot have otherwise."""
+"""Fixed in the language half of Qwen2-VL."""
 _SPARE_ROWS = 64
-"""Rows of the embedding matrix left for chorus tokens; the matrix is also a multiple of it, which products like."""
+"""Spare rows of the embedding matrix for chorus tokens; the row count is rounded up to a multiple of it, which keeps
+matrix products fast."""
 
 
-def graft(source: str, out: str | Path, config: GraftConfig, *, seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Grafted:
+    """A checkpoint that ``graft`` wrote."""
+
+    out: str
+    """its folder"""
+    language_parameters: int
+    vision_parameters: int
+    """of the new vision tower"""
+
+
+def graft(source: str, out: str | Path, config: GraftConfig, *, seed: int = 0) -> Grafted:
     """Write a Qwen2-VL checkpoint with the language model at ``source``, in float32.
 
     Args:
         source: a Llama-like causal language model: folder, URI or hub name with safetensors, or a ``.gguf`` file
             (dequantised; needs the package ``gguf``).
         out: a local folder.
-        seed: of the vision tower and of the rows of Qwen2-VL's marks, such as ``<|image_pad|>``.
-
-    Returns:
-        Parameters of both halves.
+        seed: of the weights of the vision tower.
 
     Raises:
-        CheckpointError: nothing there can be read, or it is not of Llama's architecture.
+        CheckpointError: ``source`` cannot be read, or is not of Llama's architecture.
     """
     language, tokenizer = _read(source)
     text = language.config
@@ -90,7 +100,7 @@ def graft(source: str, out: str | Path, config: GraftConfig, *, seed: int = 0) -
         part.save_pretrained(out)
     vision = sum(p.numel() for p in model.model.visual.parameters())
     total = sum(p.numel() for p in model.parameters())
-    return {"out": str(out), "parameters": total, "language": total - vision, "vision": vision}
+    return Grafted(str(out), language_parameters=total - vision, vision_parameters=vision)
 
 
 def _read(source: str) -> tuple[Any, Any]:
@@ -112,23 +122,23 @@ def _read(source: str) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _take(model: Qwen2VLForConditionalGeneration, weights: dict[str, torch.Tensor]) -> None:
-    """Put Llama's weights into the language half, biases to 0, and new rows at the mean of the old ones."""
+    """Copy Llama's weights into the language half; biases become 0, new rows the mean of the old ones."""
     language = model.model.language_model
     for name, parameter in language.named_parameters():
-        held = weights.get(f"model.{name}")
-        if held is None:
+        source = weights.get(f"model.{name}")
+        if source is None:
             assert name.endswith("_proj.bias"), f"the language model has no {name}"
             parameter.zero_()
         elif name == "embed_tokens.weight":
-            _rows(parameter, held)
+            _copy_rows(parameter, source)
         else:
-            parameter.copy_(held)
+            parameter.copy_(source)
     if not model.config.tie_word_embeddings:
-        _rows(model.lm_head.weight, weights["lm_head.weight"])
+        _copy_rows(model.lm_head.weight, weights["lm_head.weight"])
 
 
-def _rows(parameter: torch.Tensor, held: torch.Tensor) -> None:
-    count = min(len(held), len(parameter))
-    parameter[:count] = held[:count]
+def _copy_rows(parameter: torch.Tensor, source: torch.Tensor) -> None:
+    count = min(len(source), len(parameter))
+    parameter[:count] = source[:count]
     new = parameter[count:]
-    new.copy_(held.mean(0) + 0.02 * held.std() * torch.randn(new.shape, generator=torch.Generator().manual_seed(0)))
+    new.copy_(source.mean(0) + 0.02 * source.std() * torch.randn(new.shape, generator=torch.Generator().manual_seed(0)))

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -105,7 +106,7 @@ def _describe(model: str, config: EmbedConfig) -> dict[str, Any]:
     from crem.checkpoint import describe
 
     task = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor)(describe)
-    return {**ray.get(task.remote(model, config.chorus_tokens)), "model": model}
+    return {**asdict(ray.get(task.remote(model, config.chorus_tokens))), "model": model}
 
 
 def _claim(target: Folder, plan: dict[str, Any], *, fresh: bool) -> None:

@@ -84,11 +84,11 @@ def evaluate_loaded(model: crem.Crem, rows: PreparedRows, config: RunConfig) -> 
 
 def _checked_chorus_tokens(model: str, config: RunConfig) -> int:
     """The chorus count of the evaluation, checked where the model will run: a wrong one fails before any work."""
-    from crem.checkpoint import describe
+    from crem.checkpoint import CheckpointInfo, describe
 
     task = ray.remote(num_cpus=config.embed.cpus_per_actor, num_gpus=config.embed.gpus_per_actor)(describe)
-    count: int = ray.get(task.remote(model, config.evaluate.chorus_tokens))["chorus_tokens"]
-    return count
+    info: CheckpointInfo = ray.get(task.remote(model, config.evaluate.chorus_tokens))
+    return info.chorus_tokens
 
 
 def _figures(

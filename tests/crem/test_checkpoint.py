@@ -205,10 +205,10 @@ def test_too_little_memory_is_said_before_loading(copied: Path, monkeypatch: pyt
     save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, copied / "model.safetensors", {"format": "pt"})
     size = sum(v.numel() for v in weights.values()) * 4
     for free, dtype in ((size - 1, torch.float32), (size // 2 - 1, torch.bfloat16)):
-        monkeypatch.setattr("crem.model.build.available_bytes", lambda free=free: free)
+        monkeypatch.setattr("crem.model.pretrained.available_bytes", lambda free=free: free)
         with pytest.raises(ResourceError, match=f"in {dtype} .*more memory, or a smaller checkpoint"):
             crem.load(copied, dtype=dtype)
-    monkeypatch.setattr("crem.model.build.available_bytes", lambda: size)
+    monkeypatch.setattr("crem.model.pretrained.available_bytes", lambda: size)
     assert crem.load(copied, dtype=torch.float32).dim > 0
 
 
