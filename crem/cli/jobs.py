@@ -131,7 +131,7 @@ def train(
     from pipelines.training.train import train
 
     result = train(prepared, out, config, resume=resume, fresh=fresh)
-    print(f"model       {result['model']}\nfingerprint {result['fingerprint']}\nsteps       {result['steps']}")
+    print(f"model       {result.model}\nfingerprint {result.fingerprint}\nsteps       {result.steps}")
 
 
 @job

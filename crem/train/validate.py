@@ -7,47 +7,56 @@ row is run twice: with z = 0 its answer comes from the full context (native), wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from crem.config import LossConfig
+from crem.config import LossConfig, RunConfig
 from crem.data.collator import Batch
 from crem.distributed import gather_rows, sum_over_ranks
 from crem.losses import lm_loss
 from crem.metrics import precision_at_1
+from crem.train.callbacks import Callback, Interval, is_due
+from crem.train.phases import Phase
+from crem.train.progress import ValidationResult
 from crem.train.step import retrieval_of
 
-__all__ = ["ValidationResult", "validate"]
+__all__ = ["Validation", "validate"]
 
 
-@dataclass(frozen=True)
-class ValidationResult:
-    """Terms over all held-out rows, the same on every rank."""
+class Validation(Callback):
+    """Every ``train.validate_every`` steps and after the last; adds its terms to the progress of the interval.
 
-    loss: float
-    """what training minimises, in expectation over z: the measure by which the best model is kept"""
-    retrieval: float
-    """InfoNCE; 0 without pairs"""
-    precision_at_1: float
-    """share of queries whose nearest target is their own or one of the same content; NaN without pairs"""
-    generation_native: float
-    """per answer token, from the full context; 0 without answers"""
-    generation_compressed: float
-    """per answer token, from the chorus tokens alone"""
+    Args:
+        batches: gives this rank's rows (``validate``), anew for each validation.
+    """
 
-    def as_dict(self) -> dict[str, float]:
-        """Plain numbers by name."""
-        return asdict(self)
+    def __init__(
+        self,
+        engine: Any,
+        batches: Callable[[], Iterable[tuple[Batch, Batch]]],
+        config: RunConfig,
+        device: torch.device,
+    ):
+        self._engine, self._batches, self._config, self._device = engine, batches, config, device
+
+    def due(self, done: int) -> bool:
+        return is_due(done, self._config.train.validate_every, self._config.train.steps)
+
+    def on_interval(self, interval: Interval) -> None:
+        if self.due(interval.progress.step):
+            interval.enter(Phase.VALIDATION)
+            terms = validate(self._engine, self._batches(), self._config.loss, self._device)
+            interval.progress = replace(interval.progress, validation=terms)
 
 
 @torch.no_grad()
 def validate(
     engine: Any, batches: Iterable[tuple[Batch, Batch]], config: LossConfig, device: torch.device
 ) -> ValidationResult:
-    """Validate; a collective, and the engine is in training mode again afterwards.
+    """Both losses and Precision@1 on held-out rows. A collective; leaves the engine in training mode.
 
     Args:
         engine: of DeepSpeed, whose forward applies the run's precision.
@@ -63,7 +72,7 @@ def validate(
         embeddings.append(output.embeddings)
         sums += torch.stack([output.lm_loss_sum, engine(compressed).lm_loss_sum]).float()
         answer_tokens += output.answer_tokens
-        chunks.append(replace(native, pixel_values=None, two_part=None))  # what InfoNCE needs of it
+        chunks.append(replace(native, pixel_values=None, two_part=None))  # all that InfoNCE needs
     engine.train()
     native_loss, compressed_loss = lm_loss(sum_over_ranks(sums), int(sum_over_ranks(answer_tokens))).tolist()
     retrieval = retrieval_of(torch.cat(embeddings), chunks, config)

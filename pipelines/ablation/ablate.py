@@ -292,7 +292,7 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
     from pipelines.training.train import train
 
     began = time.monotonic()
-    trained: dict[str, Any] = {}
+    losses: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as scratch:
         if job.variant is None:
             model = _save_backbone(prepared, scratch, job.config)
@@ -302,13 +302,13 @@ def _do(job: _Job, prepared: str, target: Folder, stamp: dict[str, Any], startin
                 with starting:  # two Rays that start at once may take the same ports
                     session.connect()
             trained = train(prepared, run.uri, job.config, resume=True)
-            model = trained["model"]
+            model, losses = trained.model, trained.metrics
         torch.set_num_threads(job.config.embed.threads_per_actor)
         rows = read_rows(prepared, split_prefix="test")
         trained_s = time.monotonic() - began
         if not _evaluated(target, job):
             record = _evaluate(job, model, rows, trained_s)
-            record |= {"determined_by": {**job.determined_by, "from": stamp}, "losses": trained.get("metrics", {})}
+            record |= {"determined_by": {**job.determined_by, "from": stamp}, "losses": losses}
             target.write_json(record, _EVALUATIONS, f"{job.name}.json")
             log.info("trained in %(train).0f s, evaluated in %(evaluate).0f s", record["seconds"])
         if job.wants_maps and not _mapped(target, job):

@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -99,7 +100,7 @@ def _run(out: Path, config: RunConfig) -> DemoReport:
         with timer.stage("evaluate"):
             evaluation = evaluate(model, prepared, str(out / "evaluation"), config)
         with timer.stage("evaluate the short training"):
-            short = evaluate(trained["model"], prepared, str(out / "evaluation_short"), config)
+            short = evaluate(trained.model, prepared, str(out / "evaluation_short"), config)
         with timer.stage("evaluate the untrained model"):
             _save_untrained(read_rows(prepared, split_prefix="train"), untrained_model, config)
             untrained = evaluate(untrained_model, prepared, str(out / "evaluation_untrained"), config)
@@ -111,7 +112,7 @@ def _run(out: Path, config: RunConfig) -> DemoReport:
         config=config,
         checks=_checks(evaluation),
         prepare={k: counts[k] for k in ("rows_in", "rows_out", "rejected", "filtered", "images")},
-        train={k: v for k, v in trained.items() if k != "model"},
+        train={k: v for k, v in asdict(trained).items() if k != "model"},
         curves=list(read_metrics(Folder.at(run))),
         embed={k: v for k, v in embedded.items() if k != "model"},
         index={k: v for k, v in indexed.items() if k != "model"},

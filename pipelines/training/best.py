@@ -1,44 +1,66 @@
-"""The model of the lowest validation loss, kept in ``best/`` beside the run; ``best.json`` says of which step it is."""
+"""The model of the lowest validation loss, kept in ``best/`` beside the run; ``best.json`` names its step and terms."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from crem.data.collator import Collator
 from crem.distributed import rank, sum_over_ranks
+from crem.train.callbacks import Callback, Interval
 from crem.train.export import export
+from crem.train.phases import Phase
+from crem.train.progress import ValidationResult
 from pipelines.tables.storage import Folder
+from pipelines.training.uploads import upload_model
 
-__all__ = ["BestModel"]
+__all__ = ["BestModel", "BestRecord"]
 
 _FILE = "best.json"
 
 
-class BestModel:
-    """On every rank; what rank 0 decides holds for all, because an export is a collective.
+@dataclass(frozen=True)
+class BestRecord:
+    """``best.json``."""
+
+    step: int
+    fingerprint: str
+    validation: ValidationResult
+
+    def as_dict(self) -> dict[str, float | str]:
+        """The file's keys; the terms of the validation stand beside the others."""
+        return {"step": self.step, "fingerprint": self.fingerprint, **self.validation.as_dict()}
+
+
+class BestModel(Callback):
+    """Exports the model after each validation whose loss is the lowest so far; stands after ``Validation``.
+
+    Every rank has one. Rank 0 decides for all, because an export is a collective.
 
     Args:
-        upload: copies a finished checkpoint to a folder.
+        run: folder of the run.
     """
 
-    def __init__(self, run: Folder, upload: Callable[[str, Folder], None]):
-        self._run, self._upload = run, upload
-        held = run.read_json(_FILE) if rank() == 0 else None  # a resumed run knows what it has kept
-        self._loss = float(held["loss"]) if isinstance(held, dict) else float("inf")
+    def __init__(self, run: Folder, engine: Any, collator: Collator):
+        self._run, self._engine, self._collator = run, engine, collator
+        kept = run.read_json(_FILE) if rank() == 0 else None  # what the run kept before it was resumed
+        self._loss = float(kept["loss"]) if isinstance(kept, dict) else float("inf")
 
-    def offer(self, step: int, terms: dict[str, float], engine: Any, collator: Collator) -> None:
-        """Keep the model if its loss is the lowest so far."""
-        lower = rank() == 0 and terms["loss"] < self._loss
-        if not bool(sum_over_ranks(torch.tensor(float(lower), device=engine.device))):
+    def on_interval(self, interval: Interval) -> None:
+        terms = interval.progress.validation
+        if terms is None:
             return
-        self._loss = terms["loss"]
+        interval.enter(Phase.EXPORT)
+        lower = rank() == 0 and terms.loss < self._loss
+        if not bool(sum_over_ranks(torch.tensor(float(lower), device=self._engine.device))):
+            return
+        self._loss = terms.loss
         with tempfile.TemporaryDirectory() as folder:
-            fingerprint = export(engine, collator, folder)
+            fingerprint = export(self._engine, self._collator, folder)
             if rank() == 0:
-                self._run.remove(_FILE)  # without it the folder beside it counts for nothing
-                self._upload(folder, self._run.child("best"))
-                self._run.write_json({"step": step, "fingerprint": fingerprint, **terms}, _FILE)
+                self._run.remove(_FILE)  # without it the folder beside it does not count
+                upload_model(folder, self._run.child("best"))
+                self._run.write_json(BestRecord(interval.progress.step, fingerprint, terms).as_dict(), _FILE)

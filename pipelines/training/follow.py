@@ -1,4 +1,4 @@
-"""What the driver hears of a running training: it writes metrics and the report, and tells a person the progress."""
+"""The driver's side of a running training: it writes metrics and the report, and logs progress for a person to read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
 from ray.util.queue import Empty, Queue
 
 from crem.config import RunConfig
+from crem.train.progress import Progress, ValidationResult
 from pipelines.tables.storage import Folder
+from pipelines.training.held_out import DataMixRow
+from pipelines.training.messages import Exported, Message, Resumed, WorkerWarning
 from pipelines.training.metrics_log import MetricsLog
 from pipelines.training.trackers import Tracker
 
@@ -20,40 +22,42 @@ __all__ = ["Follower", "duration", "progress_line"]
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 60.0
-"""Drawing the page takes about a second of the driver."""
+"""Drawing the page takes the driver about a second."""
 
 
 def duration(seconds: float) -> str:
-    """As a person says it: 45 s, 12 min, 3 h 05 min."""
+    """For a person to read: 45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def progress_line(p: dict[str, float], steps: int) -> str:
+def progress_line(p: Progress, steps: int) -> str:
     """One log interval for the terminal; losses are those of its last step, rates those of the interval."""
-    tokens = p["tokens_per_s"]
+    tokens = f"{p.tokens_per_s / 1000:.1f}k" if p.tokens_per_s >= 1000 else f"{p.tokens_per_s:.0f}"
     return (
-        f"step {p['step']}/{steps}  loss {p['loss']:.3f} (retrieval {p['retrieval']:.3f}, generation "
-        f"{p['generation']:.3f})  lr {p['lr']:.1e}  grad {p['grad_norm']:.2f}  {p['samples_per_s']:.0f} samples/s  "
-        f"{f'{tokens / 1000:.1f}k' if tokens >= 1000 else f'{tokens:.0f}'} tokens/s  MFU "
-        f"{100 * p['flops_utilisation']:.1f} %  {duration(p['seconds_left'])} left"
+        f"step {p.step}/{steps}  loss {p.loss:.3f} (retrieval {p.retrieval:.3f}, generation {p.generation:.3f})  "
+        f"lr {p.lr:.1e}  grad {p.grad_norm:.2f}  {p.samples_per_s:.0f} samples/s  {tokens} tokens/s  "
+        f"MFU {100 * p.flops_utilisation:.1f} %  {duration(p.seconds_left)} left"
     )
 
 
-def _validation_line(p: dict[str, float]) -> str:
-    v = {name.partition("/")[2]: value for name, value in p.items() if name.startswith("validation/")}
+def _validation_line(step: int, v: ValidationResult) -> str:
     return (
-        f"step {p['step']} validated: loss {v['loss']:.3f}  retrieval {v['retrieval']:.3f}  P@1 "
-        f"{100 * v['precision_at_1']:.1f} %  generation {v['generation_native']:.3f} native, "
-        f"{v['generation_compressed']:.3f} compressed"
+        f"step {step} validated: loss {v.loss:.3f}  retrieval {v.retrieval:.3f}  P@1 {100 * v.precision_at_1:.1f} %  "
+        f"generation {v.generation_native:.3f} native, {v.generation_compressed:.3f} compressed"
     )
 
 
 class Follower:
-    """Receives progress from rank 0 in a thread of the driver. On leaving it finishes metrics and report, also when the
-    run failed."""
+    """Receives the workers' messages in a thread of the driver. On leaving it finishes metrics and report, also if the
+    run failed.
+
+    Attributes:
+        last: the latest progress of this start.
+        exported: what rank 0 reported at the end; ``None`` before.
+    """
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Follower:
         run: Folder,
         config: RunConfig,
         *,
-        mix: list[dict[str, Any]],
+        mix: list[DataMixRow],
         fresh: bool,
         tracker: Tracker | None = None,
     ):
@@ -70,8 +74,8 @@ class Follower:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="crem-follower")
         self._began = self._drawn = time.monotonic()
-        self.last: dict[str, float] = {}
-        self.result: dict[str, Any] | None = None
+        self.last: Progress | None = None
+        self.exported: Exported | None = None
 
     def __enter__(self) -> Follower:
         self._thread.start()
@@ -82,7 +86,7 @@ class Follower:
         self._thread.join(timeout=30)
         try:
             self._metrics.close(failed=error is not None)
-        except Exception:  # as in ``_progress``
+        except Exception:  # as in ``_on_progress``
             log.warning("the last metrics could not be written", exc_info=True)
         self._queue.shutdown()
         self._draw("complete" if error is None else f"failed: {error or type(error).__name__}")
@@ -95,24 +99,28 @@ class Follower:
                 if self._stop.is_set():
                     return
                 continue
-            if "warning" in message:
-                log.warning("%s", message["warning"])
-            elif "resumed" in message:
-                log.info("going on at step %d (%d workers)", message["resumed"], message["workers"])
-            elif "result" in message:
-                self.result = message["result"]
-            else:
-                self._progress(message["progress"])
+            self._on_message(message)
 
-    def _progress(self, p: dict[str, float]) -> None:
+    def _on_message(self, message: Message) -> None:
+        match message:
+            case WorkerWarning(text):
+                log.warning("%s", text)
+            case Resumed(step, workers):
+                log.info("going on at step %d (%d workers)", step, workers)
+            case Exported():
+                self.exported = message
+            case Progress():
+                self._on_progress(message)
+
+    def _on_progress(self, p: Progress) -> None:
         self.last = p
         try:
             self._metrics.write(p)
-        except Exception:  # a run does not end because a metric could not be written down
-            log.warning("the metrics of step %d could not be written", p["step"], exc_info=True)
+        except Exception:  # a run does not end because a metric could not be written
+            log.warning("the metrics of step %d could not be written", p.step, exc_info=True)
         log.info("%s", progress_line(p, self._config.train.steps))
-        if any(name.startswith("validation/") for name in p):
-            log.info("%s", _validation_line(p))
+        if p.validation is not None:
+            log.info("%s", _validation_line(p.step, p.validation))
         if time.monotonic() - self._drawn > _REPORT_EVERY_S:
             self._draw("running")
 
@@ -128,7 +136,7 @@ class Follower:
                 mix=self._mix,
                 state=state,
                 seconds=self._drawn - self._began,
-                result=self.result,
+                result=self.exported,
             )
-        except Exception:  # nor because its page could not be drawn
+        except Exception:  # nor because its page could not
             log.warning("report.html could not be written", exc_info=True)

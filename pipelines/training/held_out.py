@@ -1,6 +1,6 @@
-"""Rows for validation during a run, their batches, and the table that says what is trained on and what is held out.
+"""Rows for validation during a run, their batches, and a table of what is trained on and what is held out.
 
-Rows of a split ``validation…`` are used where the table has them. Otherwise the training rows with the smallest hash of
+Rows of a split ``validation…`` are used if the table has them. Otherwise the training rows with the smallest hash of
 their id are held out of training: the same ones for every seed, order and number of workers.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +22,11 @@ from pipelines.tables.prepared import PreparedRows, texts_of
 if TYPE_CHECKING:
     from crem.data.collator import Batch, Collator
 
-__all__ = ["data_mix", "hash_of", "split_rows", "training_texts", "validation_batches"]
+__all__ = ["DataMixRow", "data_mix", "hash_of", "split_rows", "training_texts", "validation_batches"]
 
 log = logging.getLogger(__name__)
 
-_MOST = 0.1
+_MAX_SHARE = 0.1
 """Largest share of the training rows that is held out."""
 
 
@@ -43,31 +44,31 @@ def split_rows(rows: PreparedRows, config: RunConfig) -> tuple[PreparedRows, Pre
 
     Without validation (``train.validate_every`` or ``train.validation_rows`` is 0) no training row is held out.
     """
-    marked = pc.starts_with(rows.table.column("split"), "validation").to_numpy(zero_copy_only=False)
+    in_split = pc.starts_with(rows.table.column("split"), "validation").to_numpy(zero_copy_only=False)
     wanted = config.train.validation_rows if config.train.validate_every else 0
-    own = bool(marked.any())
-    pool = np.flatnonzero(marked if own else ~marked)
-    most = wanted if own else min(wanted, int(_MOST * len(pool)))
+    has_split = bool(in_split.any())
+    pool = np.flatnonzero(in_split if has_split else ~in_split)
+    count = wanted if has_split else min(wanted, int(_MAX_SHARE * len(pool)))
     order = np.argsort(hash_of(rows.table.column("id").to_numpy()[pool]), kind="stable")
-    chosen = np.zeros(len(marked), dtype=bool)
-    chosen[pool[order[:most]]] = True
-    training = PreparedRows(_only(rows.table, ~(marked | chosen)), rows.image_table)
+    chosen = np.zeros(len(in_split), dtype=bool)
+    chosen[pool[order[:count]]] = True
+    training = _only(rows, ~(in_split | chosen))
     if chosen.sum() < max(2, config.train.workers):
         if wanted:
             log.warning("no validation: too few rows for it (%d); add a split validation", int(chosen.sum()))
-            training = PreparedRows(_only(rows.table, ~marked), rows.image_table)
+            training = _only(rows, ~in_split)
         return training, None
-    return training, PreparedRows(_only(rows.table, chosen), rows.image_table)
+    return training, _only(rows, chosen)
 
 
 def training_texts(rows: PreparedRows) -> list[str]:
-    """What a tokenizer is trained on: the texts of all splits ``train…``, whether or not a row is held out."""
-    marked = pc.starts_with(rows.table.column("split"), "train").to_numpy(zero_copy_only=False)
-    return texts_of(PreparedRows(_only(rows.table, marked), rows.image_table))
+    """The texts that a tokenizer is trained on: those of all splits ``train…``, held out or not."""
+    in_split = pc.starts_with(rows.table.column("split"), "train").to_numpy(zero_copy_only=False)
+    return texts_of(_only(rows, in_split))
 
 
-def _only(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
-    return table.filter(pa.array(chosen)).combine_chunks()
+def _only(rows: PreparedRows, chosen: NDArray[np.bool_]) -> PreparedRows:
+    return PreparedRows(rows.table.filter(pa.array(chosen)).combine_chunks(), rows.image_table)
 
 
 def validation_batches(
@@ -85,11 +86,26 @@ def validation_batches(
         yield native, compressed
 
 
-def data_mix(training: PreparedRows, held_out: PreparedRows | None) -> list[dict[str, Any]]:
-    """Rows by source and task: how many are trained on, how many of them have a target or an answer, how many are held
-    out. Ordered by size."""
-    counts: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, rows in (("rows", training), ("held_out", held_out)):
+@dataclass
+class DataMixRow:
+    """Training and held-out rows of one source and task."""
+
+    source: str
+    task: str
+    rows: int = 0
+    """that are trained on"""
+    pairs: int = 0
+    """of them with a target"""
+    answers: int = 0
+    """of them with an answer"""
+    held_out: int = 0
+    """that are validated on"""
+
+
+def data_mix(training: PreparedRows, held_out: PreparedRows | None) -> list[DataMixRow]:
+    """What a run trains and validates on, by source and task; the largest first."""
+    mix: dict[tuple[str, str], DataMixRow] = {}
+    for rows in (training, held_out):
         if rows is None:
             continue
         table = rows.table.select(["source", "task"])
@@ -98,10 +114,9 @@ def data_mix(training: PreparedRows, held_out: PreparedRows | None) -> list[dict
         sums = table.group_by(["source", "task"]).aggregate([([], "count_all"), ("pairs", "sum"), ("answers", "sum")])
         for found in sums.to_pylist():
             key = (found["source"], found["task"])
-            entry = counts.setdefault(
-                key, {"source": key[0], "task": key[1], "rows": 0, "pairs": 0, "answers": 0, "held_out": 0}
-            )
-            entry[name] = found["count_all"]
-            if name == "rows":
-                entry |= {"pairs": found["pairs_sum"], "answers": found["answers_sum"]}
-    return sorted(counts.values(), key=lambda entry: (-entry["rows"], entry["source"], entry["task"]))
+            entry = mix.setdefault(key, DataMixRow(*key))
+            if rows is training:
+                entry.rows, entry.pairs, entry.answers = found["count_all"], found["pairs_sum"], found["answers_sum"]
+            else:
+                entry.held_out = found["count_all"]
+    return sorted(mix.values(), key=lambda entry: (-entry.rows, entry.source, entry.task))

@@ -1,8 +1,8 @@
 """Metrics of a training run: ``metrics.jsonl`` and TensorBoard event files in its output folder, always, and a tracker
-where one is set (``pipelines.training.trackers``).
+if one is set (``pipelines.training.trackers``).
 
-Training terms have plain names, those of held-out rows begin with ``validation/``. For a run on an object store the
-JSON lines are written there after every entry; the event files lie on the driver's disk and are copied at its end.
+Training terms have plain names, those of held-out rows begin with ``validation/``. If the run is on an object store,
+the JSON lines are written there after every entry; the event files stay on the driver's disk and are copied at the end.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import logging
 import math
 import os
 import tempfile
-from typing import Any
 
+from crem.train.progress import Progress
 from pipelines.tables.storage import Folder
 from pipelines.training.trackers import Tracker
 
-__all__ = ["MetricsLog", "read_metrics"]
+__all__ = ["MetricsEntry", "MetricsLog", "read_metrics"]
 
 log = logging.getLogger(__name__)
 
 _FILE = "metrics.jsonl"
+MetricsEntry = dict[str, float | None]
+"""A line of the file: ``Progress.as_dict`` with ``null`` for a number that is not finite, which JSON lacks."""
 
 
-def read_metrics(run: Folder) -> list[dict[str, Any]]:
+def read_metrics(run: Folder) -> list[MetricsEntry]:
     """Entries of a run, by step."""
     if not run.exists(_FILE):
         return []
@@ -33,26 +35,30 @@ def read_metrics(run: Folder) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends entries. One for a step that is already there replaces it and all later ones: the run was resumed."""
+    """Appends entries. One for a step that is already there replaces it and all later ones: the run was resumed.
+
+    Args:
+        fresh: ignore what an earlier run wrote.
+    """
 
     def __init__(self, run: Folder, *, fresh: bool, tracker: Tracker | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._tracker = run, tracker
-        self.entries = [] if fresh else read_metrics(run)
+        self.entries: list[MetricsEntry] = [] if fresh else read_metrics(run)
         self._events = run.path("tensorboard") if run.is_local else tempfile.mkdtemp(prefix="crem-tensorboard-")
         self._board = SummaryWriter(self._events)
 
-    def write(self, entry: dict[str, Any]) -> None:
-        """Add the metrics of one step. A number that is not finite becomes ``null``, which is JSON."""
-        step = entry["step"]
-        known = {name: value if math.isfinite(value) else None for name, value in entry.items()}
-        self.entries = [e for e in self.entries if e["step"] < step] + [known]
+    def write(self, progress: Progress) -> None:
+        """Add the metrics of one interval."""
+        step = progress.step
+        entry = {name: value if math.isfinite(value) else None for name, value in progress.as_dict().items()}
+        self.entries = [e for e in self.entries if _step(e) < step] + [entry]
         text = "".join(json.dumps(e) + "\n" for e in self.entries)
         self._run.write_bytes(text.encode(), _FILE)
         numbers = {
             name if "/" in name else f"train/{name}": value
-            for name, value in known.items()
+            for name, value in entry.items()
             if name != "step" and value is not None
         }
         for name, value in numbers.items():
@@ -62,7 +68,7 @@ class MetricsLog:
             self._tracker.log(numbers, step)
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the event files, copy them where the run is, and end the tracker's run."""
+        """Finish the event files, copy them to the run, and end the tracker's run."""
         self._board.close()
         if not self._run.is_local:
             for name in os.listdir(self._events):
@@ -73,3 +79,9 @@ class MetricsLog:
                 self._tracker.close(failed=failed)
             except Exception:  # a trained model is not thrown away because a tracker's server is gone
                 log.warning("the tracker's run could not be ended", exc_info=True)
+
+
+def _step(entry: MetricsEntry) -> float:
+    step = entry["step"]
+    assert step is not None, entry
+    return step

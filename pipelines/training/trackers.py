@@ -1,8 +1,8 @@
 """Experiment trackers by one setting, ``train.tracker``: MLflow or Weights & Biases, beside the files of every run.
 
-Neither is a dependency: they are imported when they are asked for, and their absence is said before any work. Where
-they write is told by their own environment (``MLFLOW_TRACKING_URI``, ``WANDB_MODE`` …). The id of the tracker's run is
-kept in the output folder, so a resumed run goes on in the same one.
+Neither is a dependency: they are imported when they are set, and a missing one is reported before any work. Their own
+environment says where they write (``MLFLOW_TRACKING_URI``, ``WANDB_MODE`` …). The id of the tracker's run is kept in
+the output folder, so a resumed run continues the same one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,29 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from crem.config import RunConfig
 from crem.errors import ConfigError
 from pipelines.tables.storage import Folder
 
-__all__ = ["Tracker", "check_tracker", "open_tracker"]
+__all__ = ["Tracker", "TrackerRecord", "check_tracker", "open_tracker"]
 
 _FILE = "tracker.json"
 _PACKAGES = {"mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"), "wandb": ("wandb", "wandb")}
 _PROJECT = "crem"
+
+
+@dataclass(frozen=True)
+class TrackerRecord:
+    """``tracker.json``."""
+
+    tracker: str
+    """``train.tracker``"""
+    id: str
+    """of the tracker's run"""
 
 
 class Tracker(Protocol):
@@ -34,10 +45,10 @@ class Tracker(Protocol):
 
 
 def check_tracker(kind: str) -> None:
-    """Say now that the tracker's package is missing.
+    """Check that the tracker's package is installed.
 
     Raises:
-        ConfigError: with the command that installs it.
+        ConfigError: it is not; with the command that installs it.
     """
     if kind == "none":
         return
@@ -50,7 +61,7 @@ def check_tracker(kind: str) -> None:
 
 
 def open_tracker(run: Folder, config: RunConfig) -> Tracker | None:
-    """The tracker of ``config``, going on in the run that an earlier start of this training began; None for none.
+    """The tracker of ``config``, in the run that an earlier start of this training began; ``None`` if none is set.
 
     Raises:
         ConfigError: its package is missing, or it does not answer.
@@ -59,8 +70,9 @@ def open_tracker(run: Folder, config: RunConfig) -> Tracker | None:
     if kind == "none":
         return None
     check_tracker(kind)
-    held = run.read_json(_FILE)
-    known = held["id"] if isinstance(held, dict) and held.get("tracker") == kind else None
+    saved = run.read_json(_FILE)
+    record = TrackerRecord(**saved) if isinstance(saved, dict) else None
+    known = record.id if record is not None and record.tracker == kind else None
     try:
         tracker: Tracker = (_Mlflow if kind == "mlflow" else _Wandb)(run, config, known)
     except Exception as error:  # each client has its own
@@ -68,24 +80,25 @@ def open_tracker(run: Folder, config: RunConfig) -> Tracker | None:
             f"train.tracker={kind} cannot begin its run: {type(error).__name__}: {error}; check its environment "
             "(MLFLOW_TRACKING_URI; WANDB_MODE, WANDB_API_KEY) or set train.tracker=none"
         ) from error
-    run.write_json({"tracker": kind, "id": tracker.id}, _FILE)
+    run.write_json(asdict(TrackerRecord(kind, tracker.id)), _FILE)
     return tracker
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: RunConfig) -> dict[str, object]:
     """Those of a training run, by their dotted names."""
-    flat: dict[str, Any] = {}
+    return {
+        f"{section}{name}": value
+        for section in ("model", "data", "loss", "optim", "train")
+        for name, value in _flat(getattr(config, section).model_dump(mode="json"))
+    }
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, below in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, below)
-        else:
-            flat[prefix] = value
 
-    sections = ("model", "data", "loss", "optim", "train")
-    walk("", {name: getattr(config, name).model_dump(mode="json") for name in sections})
-    return flat
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _flat(below, f"{prefix}.{key}")
+    else:
+        yield prefix, value
 
 
 class _Mlflow:

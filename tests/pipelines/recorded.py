@@ -1,4 +1,4 @@
-"""``crem train`` whose workers write down which rows they made each step of: ``python -m tests.pipelines.recorded …``.
+"""``crem train`` whose workers record the rows of each step: ``python -m tests.pipelines.recorded …``.
 
 One line per step, rank and start of the workers, into ``$CREM_RECORD/<process>.jsonl``. A step takes ``$CREM_STEP_S``
 seconds longer and the upload of a file ``$CREM_UPLOAD_S``, so that a test can hit them; only the steps below the number
@@ -15,26 +15,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.training.messages import WorkerSpec
 
-def recording_worker(spec: dict[str, Any]) -> None:
+
+def recording_worker(given: dict[str, WorkerSpec]) -> None:
     """The training worker with a recorder before its collator."""
     import ray.train
 
     from crem.train import loop
-    from pipelines.tables import prepared as rows
     from pipelines.tables.storage import Folder
-    from pipelines.training.worker import worker
+    from pipelines.training import feed
+    from pipelines.training.trainer import run_worker
 
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    collate = rows._collate
+    collate = feed.collate
     file = Path(os.environ["CREM_RECORD"]) / f"{os.getpid()}.jsonl"
 
     at: list[int] = []
 
     def recorded(share: bytes, *rest: Any) -> Any:
-        pairs, _ = pickle.loads(share)
-        line = {"step": pairs[0].seed[1], "rows": [p.seed[2] for p in pairs], "rank": rank, "ranks": ranks}
+        rows: feed.StepShare = pickle.loads(share)
+        seeds = [example.seed for example in rows.examples]  # run, step, row
+        line = {"step": seeds[0][1], "rows": [seed[2] for seed in seeds], "rank": rank, "ranks": ranks}
         at[:] = at or [line["step"]]
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
@@ -53,15 +56,15 @@ def recording_worker(spec: dict[str, Any]) -> None:
         at[0] += 1
         return train_step(*args, **kwargs)
 
-    rows._collate, Folder.upload, loop.train_step = recorded, slow_upload, slow_step
-    worker(spec)
+    feed.collate, Folder.upload, loop.train_step = recorded, slow_upload, slow_step
+    run_worker(given)
 
 
 def main() -> int:
     from crem.cli import main as crem
-    from pipelines.training import train
+    from pipelines.training import trainer
 
-    train.worker = recording_worker
+    trainer.run_worker = recording_worker
     return crem(sys.argv[1:])
 
 

@@ -148,7 +148,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 class PlainEngine:
-    """PyTorch alone, with the interface of ``crem.train.step.Engine``; it steps once in ``chunks`` times."""
+    """PyTorch alone, with the interface of ``crem.train.step.TrainEngine``; it steps once in ``chunks`` times."""
 
     def __init__(self, model: CremModel, config: RunConfig, chunks: int = 1):
         self.model, self.config, self.chunks, self.held = model, config, chunks, 0

@@ -1,4 +1,4 @@
-"""The loop around the step: what it tells, when it validates, and what ends it."""
+"""The loop around the step and its callbacks: what it reports, when it validates, and what ends it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +20,15 @@ from crem.losses import info_nce
 from crem.metrics import precision_at_1
 from crem.model.build import build_model
 from crem.model.crem import CremModel
+from crem.train.callbacks import Callback, Interval, ProgressReport
+from crem.train.checkpoint_writer import CheckpointWriter
 from crem.train.guard import LossGuard
 from crem.train.loop import train_loop
-from crem.train.progress import Progress
+from crem.train.phases import Phase
+from crem.train.progress import Progress, ValidationResult
+from crem.train.state import read_manifests
 from crem.train.step import StepResult, train_step
-from crem.train.validate import validate
+from crem.train.validate import Validation, validate
 from tests.conftest import TEXTS
 from tests.crem.train.runs import ROWS, PlainEngine, pairs, run_config, share, spawn
 
@@ -33,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class Engine(PlainEngine):
-    """``PlainEngine`` with what the loop asks of DeepSpeed."""
+    """``PlainEngine`` with what the loop uses of DeepSpeed."""
 
     def __init__(self, model: CremModel, config: RunConfig, chunks: int = 1):
         super().__init__(model, config, chunks)
@@ -51,6 +54,13 @@ class Engine(PlainEngine):
     def get_global_grad_norm(self) -> float:
         return self.norms[-1]
 
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def save_checkpoint(self, folder: str, *, tag: str, client_state: dict[str, int]) -> None:
+        (Path(folder) / tag).mkdir(parents=True)
+        torch.save(client_state, Path(folder) / tag / "client_state.pt")
+
 
 def started(*overrides: str, chunks: int = 1) -> tuple[RunConfig, Engine, Collator]:
     config = run_config("train.workers=1", "train.validate_every=0", *overrides)
@@ -58,36 +68,35 @@ def started(*overrides: str, chunks: int = 1) -> tuple[RunConfig, Engine, Collat
     return config, Engine(model, config, chunks), collator
 
 
-def run(config: RunConfig, engine: Engine, collator: Collator, chunks: int = 1, **hooks: Any) -> list[Progress]:
-    told: list[Progress] = []
+def run(
+    config: RunConfig, engine: Engine, collator: Collator, chunks: int = 1, *, before: tuple[Callback, ...] = ()
+) -> list[Progress]:
+    """The progress of a run whose other callbacks stand before the report."""
+    reported: list[Progress] = []
     batches = (share(collator, "mixed", step, 0, 1, chunks) for step in range(config.train.steps))
-    train_loop(
-        *(engine, batches, config),
-        start_step=0,
-        device=CPU,
-        on_progress=told.append,
-        on_checkpoint=hooks.pop("on_checkpoint", lambda step, progress: None),
-        **hooks,
-    )
-    return told
+    callbacks = [*before, ProgressReport(config.train, reported.append)]
+    train_loop(engine, batches, config, callbacks, start_step=0, device=CPU)
+    return reported
 
 
 def test_progress_of_an_interval() -> None:
     """Rates are over the interval: tokens/s over samples/s is tokens per sample of its steps, whatever the clock says;
     so is utilisation, with the FLOPs of its batches."""
     config, engine, collator = started("train.log_every=4", "train.checkpoint_every=8", "loss.temperature=0.3")
-    told = run(config, engine, collator)
-    assert [p.step for p in told] == [4, 8]
+    reported = run(config, engine, collator)
+    assert [p.step for p in reported] == [4, 8]
     chunks = [share(collator, "mixed", step, 0, 1)[0] for step in range(4)]
     per_sample = sum(chunk.tokens for chunk in chunks) / (4 * ROWS)
-    assert told[0].tokens_per_s / told[0].samples_per_s == pytest.approx(per_sample, rel=1e-5)
-    assert told[0].padding_share == pytest.approx(sum(c.padding_share for c in chunks) / 4, abs=1e-5)
+    assert reported[0].tokens_per_s / reported[0].samples_per_s == pytest.approx(per_sample, rel=1e-5)
+    assert reported[0].padding_share == pytest.approx(sum(c.padding_share for c in chunks) / 4, abs=1e-5)
     flops = ModelFlops.of(engine.module)
     useful = sum(flops.of_batch(chunk) for chunk in chunks) / (4 * ROWS)
-    assert told[0].flops_utilisation == pytest.approx(useful * told[0].samples_per_s / told[0].peak_flops, rel=1e-5)
-    assert told[0].grad_norm == pytest.approx(engine.norms[3]) and told[0].temperature == 0.3
-    assert told[0].seconds_left == pytest.approx(4 * ROWS / told[0].samples_per_s, rel=1e-5)
-    assert 0 <= told[0].waiting_share <= 1 and told[1].seconds_left == 0
+    assert reported[0].flops_utilisation == pytest.approx(
+        useful * reported[0].samples_per_s / reported[0].peak_flops, rel=1e-5
+    )
+    assert reported[0].grad_norm == pytest.approx(engine.norms[3]) and reported[0].temperature == 0.3
+    assert reported[0].seconds_left == pytest.approx(4 * ROWS / reported[0].samples_per_s, rel=1e-5)
+    assert 0 <= reported[0].waiting_share <= 1 and reported[1].seconds_left == 0
 
 
 def test_gradient_caching_is_no_more_useful_work() -> None:
@@ -98,18 +107,47 @@ def test_gradient_caching_is_no_more_useful_work() -> None:
     assert cached.tokens_per_s / cached.samples_per_s == pytest.approx(whole.tokens_per_s / whole.samples_per_s)
 
 
-def test_validation_is_told_with_its_step_and_at_the_end() -> None:
+class Phases(Callback):
+    """Records the phases that the loop announces."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Phase]] = []
+
+    def on_phase(self, step: int, phase: Phase) -> None:
+        self.seen.append((step, phase))
+
+    def of_step(self, step: int) -> list[Phase]:
+        return [phase for at, phase in self.seen if at == step]
+
+
+class Store:
+    """A ``PartStore`` that leaves the parts where they are."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def make_room(self) -> None:
+        self.events.append("make room")
+
+    def start(self, local: Path, step: int) -> None:
+        self.events.append(f"start {step}")
+
+
+def test_validation_is_reported_with_its_step_and_at_the_end(tmp_path: Path) -> None:
     config, engine, collator = started("train.validate_every=3", "train.log_every=2", "train.checkpoint_every=100")
-    phases: list[tuple[int, str]] = []
-    told = run(
-        *(config, engine, collator),
-        validate=lambda step: {"loss": float(step)},
-        on_phase=lambda step, phase: phases.append((step, phase)),
-    )
-    assert {p.step: p.validation.get("loss") for p in told} == {2: None, 3: 3, 4: None, 6: 6, 8: 8}
-    assert told[1].as_dict()["validation/loss"] == 3 and "validation" not in told[1].as_dict()
-    assert [p for s, p in phases if s == 2] == ["waiting for rows", "forward and backward", "validation"]
-    assert [p for s, p in phases if s == 7][-2:] == ["validation", "checkpoint"]
+    phases, store = Phases(), Store()
+    validation = Validation(engine, lambda: held_out(collator, 1), config, CPU)
+    writer = CheckpointWriter(engine, store, tmp_path / "part", config.train, run="r", device=CPU)
+    reported = run(config, engine, collator, before=(phases, validation, writer))
+    assert {p.step: p.validation is not None for p in reported} == {2: False, 3: True, 4: False, 6: True, 8: True}
+    terms = reported[1].validation
+    assert terms is not None and isinstance(terms, ValidationResult)
+    assert reported[1].as_dict()["validation/loss"] == terms.loss and "validation" not in reported[1].as_dict()
+    assert phases.of_step(2) == [Phase.ROWS, Phase.COMPUTE, Phase.VALIDATION]
+    assert phases.of_step(7)[-2:] == [Phase.VALIDATION, Phase.CHECKPOINT]
+    assert store.events == ["make room", "start 8"]
+    (manifest,) = read_manifests(tmp_path / "part")
+    assert (manifest.step, manifest.run) == (8, "r")
 
 
 def held_out(collator: Collator, pieces: int) -> list[tuple[Batch, Batch]]:
@@ -162,7 +200,7 @@ def result_of(loss: float) -> StepResult:
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run(loss: float) -> None:
     with pytest.raises(DivergenceError, match=r"loss of step 7 is (nan|inf).*optim\.lr") as error:
-        LossGuard(None, warmup_steps=100).check(7, result_of(loss))
+        LossGuard(None, warmup_steps=100).on_step(7, result_of(loss))
     assert error.value.step == 7 and error.value.ranks == 1
     again = pickle.loads(pickle.dumps(error.value))
     assert isinstance(again, TrainingError) and str(again) == str(error.value)
@@ -172,36 +210,37 @@ def test_a_loss_that_is_not_finite_ends_the_run(loss: float) -> None:
 def test_an_exploding_loss_ends_the_run() -> None:
     guard = LossGuard(10.0, warmup_steps=30)
     for step in range(30):
-        guard.check(step, result_of(500.0 if step == 25 else 2.0))  # in the warm-up it may
-    guard.check(30, result_of(19.9))
+        guard.on_step(step, result_of(500.0 if step == 25 else 2.0))  # allowed in the warm-up
+    guard.on_step(30, result_of(19.9))
     with pytest.raises(DivergenceError, match=r"train\.explosion_factor=10 times 2,"):
-        guard.check(31, result_of(20.1))
-    LossGuard(10.0, warmup_steps=0).check(0, result_of(1e6))  # nothing is known yet
+        guard.on_step(31, result_of(20.1))
+    LossGuard(10.0, warmup_steps=0).on_step(0, result_of(1e6))  # too few losses to compare with
 
 
-def test_no_explosion_of_what_is_next_to_nothing() -> None:
+def test_a_loss_near_zero_does_not_explode() -> None:
     guard, free = LossGuard(10.0, warmup_steps=0), LossGuard(None, warmup_steps=0)
     for step in range(50):
-        guard.check(step, result_of(0.01))
-        free.check(step, result_of(1.0))
-    guard.check(50, result_of(0.9))
-    free.check(50, result_of(1e9))
+        guard.on_step(step, result_of(0.01))
+        free.on_step(step, result_of(1.0))
+    guard.on_step(50, result_of(0.9))
+    free.on_step(50, result_of(1e9))
     with pytest.raises(DivergenceError):
-        guard.check(51, result_of(1.1))
+        guard.on_step(51, result_of(1.1))
 
 
 def test_the_loop_stops_before_a_checkpoint_of_a_broken_model() -> None:
-    config, engine, collator = started("train.log_every=1", "train.checkpoint_every=1")
+    config, engine, collator = started("train.log_every=1")
     saved: list[int] = []
 
-    def break_it(step: int, progress: Progress) -> None:
-        saved.append(step)
-        if step == 3:
-            with torch.no_grad():
-                engine.parameters[0].fill_(float("nan"))
+    class BreakIt(Callback):
+        def on_interval(self, interval: Interval) -> None:
+            saved.append(interval.progress.step)
+            if interval.progress.step == 3:
+                with torch.no_grad():
+                    engine.parameters[0].fill_(float("nan"))
 
     with pytest.raises(DivergenceError, match="step 3 is nan"):
-        run(config, engine, collator, on_checkpoint=break_it)
+        run(config, engine, collator, before=(LossGuard(None, warmup_steps=0), BreakIt()))
     assert saved == [1, 2, 3]
 
 

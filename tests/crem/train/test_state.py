@@ -1,7 +1,7 @@
 """Checkpoints of the training state: read on another number of ranks, for every ZeRO stage; damage is found.
 
-Bound: the run goes on as one process would that never stopped, within 2e-5 of its weights (they move by 1e-2) and 2e-5
-of its losses: the sums over ranks are taken in another order, as in ``test_zero``.
+Bound: the run continues as one that never stopped, within 2e-5 of the weights of one process (they move by 1e-2) and
+2e-5 of its losses: the sums over ranks are taken in another order, as in ``test_zero``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from crem.checkpoint import save_model
 from crem.config import RunConfig
 from crem.errors import CheckpointError
-from crem.train.state import common_mark, convert, files_needed, load_state, read_marks, save_state, verify
+from crem.train.state import convert, files_needed, load_state, manifest_if_complete, read_manifests, save_state, verify
 from crem.train.step import train_step
 from tests.crem.train.runs import PlainEngine, run_config, share, spawn, started, stock_backbone
 from tests.crem.train.test_zero import LORA
@@ -104,7 +104,7 @@ def uninterrupted(folder: Path, name: str, out: Path) -> tuple[list[float], dict
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_with_another_number_of_ranks(legs: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_continues_with_another_number_of_ranks(legs: Path, tmp_path: Path, name: str) -> None:
     expected, before, weights = uninterrupted(legs, name, tmp_path)
     losses = [
         x for number in range(len(RANKS)) for x in json.loads((legs / f"{name} losses {number}.json").read_text())
@@ -129,15 +129,15 @@ def saved(legs: Path) -> Path:
 
 
 def test_a_rank_needs_its_own_files_or_all(saved: Path) -> None:
-    marks = read_marks(saved)
-    every = {path for mark in marks for path in mark.files}
+    manifests = read_manifests(saved)
+    every = {path for manifest in manifests for path in manifest.files}
     assert len(every) >= 4
-    own = [set(files_needed(marks, number, 2)) for number in (0, 1)]
+    own = [set(files_needed(manifests, number, 2)) for number in (0, 1)]
     assert own[0] | own[1] == every and own[0] != every and own[1] != every
-    assert set(files_needed(marks, 0, 4)) == every
+    assert set(files_needed(manifests, 0, 4)) == every
 
 
-@pytest.mark.parametrize("harm", ["flipped", "short", "missing", "no mark"])
+@pytest.mark.parametrize("harm", ["flipped", "short", "missing", "no manifest"])
 def test_damage_is_found_and_named(saved: Path, tmp_path: Path, harm: str) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     assert verify(folder).step == LEG_STEPS
@@ -152,6 +152,6 @@ def test_damage_is_found_and_named(saved: Path, tmp_path: Path, harm: str) -> No
         file.unlink()
     else:
         (folder / "rank-1.json").unlink()
-        assert common_mark(read_marks(folder)) is None
-    with pytest.raises(CheckpointError, match="complete" if harm == "no mark" else file.name):
+        assert manifest_if_complete(read_manifests(folder)) is None
+    with pytest.raises(CheckpointError, match="complete" if harm == "no manifest" else file.name):
         verify(folder)

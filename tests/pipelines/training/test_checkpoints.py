@@ -1,12 +1,10 @@
-"""Checkpoints in storage, without a run: half ones are absent, old ones go, failing storage is outlived."""
+"""Checkpoints in storage, without a run: incomplete ones do not count, old ones go, failing storage is survived."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from dataclasses import asdict
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,24 @@ from typing import Any
 import pytest
 import s3fs
 
-from crem.train.state import Mark, read_marks, verify
+from crem.train.state import FileRecord, RankManifest, read_manifests, verify
 from pipelines.tables.storage import Folder
-from pipelines.training.checkpoints import Checkpoints, Uploads, fetch_newest, leads, patiently
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.restore import LocalCheckpoint, RankPlace, fetch_newest
+from pipelines.training.storage_retry import retry_storage
+from pipelines.training.uploads import Uploads
+from pipelines.training.workspace import is_node_leader
 
 
 def part(folder: Path, step: int, rank: int = 0, ranks: int = 1, stage: int = 0) -> Path:
-    """What one rank writes locally: a file of its own and its mark."""
+    """What one rank writes locally: a file of its own and its manifest."""
     name = f"state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     data = f"{step} of {rank}".encode() * 100
     (folder / "state").mkdir(parents=True)
     (folder / name).write_bytes(data)
-    facts = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-    mark = Mark(step, ranks, rank, stage, "run", {name: facts})
-    (folder / mark.name).write_text(json.dumps(asdict(mark)))
+    record = FileRecord(len(data), sha256(data).hexdigest())
+    manifest = RankManifest(step, ranks, rank, stage, "run", {name: record})
+    (folder / manifest.name).write_text(manifest.to_json())
     return folder
 
 
@@ -38,19 +40,12 @@ def stored(tmp_path: Path, *steps: int) -> Checkpoints:
     return checkpoints
 
 
-def newest(checkpoints: Checkpoints, place: Path) -> tuple[Path, int] | None:
-    return fetch_newest(
-        checkpoints,
-        place,
-        rank=0,
-        ranks=1,
-        leader=True,
-        from_rank_zero=lambda name: name,
-        anywhere=lambda problem: problem,
-    )
+def newest(checkpoints: Checkpoints, workspace: Path) -> LocalCheckpoint | None:
+    place = RankPlace(rank=0, ranks=1, is_node_leader=True, workspace=workspace)
+    return fetch_newest(checkpoints, place, from_rank_zero=lambda name: name, any_rank=lambda problem: problem)
 
 
-def test_a_checkpoint_is_there_when_every_rank_has_written_its_mark(tmp_path: Path) -> None:
+def test_a_checkpoint_is_complete_when_every_rank_has_written_its_manifest(tmp_path: Path) -> None:
     checkpoints = stored(tmp_path)
     assert checkpoints.complete() == []
     checkpoints.write("step-00000003-a", part(tmp_path / "0", 3, 0, 2))
@@ -61,7 +56,7 @@ def test_a_checkpoint_is_there_when_every_rank_has_written_its_mark(tmp_path: Pa
     assert [(f.name, f.step) for f in checkpoints.complete()] == [("step-00000003-a", 3)]
 
 
-def test_the_mark_is_written_last(tmp_path: Path) -> None:
+def test_the_manifest_is_written_last(tmp_path: Path) -> None:
     order = []
 
     class Watched(Folder):
@@ -82,7 +77,7 @@ def test_old_and_abandoned_checkpoints_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [1, 2, 3])
-def test_damaged_checkpoints_are_passed_over_and_named(
+def test_damaged_checkpoints_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: int
 ) -> None:
     checkpoints = stored(tmp_path, 1, 2, 3)
@@ -91,21 +86,21 @@ def test_damaged_checkpoints_are_passed_over_and_named(
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     with caplog.at_level(logging.WARNING):
         found = newest(checkpoints, tmp_path / "place")
-    assert (found and found[1]) == (3 - damaged or None)
+    assert (found and found.step) == (3 - damaged or None)
     named = [record.message for record in caplog.records if "damaged" in record.message]
     assert len(named) == damaged and "step-00000003-a" in named[0] and "optim_states.pt" in named[0]
     assert ("starts again from step 0" in caplog.text) == (damaged == 3)
     caplog.clear()
     newest(checkpoints, tmp_path / "again")
-    assert "damaged" not in caplog.text, "it is not read a second time"
+    assert "damaged" not in caplog.text, "it is not read again"
 
 
-def test_one_process_of_a_node_leads(tmp_path: Path) -> None:
-    assert [leads(tmp_path) for _ in range(3)] == [True, False, False]
+def test_one_process_of_a_node_is_its_leader(tmp_path: Path) -> None:
+    assert [is_node_leader(tmp_path) for _ in range(3)] == [True, False, False]
 
 
 class Failing(Folder):
-    """Storage that refuses uploads until it is told otherwise."""
+    """Storage that refuses uploads until ``answers`` is set."""
 
     def upload(self, local: str, *parts: str) -> None:
         tries.append(parts[0])
@@ -121,72 +116,72 @@ answers = threading.Event()
 def uploading(tmp_path: Path) -> tuple[Uploads, Checkpoints, list[str]]:
     tries.clear()
     answers.clear()
-    told: list[str] = []
+    warnings: list[str] = []
     checkpoints = Checkpoints(Failing(str(tmp_path / "checkpoints")))
-    return Uploads(checkpoints, rank=0, attempt="a", keep=1, tell=told.append), checkpoints, told
+    return Uploads(checkpoints, rank=0, attempt="a", keep=1, warn=warnings.append), checkpoints, warnings
 
 
 def test_an_upload_that_fails_is_tried_again(tmp_path: Path) -> None:
-    uploads, checkpoints, told = uploading(tmp_path)
+    uploads, checkpoints, warnings = uploading(tmp_path)
     uploads.start(part(tmp_path / "local", 1), 1)
     threading.Timer(0.5, answers.set).start()
     uploads.finish()
     assert [f.step for f in checkpoints.complete()] == [1]
-    assert len(told) == 2 and "is not written" in told[0] and "after all" in told[1]
+    assert len(warnings) == 2 and "is not written" in warnings[0] and "after all" in warnings[1]
     assert not (tmp_path / "local").exists(), "the local copy goes when it is uploaded"
 
 
 def test_a_failing_upload_gives_way_to_the_next_checkpoint(tmp_path: Path) -> None:
-    uploads, checkpoints, told = uploading(tmp_path)
+    uploads, checkpoints, warnings = uploading(tmp_path)
     uploads.start(part(tmp_path / "one", 1), 1)
     uploads.make_room()
-    assert "NO checkpoint of step 1" in told[-1] and not (tmp_path / "one").exists()
+    assert "NO checkpoint of step 1" in warnings[-1] and not (tmp_path / "one").exists()
     answers.set()
     uploads.start(part(tmp_path / "two", 2), 2)
     uploads.finish()
     assert [f.step for f in checkpoints.complete()] == [2]
-    assert checkpoints.folder.folders() == ["step-00000002-a"], "the half one is gone"
+    assert checkpoints.folder.folders() == ["step-00000002-a"], "the incomplete one is gone"
 
 
-def test_the_end_of_a_run_does_not_wait_for_ever(tmp_path: Path) -> None:
-    uploads, checkpoints, told = uploading(tmp_path)
+def test_the_end_of_a_run_does_not_wait_forever(tmp_path: Path) -> None:
+    uploads, checkpoints, warnings = uploading(tmp_path)
     uploads.start(part(tmp_path / "one", 1), 1)
-    uploads.finish(patience_s=0.1)
-    assert checkpoints.complete() == [] and "NO checkpoint of step 1" in told[-1]
+    uploads.finish(timeout_s=0.1)
+    assert checkpoints.complete() == [] and "NO checkpoint of step 1" in warnings[-1]
 
 
 def test_an_s3_server_that_dies_during_an_upload(tmp_path: Path, s3_server: Any, s3_env: Any) -> None:
-    """What it had of the checkpoint is none; when it is back the upload goes through, and what arrives is whole."""
+    """Its part of the checkpoint does not count; when it is back the upload succeeds, and all of it arrives."""
     checkpoints = Checkpoints(Folder.at(f"s3://{s3_server.bucket}/dies/checkpoints"))
-    told: list[str] = []
-    uploads = Uploads(checkpoints, rank=0, attempt="a", keep=1, tell=told.append)
+    warnings: list[str] = []
+    uploads = Uploads(checkpoints, rank=0, attempt="a", keep=1, warn=warnings.append)
     local = part(tmp_path / "local", 7)
     large = local / "state" / "large"
     with large.open("wb") as file:
         for number in range(200):
             file.write(bytes([number]) * 2**20)
     with large.open("rb") as file:
-        facts = {"bytes": large.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
-    mark = read_marks(local)[0]
-    mark.files["state/large"] = facts
-    (local / mark.name).write_text(json.dumps(asdict(mark)))
+        record = FileRecord(large.stat().st_size, file_digest(file, "sha256").hexdigest())
+    manifest = read_manifests(local)[0]
+    manifest.files["state/large"] = record
+    (local / manifest.name).write_text(manifest.to_json())
     uploads.start(local, 7)
     time.sleep(0.3)
     s3_server.kill()
     try:
-        while not told:
+        while not warnings:
             time.sleep(0.05)
     finally:
         s3_server.start()
     s3fs.S3FileSystem.clear_instance_cache()
-    uploads.finish(patience_s=120)
-    assert "is not written" in told[0] and "after all" in told[-1]
+    uploads.finish(timeout_s=120)
+    assert "is not written" in warnings[0] and "after all" in warnings[-1]
     (found,) = checkpoints.complete()
-    checkpoints.fetch(found, list(mark.files), tmp_path / "fetched")
+    checkpoints.fetch(found, list(manifest.files), tmp_path / "fetched")
     assert verify(tmp_path / "fetched").step == 7
 
 
-def test_patience_ends_and_is_only_for_storage() -> None:
+def test_retries_end_and_are_only_for_storage() -> None:
     calls = []
 
     def refused() -> None:
@@ -194,7 +189,7 @@ def test_patience_ends_and_is_only_for_storage() -> None:
         raise ConnectionError("refused")
 
     with pytest.raises(ConnectionError):
-        patiently("x", refused, patience_s=1.5)
+        retry_storage("x", refused, timeout_s=1.5)
     assert len(calls) == 2
     with pytest.raises(FileNotFoundError):
-        patiently("x", lambda: Folder.at("/nowhere").open("a"))
+        retry_storage("x", lambda: Folder.at("/nowhere").open("a"))

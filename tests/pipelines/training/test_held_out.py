@@ -16,8 +16,8 @@ from crem.model.build import build_model
 from pipelines.tables import schema
 from pipelines.tables.prepared import ImageTable, PreparedRows
 from pipelines.tables.storage import Folder
-from pipelines.training.failed_step import saved_step
-from pipelines.training.held_out import data_mix, hash_of, split_rows, training_texts, validation_batches
+from pipelines.training.failed_step import save_failed_step
+from pipelines.training.held_out import DataMixRow, data_mix, hash_of, split_rows, training_texts, validation_batches
 from tests.conftest import TEXTS, TINY
 
 
@@ -107,10 +107,10 @@ def test_ranks_share_the_rows_in_equally_many_batches(count: int, ranks: int, ch
 
 
 def test_the_rows_of_a_failed_step(tmp_path: Path) -> None:
-    """By rank, as the plan gave them; the message leads to the file."""
+    """By rank, as the plan gave them; the message names the file."""
     rows, c = rows_of(*["train"] * 60), config()
     error = DivergenceError("the loss of step 5 is nan", 5, 2, {"loss": float("nan"), "retrieval": 1.5})
-    raised = saved_step(error, rows, c, Folder.at(tmp_path))
+    raised = save_failed_step(error, rows, c, Folder.at(tmp_path))
     assert str(raised).startswith("the loss of step 5 is nan") and f"{tmp_path}/failed_step.json" in str(raised)
     saved = json.loads((tmp_path / "failed_step.json").read_text())
     assert (saved["step"], saved["loss"], saved["retrieval"]) == (5, "nan", 1.5)
@@ -126,5 +126,5 @@ def test_the_rows_of_a_failed_step(tmp_path: Path) -> None:
 def test_the_table_of_the_data() -> None:
     training, held = rows_of(*["train"] * 12), rows_of(*["validation"] * 4)
     mix = data_mix(training, held)
-    assert sum(m["rows"] for m in mix) == 12 and sum(m["held_out"] for m in mix) == 4
-    assert mix[0] == {"source": "first", "task": "t", "rows": 4, "pairs": 4, "answers": 2, "held_out": 1}
+    assert sum(m.rows for m in mix) == 12 and sum(m.held_out for m in mix) == 4
+    assert mix[0] == DataMixRow("first", "t", rows=4, pairs=4, answers=2, held_out=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crem.config import load_config
 from crem.errors import ConfigError
+from crem.train.progress import Progress, ValidationResult
 from pipelines.reports.training_page import write_training_report
 from pipelines.tables.storage import Folder
 from pipelines.training.follow import duration, progress_line
-from pipelines.training.metrics_log import MetricsLog, read_metrics
+from pipelines.training.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from pipelines.training.trackers import check_tracker, open_tracker
 
 PLAIN = {
@@ -39,23 +39,27 @@ PLAIN = {
 }
 
 
-def entry(step: int, **terms: float) -> dict[str, float]:
-    return {"step": step, **PLAIN, **terms}
+def progress(step: int, validation: ValidationResult | None = None, **terms: float) -> Progress:
+    return Progress(step=step, **PLAIN | terms, validation=validation)  # type: ignore[arg-type]
+
+
+def entry(step: int, **terms: float) -> MetricsEntry:
+    return {**progress(step, **terms).as_dict()}
 
 
 def test_files_of_every_run(tmp_path: Path) -> None:
-    """JSON lines are JSON (no NaN), TensorBoard has the same numbers, and a resumed run replaces what it does again."""
+    """JSON lines are JSON (no NaN), TensorBoard has the same numbers, and a resumed run replaces what it repeats."""
     run = Folder.at(tmp_path)
     log = MetricsLog(run, fresh=True)
-    log.write(entry(10, alignment=float("nan")))
-    log.write(entry(20, **{"validation/loss": 3.0}))
-    log.write(entry(30))
+    log.write(progress(10, alignment=float("nan")))
+    log.write(progress(20, ValidationResult(3.0, 2.0, 0.5, 1.0, 1.5)))
+    log.write(progress(30))
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert first["alignment"] is None and first["loss"] == 2.0
     resumed = MetricsLog(run, fresh=False)
-    resumed.write(entry(20, loss=1.0))
+    resumed.write(progress(20, loss=1.0))
     resumed.close()
     assert [(e["step"], e["loss"]) for e in read_metrics(run)] == [(10, 2.0), (20, 1.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -66,7 +70,7 @@ def test_files_of_every_run(tmp_path: Path) -> None:
 
 
 def test_the_line_that_a_person_reads() -> None:
-    line = progress_line(entry(120), 560)
+    line = progress_line(progress(120), 560)
     assert line == (
         "step 120/560  loss 2.000 (retrieval 1.500, generation 0.500)  lr 2.0e-03  grad 1.25  812 samples/s  "
         "21.5k tokens/s  MFU 18.4 %  67 min left"
@@ -75,7 +79,7 @@ def test_the_line_that_a_person_reads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb"])
-def test_a_missing_package_is_said_before_any_work(kind: str) -> None:
+def test_a_missing_package_is_reported_before_any_work(kind: str) -> None:
     if importlib.util.find_spec(kind) is not None:
         pytest.skip(f"{kind} is installed")
     with pytest.raises(ConfigError, match=rf"train\.tracker={kind}.*pip install {kind}"):
@@ -83,13 +87,13 @@ def test_a_missing_package_is_said_before_any_work(kind: str) -> None:
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real client on a SQLite store: the resumed run goes on in the same MLflow run."""
+    """The real client on a SQLite store: the resumed run continues the same MLflow run."""
     tracking = pytest.importorskip("mlflow.tracking")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     config, run = load_config("micro", ["train.tracker=mlflow"]), Folder.at(tmp_path / "run")
     for step, loss, failed in ((10, 2.0, True), (20, 1.0, False)):
         log = MetricsLog(run, fresh=False, tracker=open_tracker(run, config))
-        log.write(entry(step, loss=loss, alignment=float("nan")))
+        log.write(progress(step, loss=loss, alignment=float("nan")))
         log.close(failed=failed)
     client = tracking.MlflowClient()
     found = client.get_run(json.loads((tmp_path / "run" / "tracker.json").read_text())["id"])
@@ -106,14 +110,14 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = load_config("micro", ["train.tracker=wandb"]), Folder.at(tmp_path / "run")
     for step in (10, 20):
         log = MetricsLog(run, fresh=False, tracker=open_tracker(run, config))
-        log.write(entry(step))
+        log.write(progress(step))
         log.close()
     known = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     files = list(tmp_path.glob(f"wandb/offline-run-*-{known}/run-{known}.wandb"))
     assert len(files) == 2 and all(b"train/tokens_per_s" in file.read_bytes() for file in files)
 
 
-def write_page(folder: Path, metrics: list[dict[str, Any]], state: str) -> str:
+def write_page(folder: Path, metrics: list[MetricsEntry], state: str) -> str:
     mix = [
         {"source": "emoji", "task": f"task {i}", "rows": 4000 - i, "pairs": 10, "answers": 3, "held_out": 7}
         for i in range(3)
@@ -123,12 +127,12 @@ def write_page(folder: Path, metrics: list[dict[str, Any]], state: str) -> str:
     return (folder / "report.html").read_text()
 
 
-def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     steps = np.arange(10, 210, 10)
     metrics = [entry(int(s), loss=5 * float(np.exp(-s / 90)), retrieval=float(4 / s)) for s in steps]
     metrics[9] |= {"validation/loss": 3.25, "validation/precision_at_1": 0.5, "validation/retrieval": 2.0}
     metrics[19] |= {"validation/loss": 3.5, "validation/precision_at_1": 0.6, "validation/retrieval": 2.5}
-    metrics[3]["alignment"] = None  # type: ignore[typeddict-item]
+    metrics[3]["alignment"] = None
     page = write_page(tmp_path, metrics, "running")
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""

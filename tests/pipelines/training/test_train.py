@@ -75,7 +75,7 @@ def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
             time.sleep(0.05)
     finally:
         family = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
-        for process in [job, *family]:  # the driver, its Ray and the workers, with no time to say goodbye
+        for process in [job, *family]:  # the driver, its Ray and the workers, without time to clean up
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
         job.wait()
@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
     for step in before:
         for name in ("retrieval", "generation", "lr"):
             assert after[step][name] == pytest.approx(before[step][name], rel=1e-5), (step, name)
-    assert crem.load(result["model"]).fingerprint == result["fingerprint"]
+    assert crem.load(result.model).fingerprint == result.fingerprint
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -114,7 +114,7 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert "complete" in (tmp_path / "run" / "report.html").read_text()
     assert losses[200]["generation"] < 0.5 * losses[20]["generation"]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    report = evaluate(result["model"], prepared, str(tmp_path / "evaluation"), config)
+    report = evaluate(result.model, prepared, str(tmp_path / "evaluation"), config)
     for task in ("t2i", "i2t"):
         figures = report.retrieval[task]["all"]
         assert figures.candidates == 12 and figures.queries == 12
@@ -124,7 +124,7 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert answers.native >= 3 * answers.commonest
     assert report.cache is not None and report.cache.ratio is not None and 0 < report.cache.ratio < 0.5
     assert "P@1" in evaluation_table(report)
-    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result["fingerprint"]
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result.fingerprint
 
 
 def test_a_run_that_diverges_saves_the_rows_of_the_step(prepared: str, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Training under fire: workers, jobs, nodes and the S3 server are killed, files damaged, and the run is the same run.
+"""Fault tolerance: workers, jobs, nodes and the S3 server are killed, files damaged, and the run stays the same.
 
 Bounds. The same number of workers: every loss of every step to 1e-6 of the uninterrupted run's (fp32). Another number:
-2e-5, because sums over ranks are taken in another order. Rows are written down by the workers themselves
-(``tests.pipelines.recorded``), which also makes steps and uploads slow enough to be hit.
+2e-5, because sums over ranks are taken in another order. The workers record their rows
+themselves (``tests.pipelines.recorded``), which also makes steps and uploads slow enough to be hit.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Job:
         environment |= {"CREM_RECORD": str(self.record), "CREM_STEP_S": str(step_s), "CREM_UPLOAD_S": str(upload_s)}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=Path(__file__).parents[2]
+                command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=Path(__file__).parents[3]
             )
 
     def __enter__(self) -> Job:
@@ -104,7 +104,7 @@ class Job:
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
-            assert self._process.poll() is None and time.monotonic() < deadline, f"{what}: {self.said()[-3000:]}"
+            assert self._process.poll() is None and time.monotonic() < deadline, f"{what}: {self.output()[-3000:]}"
             time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
@@ -129,13 +129,13 @@ class Job:
         workers[-1].kill()
 
     def kill(self) -> None:
-        """SIGKILL to the driver, its Ray and the workers, with no time to say goodbye."""
+        """SIGKILL to the driver, its Ray and the workers, without time to clean up."""
         for process in [psutil.Process(self._process.pid), *self.family()] if self._process.poll() is None else []:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def starts(self) -> int:
@@ -143,7 +143,7 @@ class Job:
         return len(list(self.record.iterdir()))
 
     def rows(self) -> dict[int, list[int]]:
-        """The rows of each step, in order; every start and every number of workers must have made it of the same."""
+        """The rows of each step, in order; the same for every start and every number of workers."""
         shares: dict[tuple[int, int], dict[int, set[tuple[int, ...]]]] = defaultdict(lambda: defaultdict(set))
         for file in self.record.iterdir():
             for line in map(json.loads, file.read_text().splitlines()):
@@ -159,13 +159,13 @@ class Job:
 
 def finished(job: Job) -> Job:
     code = job.done()
-    assert code == 0, job.said()[-4000:]
+    assert code == 0, job.output()[-4000:]
     return job
 
 
 @pytest.fixture(scope="module")
 def reference(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The run that nothing happens to."""
+    """The undisturbed run."""
     folder = tmp_path_factory.mktemp("reference")
     with Job(prepared, folder / "run", folder) as job:
         return finished(job)
@@ -203,19 +203,19 @@ def test_a_killed_worker_is_replaced_and_the_run_is_the_same(prepared: str, refe
         job.kill_worker()
         finished(job)
     assert job.starts() == 4, "two workers, twice"
-    assert "going on at step 4 (2 workers)" in job.said()
+    assert "going on at step 4 (2 workers)" in job.output()
     same(job, reference)
     for step, entry in before.items():
         assert entry["loss"] == pytest.approx(reference.metrics()[step]["loss"], rel=1e-6)
     assert [f.step for f in checkpoints(job).complete()] == [12, 8, 4]
-    assert list(scratch_left()) == [], "nothing stays on local disk"
+    assert list(workspace_files()) == [], "nothing stays on local disk"
 
 
 def checkpoints(job: Job) -> Checkpoints:
     return Checkpoints(job.out.child("checkpoints"))
 
 
-def scratch_left() -> Iterator[Path]:
+def workspace_files() -> Iterator[Path]:
     for root in Path("/tmp").glob(f"crem-train-{os.getuid()}-*"):
         yield from (path for path in root.rglob("*") if path.is_file() and path.stat().st_mtime > time.time() - 60)
 
@@ -236,22 +236,22 @@ def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_is_used(
 ) -> None:
     run = rewound(reference, tmp_path, newest=8)
     newest = next(f for f in Checkpoints(Folder.at(run / "checkpoints")).complete() if f.step == 8)
-    file = run / "checkpoints" / newest.name / sorted(newest.marks[1].files)[0]
+    file = run / "checkpoints" / newest.name / sorted(newest.manifests[1].files)[0]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with Job(prepared, run, tmp_path, resume=True) as job:
         finished(job)
-    assert newest.name in job.said() and file.name in job.said() and "damaged" in job.said()
-    assert min(job.rows()) == 4, "it went on at the checkpoint before"
+    assert newest.name in job.output() and file.name in job.output() and "damaged" in job.output()
+    assert min(job.rows()) == 4, "it continued from the checkpoint before"
     same(job, reference)
     assert crem.load(run / "model").fingerprint == crem.load(f"{reference.out.uri}/model").fingerprint
 
 
-def test_an_error_of_ours_is_not_tried_again(prepared: str, tmp_path: Path) -> None:
+def test_an_error_of_ours_is_not_retried(prepared: str, tmp_path: Path) -> None:
     with Job(prepared, tmp_path / "run", tmp_path, "optim.lr=1e30", "train.max_failures=5") as job:
         assert job.done() == 1
-    assert "lower optim.lr" in job.said() and job.starts() == 2
+    assert "lower optim.lr" in job.output() and job.starts() == 2
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: P
     dice = random.Random(stage)
     with Job(prepared, tmp_path / "run", tmp_path, *settings, step_s=0.3, upload_s=0.5) as job:
         held = checkpoints(job)
-        job.wait_for(lambda: set(held.folder.folders()) - {f.name for f in held.complete()}, "a half checkpoint")
+        job.wait_for(lambda: set(held.folder.folders()) - {f.name for f in held.complete()}, "an incomplete checkpoint")
     for _ in range(2):
         goal = max(job.metrics(), default=0) + dice.randint(1, 3)
         with Job(prepared, tmp_path / "run", tmp_path, *settings, step_s=0.3, upload_s=0.3, resume=True) as job:
@@ -275,7 +275,7 @@ def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: P
         finished(job)
     same(job, undisturbed)
     assert [f.step for f in held.complete()] == [12, 10, 8]
-    assert len(held.folder.folders()) == 3, "half ones are gone"
+    assert len(held.folder.folders()) == 3, "incomplete ones are gone"
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_another_number_of_workers(prepared: str, reference: Job, tmp_path: Path
 def test_an_elastic_run_loses_a_node_and_gets_one_back(
     prepared: str, reference: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2 -> 1 -> 2 workers, without anybody's help."""
+    """2 -> 1 -> 2 workers, by itself."""
     elastic = ["train.min_workers=1", "train.cpus_per_worker=2", "train.resize_every_s=3", "train.checkpoint_every=1"]
     gate = tmp_path / "gate"
 
@@ -339,7 +339,7 @@ def test_the_s3_server_dies_during_an_upload(
         job.wait_for(lambda: held.folder.folders(), "an upload begins")
         s3_server.kill()
         try:
-            job.wait_for(lambda: "is not written" in job.said(), "the failed upload is told")
+            job.wait_for(lambda: "is not written" in job.output(), "the failed upload is reported")
         finally:
             s3_server.start()
         finished(job)
@@ -348,16 +348,16 @@ def test_the_s3_server_dies_during_an_upload(
     assert found[0].step == 12
     for number, checkpoint in enumerate(found):
         local = tmp_path / "fetched" / str(number)
-        held.fetch(checkpoint, [name for mark in checkpoint.marks for name in mark.files], local)
+        held.fetch(checkpoint, [name for manifest in checkpoint.manifests for name in manifest.files], local)
         assert verify(local).step == checkpoint.step
     objects = held.folder.fs.find(held.folder.path())  # the server itself may keep an empty folder of an upload it lost
     left = {file.removeprefix(held.folder.path("")).split("/")[0] for file in objects}
-    assert left == {f.name for f in found}, f"the half one is gone: {objects} {job.said()[-2000:]}"
+    assert left == {f.name for f in found}, f"the incomplete one is gone: {objects} {job.output()[-2000:]}"
     assert crem.load(f"{out}/model").fingerprint == crem.load(f"{reference.out.uri}/model").fingerprint
 
 
 @pytest.mark.slow
-def test_resume_from_s3_passes_over_a_half_checkpoint(
+def test_resume_from_s3_skips_an_incomplete_checkpoint(
     prepared: str, reference: Job, tmp_path: Path, s3_server: Any, s3_env: Any
 ) -> None:
     """The job and the server die together while a checkpoint is being written."""
