@@ -12,21 +12,23 @@ import logging
 import math
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 from crem.train.progress import Progress
 from pipelines.tables.storage import Folder
 from pipelines.training.trackers import Tracker
 
-__all__ = ["MetricsEntry", "MetricsLog", "read_metrics"]
+__all__ = ["MetricsLog", "read_metrics"]
+
+if TYPE_CHECKING:  # it draws charts
+    from pipelines.reports.training_page import MetricEntry
 
 log = logging.getLogger(__name__)
 
 _FILE = "metrics.jsonl"
-MetricsEntry = dict[str, float | None]
-"""A line of the file: ``Progress.as_dict`` with ``null`` for a number that is not finite, which JSON lacks."""
 
 
-def read_metrics(run: Folder) -> list[MetricsEntry]:
+def read_metrics(run: Folder) -> list[MetricEntry]:
     """Entries of a run, by step."""
     if not run.exists(_FILE):
         return []
@@ -45,12 +47,12 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._tracker = run, tracker
-        self.entries: list[MetricsEntry] = [] if fresh else read_metrics(run)
+        self.entries: list[MetricEntry] = [] if fresh else read_metrics(run)
         self._events = run.path("tensorboard") if run.is_local else tempfile.mkdtemp(prefix="crem-tensorboard-")
         self._board = SummaryWriter(self._events)
 
     def write(self, progress: Progress) -> None:
-        """Add the metrics of one interval."""
+        """Add the metrics of one interval. A number that is not finite becomes ``null``, which is JSON."""
         step = progress.step
         entry = {name: value if math.isfinite(value) else None for name, value in progress.as_dict().items()}
         self.entries = [e for e in self.entries if _step(e) < step] + [entry]
@@ -81,7 +83,7 @@ class MetricsLog:
                 log.warning("the tracker's run could not be ended", exc_info=True)
 
 
-def _step(entry: MetricsEntry) -> float:
+def _step(entry: MetricEntry) -> float:
     step = entry["step"]
     assert step is not None, entry
     return step

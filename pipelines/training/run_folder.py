@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -16,7 +17,9 @@ from pipelines.tables import schema
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.storage import Folder
 from pipelines.training.checkpoints import CHECKPOINTS
-from pipelines.training.metrics_log import MetricsEntry
+
+if TYPE_CHECKING:  # it draws charts
+    from pipelines.reports.training_page import MetricEntry
 
 __all__ = ["RunStamp", "TrainResult", "begin", "claim", "read_result", "run_identity", "write_result"]
 
@@ -74,7 +77,7 @@ class TrainResult:
     parameters: int
     rows: int
     """training rows"""
-    metrics: MetricsEntry
+    metrics: MetricEntry
     """of the last step"""
 
 

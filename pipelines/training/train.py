@@ -33,7 +33,7 @@ from pipelines.training.failed_step import FAILED_STEP, save_failed_step
 from pipelines.training.follow import Follower
 from pipelines.training.held_out import data_mix, split_rows, training_texts
 from pipelines.training.messages import WorkerSpec
-from pipelines.training.metrics_log import MetricsEntry, read_metrics
+from pipelines.training.metrics_log import read_metrics
 from pipelines.training.run_folder import RunStamp, TrainResult
 from pipelines.training.storage_retry import retry_storage
 from pipelines.training.trackers import check_tracker, open_tracker
@@ -137,9 +137,8 @@ def _log_plan(plan: MixingPlan, held_out: PreparedRows | None, config: RunConfig
 def _result(follower: Follower, training: PreparedRows, run: Folder) -> TrainResult:
     if follower.exported is None:
         raise TrainingError(f"the run in {run.uri} ended without a result from its workers; run again with --resume")
-    metrics: MetricsEntry = {}
-    if follower.last is not None:
-        metrics |= follower.last.as_dict()
-    elif entries := read_metrics(run):  # this start had only the model to write
-        metrics |= entries[-1]
+    if follower.last is None and (entries := read_metrics(run)):  # this start had only the model to write
+        metrics = entries[-1]
+    else:
+        metrics = follower.last.as_dict() if follower.last else {}
     return TrainResult(**asdict(follower.exported), rows=training.table.num_rows, metrics=metrics)

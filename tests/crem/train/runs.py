@@ -24,8 +24,8 @@ from crem.data.collator import Batch, Collator
 from crem.data.items import Item, TrainingExample
 from crem.model.backbone import CHAT_TEMPLATE, compile_layers, image_processor, model_from_shape, tokenizer_from_texts
 from crem.model.build import build_model
-from crem.model.crem import CremModel, CremOutput
-from crem.train.optim import parameter_groups
+from crem.model.crem import CremModel
+from crem.train.minimal import AdamWEngine
 from crem.train.step import train_step
 from tests.conftest import TEXTS, TINY, lively
 
@@ -147,29 +147,25 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return config.optim.lr * min(step / warm, (total - step) / (total - warm))
 
 
-class PlainEngine:
-    """PyTorch alone, with the interface of ``crem.train.step.TrainEngine``; it steps once in ``chunks`` times."""
+class PlainEngine(AdamWEngine):
+    """Steps once in ``chunks`` times, on the mean gradient of all ranks, at the learning rate of the schedule."""
 
     def __init__(self, model: CremModel, config: RunConfig, chunks: int = 1):
-        self.model, self.config, self.chunks, self.held = model, config, chunks, 0
-        groups = parameter_groups(model, config.optim.weight_decay)
-        self.parameters = [p for g in groups for p in g["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+        super().__init__(model, config.optim)
+        self.config, self.chunks, self.backwards = config, chunks, 0
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps = 0
         self.norms: list[float] = []
         self.gradients: dict[str, Tensor] = {}
 
-    def __call__(self, batch: Batch, *, embed_only: bool = False) -> CremOutput:
-        return self.model(batch, embed_only=embed_only)
-
     def backward(self, loss: Tensor) -> None:
         (loss / self.chunks).backward()
-        self.held += 1
+        self.backwards += 1
 
     def step(self) -> None:
-        if self.held < self.chunks:
+        if self.backwards < self.chunks:
             return
-        self.held = 0
+        self.backwards = 0
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

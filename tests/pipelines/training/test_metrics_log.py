@@ -16,7 +16,7 @@ from crem.train.progress import Progress, ValidationResult
 from pipelines.reports.training_page import write_training_report
 from pipelines.tables.storage import Folder
 from pipelines.training.follow import duration, progress_line
-from pipelines.training.metrics_log import MetricsEntry, MetricsLog, read_metrics
+from pipelines.training.metrics_log import MetricsLog, read_metrics
 from pipelines.training.trackers import check_tracker, open_tracker
 
 PLAIN = {
@@ -43,7 +43,7 @@ def progress(step: int, validation: ValidationResult | None = None, **terms: flo
     return Progress(step=step, **PLAIN | terms, validation=validation)  # type: ignore[arg-type]
 
 
-def entry(step: int, **terms: float) -> MetricsEntry:
+def entry(step: int, **terms: float) -> dict[str, float | None]:
     return {**progress(step, **terms).as_dict()}
 
 
@@ -117,7 +117,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(files) == 2 and all(b"train/tokens_per_s" in file.read_bytes() for file in files)
 
 
-def write_page(folder: Path, metrics: list[MetricsEntry], state: str) -> str:
+def write_page(folder: Path, metrics: list[dict[str, float | None]], state: str) -> str:
     mix = [
         {"source": "emoji", "task": f"task {i}", "rows": 4000 - i, "pairs": 10, "answers": 3, "held_out": 7}
         for i in range(3)
