@@ -285,9 +285,9 @@ def ablate(
         report: run nothing; report what is finished
     """
     from pipelines.ablation.ablate import ablate
-    from pipelines.ablation.report import table
+    from pipelines.ablation.ablation_text import ablation_table
 
-    print(table(ablate(prepared, out, config, seeds=seeds, only=only, report_only=report)))
+    print(ablation_table(ablate(prepared, out, config, seeds=seeds, only=only, report_only=report)))
 
 
 @job

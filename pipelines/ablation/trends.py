@@ -1,4 +1,4 @@
-"""Which of the paper's trends appear: every one a linear statement about scores, checked in the same way for both.
+"""Which of the paper's trends appear: each is a linear statement about scores, checked in the same way on both.
 
 A *claim* says that a weighted sum of scores exceeds a bound: "CREM finds better than retrieval only" is
 1 x retrieval(crem@16) - 1 x retrieval(retrieval_only@0) > 0. The sum is taken seed by seed, because variants of one
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from pipelines.ablation.variants import BACKBONE, PAPER, key_of
 
-__all__ = ["Claim", "Estimate", "claims", "estimate", "judge", "map_claims"]
+__all__ = ["NO_SEED", "Claim", "Estimate", "Scores", "Term", "Trend", "claims", "estimate", "judge", "map_claims"]
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 """key -> metric -> seed -> percent. The backbone has no seeds: its one value, under -1, counts for every seed."""
@@ -57,6 +56,33 @@ class Claim:
     """what the sum is, where it is not a plain difference"""
 
 
+@dataclass(frozen=True)
+class Term:
+    """One term of a claim, with its mean over seeds."""
+
+    weight: float
+    key: str
+    metric: str
+    mean: float
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A claim beside the scores."""
+
+    text: str
+    note: str
+    terms: list[Term]
+    bound: float
+    ours: Estimate
+    """the weighted sum"""
+    appears: bool
+    clear: bool | None
+    """more than two standard errors from the bound, for or against; None with one seed"""
+    paper: float | None
+    """the same sum of the paper's figures; None where it lacks one"""
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error (sample deviation over the root of n)."""
     n = len(values)
@@ -67,39 +93,36 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n), n)
 
 
-def judge(claim: Claim, scores: Scores) -> dict[str, Any] | None:
-    """The claim beside the scores, or None where one of them is missing in every seed.
-
-    Returns:
-        ``text``, ``terms`` (weight, key, metric, mean), ``bound``, ``ours`` (an ``Estimate``), ``appears``, ``clear``
-        (None with one seed), ``paper`` (its sum, None where the paper has no such figures) and ``note``.
-    """
-    held = [(weight, scores.get(key, {}).get(metric, {})) for weight, key, metric in claim.terms]
-    if not all(values for _, values in held):
+def judge(claim: Claim, scores: Scores) -> Trend | None:
+    """The claim beside the scores, or None where one of them is missing in every seed."""
+    terms = [(weight, scores.get(key, {}).get(metric, {})) for weight, key, metric in claim.terms]
+    seeds = {seed for _, by_seed in terms for seed in by_seed} - {NO_SEED}
+    seeds = {seed for seed in seeds if all(seed in by_seed or NO_SEED in by_seed for _, by_seed in terms)}
+    if not seeds or not all(by_seed for _, by_seed in terms):
         return None
-    seeds = {seed for _, values in held for seed in values} - {NO_SEED}
-    seeds = {s for s in seeds if all(s in values or NO_SEED in values for _, values in held)}
-    if not seeds:
-        return None
-    sums = [math.fsum(w * values.get(s, values.get(NO_SEED, math.nan)) for w, values in held) for s in sorted(seeds)]
-    ours = estimate(sums)
+    ours = estimate(
+        [
+            math.fsum(weight * by_seed.get(seed, by_seed.get(NO_SEED, math.nan)) for weight, by_seed in terms)
+            for seed in sorted(seeds)
+        ]
+    )
     in_paper = [PAPER.get(key, {}).get(metric) for _, key, metric in claim.terms]
     paper = None
-    if all(v is not None for v in in_paper):
+    if all(value is not None for value in in_paper):
         paper = math.fsum(w * v for (w, _, _), v in zip(claim.terms, in_paper, strict=True) if v is not None)
-    return {
-        "text": claim.text,
-        "note": claim.note,
-        "terms": [
-            {"weight": w, "key": key, "metric": metric, "mean": estimate(list(scores[key][metric].values())).mean}
-            for w, key, metric in claim.terms
+    return Trend(
+        text=claim.text,
+        note=claim.note,
+        terms=[
+            Term(weight, key, metric, mean=estimate(list(scores[key][metric].values())).mean)
+            for weight, key, metric in claim.terms
         ],
-        "bound": claim.bound,
-        "ours": asdict(ours),
-        "appears": ours.mean > claim.bound,
-        "clear": None if ours.se is None else abs(ours.mean - claim.bound) > _CLEAR * ours.se,
-        "paper": paper,
-    }
+        bound=claim.bound,
+        ours=ours,
+        appears=ours.mean > claim.bound,
+        clear=None if ours.se is None else abs(ours.mean - claim.bound) > _CLEAR * ours.se,
+        paper=paper,
+    )
 
 
 def claims(main: int, counts: Sequence[int]) -> list[Claim]:
@@ -168,18 +191,18 @@ def claims(main: int, counts: Sequence[int]) -> list[Claim]:
 
 def map_claims(main: int) -> list[Claim]:
     """The claims of Figure 4, which the paper shows and does not measure."""
-    crem, found, told = (key_of(f, main) for f in ("crem", "retrieval_only", "generation_only"))
+    crem, retrieval_only, generation_only = (key_of(f, main) for f in ("crem", "retrieval_only", "generation_only"))
     return [
         Claim(
             "CREM's chorus tokens cover more of the image than retrieval only's",
-            ((1, crem, "coverage"), (-1, found, "coverage")),
+            ((1, crem, "coverage"), (-1, retrieval_only, "coverage")),
         ),
         Claim(
             "CREM's chorus tokens cover more of the image than generation only's",
-            ((1, crem, "coverage"), (-1, told, "coverage")),
+            ((1, crem, "coverage"), (-1, generation_only, "coverage")),
         ),
         Claim(
             "CREM's chorus tokens overlap less than retrieval only's",
-            ((1, found, "overlap"), (-1, crem, "overlap")),
+            ((1, retrieval_only, "overlap"), (-1, crem, "overlap")),
         ),
     ]

@@ -16,11 +16,21 @@ Choices:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from crem.config import AblateConfig, RunConfig
 
-__all__ = ["BACKBONE", "MAP_METRICS", "METRICS", "PAPER", "PAPER_SOURCE", "TABLES", "Variant", "key_of", "variants"]
+__all__ = [
+    "BACKBONE",
+    "MAP_METRICS",
+    "METRICS",
+    "PAPER",
+    "PAPER_SOURCE",
+    "TABLES",
+    "UNTRAINED",
+    "Variant",
+    "key_of",
+    "variants",
+]
 
 TABLES = ("table3", "table4", "figure4")
 METRICS = ("retrieval", "native", "compressed", "cache")
@@ -46,17 +56,20 @@ PAPER: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One training run to be done with every seed."""
+    """One training run to be done with every seed; a loss setting of None stays as the ablation is configured."""
 
     name: str
     family: str
     """first half of its keys"""
     label: str
     tables: tuple[str, ...]
-    settings: dict[str, dict[str, Any]]
-    """what differs from the configuration of the ablation, by section"""
     counts: tuple[int, ...]
-    """chorus counts at which it is evaluated"""
+    """chorus counts at which it is evaluated, ascending; the last is its K"""
+    compression_probability: float | None = None
+    alpha_r: float | None = None
+    alpha_g: float | None = None
+    nested: bool = False
+    """one model that is trained at all its counts"""
 
     def config(self, base: RunConfig, seed: int) -> RunConfig:
         """The configuration of its run.
@@ -65,10 +78,17 @@ class Variant:
             pydantic.ValidationError: the base does not go with the variant.
         """
         tree = base.model_dump(mode="json")
-        for section, changed in self.settings.items():
-            tree[section] |= changed
+        nested_chorus = list(self.counts) if self.nested else []
+        tree["model"] |= {"chorus_tokens": self.counts[-1], "nested_chorus": nested_chorus}
+        for name in ("compression_probability", "alpha_r", "alpha_g"):
+            if (value := getattr(self, name)) is not None:
+                tree["loss"][name] = value
         tree["train"]["seed"] = seed
         return RunConfig.model_validate(tree)
+
+
+UNTRAINED = Variant("backbone", "backbone", "backbone", ("table3",), (0,))
+"""The backbone itself, read by EOS pooling: evaluated once, without a run."""
 
 
 def key_of(family: str, chorus_tokens: int) -> str:
@@ -79,37 +99,44 @@ def key_of(family: str, chorus_tokens: int) -> str:
 def variants(config: AblateConfig, only: str | None = None) -> list[Variant]:
     """Every variant, those of Table 3 first; ``only`` keeps those of one of ``TABLES``."""
     main, p = config.chorus_tokens, config.compression_probability
+    both = ("table3", "table4")
     made = [
-        _variant("retrieval_only", "retrieval only", ("table3", "table4"), 0, p=0, alpha_g=0),
+        _variant("retrieval_only", "retrieval only", both, 0, p=0, alpha_g=0),
         _variant("generation_only", "generation only", ("table3",), 0, p=0, alpha_r=0),
         _variant("both", "both losses, no chorus, no compression", ("table3",), 0, p=0),
-        _variant("crem", f"CREM, K = {main}", ("table3", "table4", "figure4"), main, p=p),
+        _variant("crem", f"CREM, K = {main}", (*both, "figure4"), main, p=p),
     ]
     made += [
         _variant("crem", f"CREM, K = {count}", ("table4",), count, p=p)
         for count in config.chorus_counts
         if count != main
     ]
-    made.append(_nested(config))
+    counts = tuple(sorted(config.chorus_counts))
     made += [
+        Variant(
+            f"nested-{counts[-1]}",
+            "nested",
+            "CREM, nested",
+            ("table4",),
+            counts,
+            compression_probability=p,
+            nested=True,
+        ),
         _variant("retrieval_only", f"retrieval only, K = {main}", ("figure4",), main, p=0, alpha_g=0),
         _variant("generation_only", f"generation only, K = {main}", ("figure4",), main, p=p, alpha_r=0),
     ]
     return [v for v in made if only is None or only in v.tables]
 
 
-def _variant(family: str, label: str, tables: tuple[str, ...], count: int, *, p: float, **weights: float) -> Variant:
-    settings = {
-        "model": {"chorus_tokens": count, "nested_chorus": []},
-        "loss": {"compression_probability": p, **weights},
-    }
-    return Variant(f"{family.replace('_', '-')}-{count or 'eos'}", family, label, tables, settings, (count,))
-
-
-def _nested(config: AblateConfig) -> Variant:
-    counts = tuple(sorted(config.chorus_counts))
-    settings = {
-        "model": {"chorus_tokens": counts[-1], "nested_chorus": list(counts)},
-        "loss": {"compression_probability": config.compression_probability},
-    }
-    return Variant(f"nested-{counts[-1]}", "nested", "CREM, nested", ("table4",), settings, counts)
+def _variant(
+    family: str,
+    label: str,
+    tables: tuple[str, ...],
+    count: int,
+    *,
+    p: float,
+    alpha_r: float | None = None,
+    alpha_g: float | None = None,
+) -> Variant:
+    name = f"{family.replace('_', '-')}-{count or 'eos'}"
+    return Variant(name, family, label, tables, (count,), p, alpha_r, alpha_g)

@@ -1,4 +1,4 @@
-"""The ablation: which runs there are, what is said about their figures, and all of it once on a tiny real model."""
+"""The ablation: which runs there are, the trends in their figures, and all of it once on a tiny real model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import math
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from markupsafe import escape
 
 import crem
 from crem.config import AblateConfig, load_config
 from crem.errors import ConfigError
 from pipelines.ablation.ablate import ablate
-from pipelines.ablation.report import table, verdict
-from pipelines.ablation.trends import NO_SEED, Claim, claims, estimate, judge
+from pipelines.ablation.ablation_page import ablation_page
+from pipelines.ablation.ablation_result import AblationResult
+from pipelines.ablation.ablation_text import ablation_table, verdict
+from pipelines.ablation.trends import NO_SEED, Claim, Estimate, claims, estimate, judge
 from pipelines.ablation.variants import BACKBONE, PAPER, variants
 from pipelines.corpus.prepare import prepare
+from pipelines.tables.prepared import ImageTable, PreparedRows
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 
@@ -79,8 +85,8 @@ def test_every_claim_is_true_of_the_papers_own_figures() -> None:
     judged = [j for claim in claims(16, [1, 4, 8, 16, 32]) if (j := judge(claim, scores))]
     assert len(judged) == 13
     for trend in judged:
-        assert trend["appears"], trend
-        assert trend["paper"] == pytest.approx(trend["ours"]["mean"])
+        assert trend.appears, trend
+        assert trend.paper == pytest.approx(trend.ours.mean)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -88,15 +94,15 @@ def test_differences_are_taken_seed_by_seed() -> None:
     claim = Claim("a over b", ((1, "a", "retrieval"), (-1, "b", "retrieval")))
     a, b = {0: 11.0, 1: 32.0, 2: 51.5}, {0: 10.0, 1: 30.5, 2: 50.5}
     trend = judge(claim, {"a": {"retrieval": a}, "b": {"retrieval": b}})
-    assert trend is not None and trend["appears"] and trend["clear"]
-    assert trend["ours"]["mean"] == pytest.approx(3.5 / 3) and trend["ours"]["n"] == 3
-    assert trend["ours"]["se"] == pytest.approx(math.sqrt((2 / 36 + 1 / 9) / 2 / 3))
-    assert verdict(trend) == "appears, over 2 SE" and trend["paper"] is None
+    assert trend is not None and trend.appears and trend.clear
+    assert trend.ours.mean == pytest.approx(3.5 / 3) and trend.ours.n == 3
+    assert trend.ours.se == pytest.approx(math.sqrt((2 / 36 + 1 / 9) / 2 / 3))
+    assert verdict(trend) == "appears, over 2 SE" and trend.paper is None
 
     swapped = judge(claim, {"a": {"retrieval": b}, "b": {"retrieval": a}})
     assert swapped is not None and verdict(swapped) == "does not appear, over 2 SE"
     noisy = judge(claim, {"a": {"retrieval": {0: 11.0, 1: 20.0}}, "b": {"retrieval": {0: 10.0, 1: 20.5, 2: 1.0}}})
-    assert noisy is not None and verdict(noisy) == "appears, within 2 SE" and noisy["ours"]["n"] == 2
+    assert noisy is not None and verdict(noisy) == "appears, within 2 SE" and noisy.ours.n == 2
     one = judge(claim, {"a": {"retrieval": {0: 1.0}}, "b": {"retrieval": {0: 1.0}}})
     assert one is not None and verdict(one) == "does not appear, one seed"  # no difference is no trend
 
@@ -105,7 +111,7 @@ def test_the_backbone_counts_for_every_seed_and_missing_figures_for_none() -> No
     claim = Claim("worse than the backbone", ((1, BACKBONE, "native"), (-1, "a", "native")))
     scores = {BACKBONE: {"native": {NO_SEED: 50.0}}, "a": {"native": {0: 40.0, 1: 42.0}}}
     trend = judge(claim, scores)
-    assert trend is not None and trend["ours"] == {"mean": 9.0, "se": pytest.approx(1.0), "n": 2}
+    assert trend is not None and trend.ours == Estimate(9.0, pytest.approx(1.0), 2)
     assert judge(claim, {"a": scores["a"]}) is None
     apart = {"a": {"native": {0: 1.0}}, "b": {"native": {1: 1.0}}}
     assert judge(Claim("x", ((1, "a", "native"), (-1, "b", "native"))), apart) is None
@@ -118,7 +124,35 @@ def test_nested_costs_are_bounded_by_a_share() -> None:
     for nested, appears in ((38.5, True), (37.5, False)):
         scores = {"nested@1": {"retrieval": {0: nested}}, "crem@1": {"retrieval": {0: 40.0}}}
         trend = judge(claim, scores)
-        assert trend is not None and trend["appears"] is appears
+        assert trend is not None and trend.appears is appears
+
+
+SHIPPED = resources.files("pipelines.ablation") / "results"
+
+
+def test_the_shipped_result_still_loads_and_gives_the_same_report() -> None:
+    """Its table has the figures of its README; the file has the same content again."""
+    tree = json.loads((SHIPPED / "ablation.json").read_text(encoding="utf-8"))
+    result = AblationResult.from_json(tree)
+    again = json.loads(json.dumps(result.to_json()))
+    assert again.pop("format") == 1 and again == tree
+    lines = {line[:42].strip(): line[42:].split("  ") for line in ablation_table(result).splitlines()}
+    cells = {label: [cell.strip() for cell in found if cell.strip()] for label, found in lines.items()}
+    readme = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert cells["backbone"] == ["2.0", "50.1", "–"] and "| backbone | 2.0 | | 50.1 |" in readme
+    assert cells["CREM, K = 16"] == ["4.0 ± 0.2", "50.4 ± 0.6", "50.0 ± 0.9"]
+    assert "| CREM, K = 16 | 4.0 ± 0.2 | 66.7 | 50.4 ± 0.6 | 53.1 | 50.0 ± 0.9 | 44.2 |" in readme
+    page = ablation_page(result, {}, PreparedRows(pa.table({}), ImageTable.of([], [])))
+    assert page.html.count("<svg") == 1 and page.maps_chart is None
+    assert len(result.trends) == 28 and all(str(escape(trend.text)) in page.html for trend in result.trends)
+    assert page.chart.startswith(b"\x89PNG") and "30 of 34 runs" in page.html
+
+
+@pytest.mark.parametrize("damage", [{"format": 2}, {"rows": [{"key": 3}]}, {"trends": None}])
+def test_another_format_and_damage_are_refused(damage: dict[str, object]) -> None:
+    tree = json.loads((SHIPPED / "ablation.json").read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError, match="run crem ablate --report again"):
+        AblationResult.from_json(tree | damage)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +184,9 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
     again = {f.name: f.stat().st_mtime_ns for f in (out / "evaluations").iterdir()}
     assert {name: again[name] for name in kept} == kept, "finished runs are not done again"
     assert set(again) - set(kept) == {"crem-1-0.json", "nested-2-0.json"}
-    nested = [row for row in result["rows"] if row["family"] == "nested"]
-    assert [row["chorus_tokens"] for row in nested] == [1, 2]
-    assert "CREM, nested, K' = 1" in table(result)
+    nested = [row for row in result.rows if row.family == "nested"]
+    assert [row.chorus_tokens for row in nested] == [1, 2]
+    assert "CREM, nested, K' = 1" in ablation_table(result)
 
     assert {f.name for f in (out / "maps").iterdir()} == {"crem-2-0.json"}
     maps = json.loads((out / "maps" / "crem-2-0.json").read_text())
@@ -169,7 +203,8 @@ def test_an_ablation_runs_resumes_and_reports(prepared: str, tmp_path: Path) -> 
     assert fingerprints == {crem.load(model, chorus_tokens=k).fingerprint for k in (1, 2)} and len(fingerprints) == 2
 
     reported = ablate(prepared, str(out), load_config("micro", RUN), seeds=(0, 1), report_only=True)
-    assert reported["runs"]["finished"] == 7 and reported["seeds"] == [0], "nothing ran, and all that did is told"
+    assert reported.runs.finished == 7 and reported.seeds == [0], "nothing ran, and all that did is reported"
+    assert AblationResult.from_json(json.loads((out / "ablation.json").read_text())) == reported
 
     with pytest.raises(ConfigError, match=r"train\.steps=2"):
         ablate(prepared, str(out), load_config("micro", [*RUN, "train.steps=3"]), seeds=(0, 1))
