@@ -1,6 +1,6 @@
 """The embedded corpus: about 1,600 emoji concepts, each drawn by three to seven vendors, in the raw format.
 
-``build.py`` made it, ``corpus/LICENSES.md`` names the sources, ``corpus/concepts.csv`` lists the concepts.
+``build.py`` builds it, ``corpus/LICENSES.md`` names the sources, ``corpus/concepts.csv`` lists the concepts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Build the embedded corpus from eight npm packages; how ``corpus/`` was made, and how to make it again.
+"""Build the embedded corpus, the content of ``corpus/``, from eight npm packages.
 
     python -m pipelines.emoji.build --out pipelines/emoji/corpus [--npm-dir DIR]
 
-Drawings are rendered by resvg, composited on white and stored as WebP in one zip; rows are Parquet. The same packages
-and library versions give the same bytes. Needs ``resvg-py``, and without ``--npm-dir`` also ``npm`` and a connection.
-``LICENSES.md`` in the output folder is written by hand and stays as it is.
+Drawings are rendered by resvg on white and stored as WebP in one zip; rows are Parquet. The same packages and library
+versions give the same bytes. Needs ``resvg-py``, and without ``--npm-dir`` also ``npm`` and a connection.
+``LICENSES.md`` in the output folder is written by hand and not touched.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["build", "draw", "fetch", "render"]
 
 log = logging.getLogger(__name__)
 
-SIDE_PIXELS = 96  # with WEBP_QUALITY: the largest that keeps all drawings within about 15 MB
+SIDE_PIXELS = 96  # with WEBP_QUALITY: the largest size that keeps all drawings within about 15 MB
 WEBP_QUALITY = 78
 HELD_OUT_SHARE = 0.1
 SEED = 0
@@ -81,14 +81,14 @@ def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
 
     Args:
         npm_dir: folder with the packages, each unpacked as ``<name>-<version>/package``.
-        out: the corpus folder, made if missing.
+        out: the corpus folder; created if missing.
         seed: fixes the held-out concepts and the choice of texts and questions.
 
     Returns:
         Rows by ``split/task``, and the number of ``concepts`` and ``images``.
 
     Raises:
-        CremError: a package is not there, or ``resvg-py`` is not installed.
+        CremError: a package is missing, or ``resvg-py`` is not installed.
     """
     for package, version in PACKAGES.items():
         folder = unpacked(npm_dir, package)
@@ -99,7 +99,9 @@ def build(npm_dir: Path, out: Path, *, seed: int = SEED) -> dict[str, int]:
             )
     drawings = {vendor: read_drawings(npm_dir, vendor) for vendor in CORE_VENDORS}
     concepts = read_concepts(npm_dir, set.intersection(*(set(d) for d in drawings.values())))
-    log.info("rendering %d concepts x %d vendors, and what %s have", len(concepts), len(CORE_VENDORS), [*ADDED_VENDORS])
+    log.info(
+        "rendering %d concepts x %d vendors, and the drawings of %s", len(concepts), len(CORE_VENDORS), [*ADDED_VENDORS]
+    )
     images = {image_name(v, c): render(drawings[v][c.hexcode]) for v in CORE_VENDORS for c in concepts}
     held_out = hold_out(concepts, HELD_OUT_SHARE, seed, kept=_drawn_alike(concepts, images))
     drawn = {vendor: {c.hexcode for c in concepts} for vendor in CORE_VENDORS}
@@ -166,9 +168,9 @@ def fetch(npm_dir: Path) -> None:
 def _added_images(
     drawings: Mapping[str, str], concepts: Sequence[Concept], held_out: Collection[str]
 ) -> dict[Concept, bytes]:
-    """An added vendor's renderings for training: none of a held-out concept, and none that stands for two concepts.
+    """An added vendor's drawings for training: none of a held-out concept, and none that the vendor uses twice.
 
-    A drawing that the vendor uses twice would teach training a concept that it must not see, or a wrong word.
+    A drawing of two concepts would show a held-out concept to training, or teach a wrong word.
     """
     rendered = {c: render(drawings[c.hexcode]) for c in concepts if c.hexcode in drawings}
     used = Counter(rendered.values())
@@ -176,7 +178,7 @@ def _added_images(
 
 
 def _drawn_alike(concepts: Sequence[Concept], images: Mapping[str, bytes]) -> set[str]:
-    """Concepts that share a drawing with another one; held out, they would be seen in training all the same."""
+    """Concepts that share a drawing with another: held out, they would still be seen in training."""
     used = Counter(images.values())
     return {c.hexcode for c in concepts if any(used[images[image_name(v, c)]] > 1 for v in CORE_VENDORS)}
 

@@ -1,12 +1,12 @@
-"""Concepts of the embedded corpus: emoji with words for them, and the drawings of them by the vendors.
+"""Concepts of the embedded corpus: emoji, the words for them, and their drawings by several vendors.
 
 A concept is one base emoji of emojibase (no skin tones, which emojibase nests below their base) for which each of the
-three core vendors has a drawing; added vendors draw what they have of these, and define nothing. Codes are compared in
-lower case without the variation selector ``fe0f``, because the sources disagree on it. One concept in ten is held out
-of all training, the same share of every group.
+three core vendors has a drawing; the added vendors have drawings of some of them. Codes are compared in lower case
+without the variation selector ``fe0f``, because the sources disagree on it. One concept in ten is held out of all
+training, the same share of every group.
 
-The packages of the added vendors name their drawings but do not give codes. Most names are those of the core sets;
-``names.csv`` has the others (emojione's older names; all of fxemoji's, with the codes in its source's file names).
+The packages of the added vendors give names of drawings but no codes. Most names are those of the core sets;
+``names.csv`` has the others (emojione's older names; all of fxemoji's, with the codes of its source's file names).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CORE_VENDORS = {
     "fluent": "@iconify-json/fluent-emoji-flat",
     "twemoji": "@iconify-json/twemoji",
 }
-"""Vendors that draw every concept; vendor as it is named in the corpus -> npm package of its drawings."""
+"""Vendors that draw every concept: name in the corpus -> npm package of the drawings."""
 
 ADDED_VENDORS = {
     "fluent_color": "@iconify-json/fluent-emoji",
@@ -46,7 +46,7 @@ ADDED_VENDORS = {
     "emojione": "@iconify-json/emojione",
     "fxemoji": "@iconify-json/fxemoji",
 }
-"""Vendors of further training drawings of the concepts that they have."""
+"""Vendors of further drawings for training."""
 
 VENDORS = {**CORE_VENDORS, **ADDED_VENDORS}
 
@@ -68,7 +68,7 @@ _PLAIN_TAG = re.compile(r"[\w' -]*[^\W\d_][\w' -]*")  # has a letter and no emot
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji and the words for it; texts are English and as a person would write them."""
+    """One emoji and the English words for it."""
 
     hexcode: str
     """Codepoints in lower case joined by ``-``, without ``fe0f``."""
@@ -143,19 +143,19 @@ def hold_out(concepts: Sequence[Concept], share: float, seed: int, kept: Collect
 
 
 def _names(npm_dir: Path, vendor: str) -> list[tuple[str, str]]:
-    """Normal codes and the names of their drawings; an added vendor may have no drawing of that name."""
+    """Pairs of normal code and name of a drawing; an added vendor may lack the drawing."""
     if vendor in CORE_VENDORS:
         chars = _read_json(unpacked(npm_dir, VENDORS[vendor]) / "chars.json")
         return [(normal_code(code), name) for code, name in chars.items()]
     with (Path(__file__).parent / "names.csv").open(encoding="utf-8", newline="") as file:
         own = [(line["hexcode"], line["name"]) for line in csv.DictReader(file) if line["vendor"] == vendor]
-    if vendor == "fxemoji":  # its words are its own: "dog" is a dog's face there, and a whole dog in the others
+    if vendor == "fxemoji":  # names differ in meaning: its "dog" is a dog's face, elsewhere the whole animal
         return own
     return [pair for core in CORE_VENDORS for pair in _names(npm_dir, core)] + own
 
 
 def _numbered_words(folder: Path, kind: str) -> dict[int, str]:
-    """The number by which a record refers to its group or subgroup -> its name in plain words."""
+    """Number of a group or subgroup in the records -> its name in plain words."""
     messages = {m["key"]: m["message"] for m in _read_json(folder / "en" / "messages.json")[kind]}
     numbered = _read_json(folder / "meta" / "groups.json")[kind]
     return {int(n): messages[key].replace(" & ", " and ").replace(" / ", " or ") for n, key in numbered.items()}

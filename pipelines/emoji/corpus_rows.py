@@ -1,16 +1,17 @@
 """Rows of the embedded corpus, in the raw corpus format (``pipelines/tables/schema.py``).
 
-Choices, all ours, made for a small model that is trained from scratch in minutes:
+Choices, all ours, for a small model that is trained from scratch in minutes:
 
-- Pairs run text -> image, image -> text, and image -> image across the training vendors: every drawing asks for up to
-  three others of its concept, chosen at random. Many hands teach what a concept looks like rather than how two vendors
-  draw it. A query text is the label, the label with tags, or tags alone where no other concept has them all, so that
-  words are learnt and not strings; the test always asks with the plain label. A target text is mostly the label.
-- Training pairs carry a question about their query (homogeneous turn): every one that asks with a drawing, and one text
-  in four, because a question is half of a row's tokens. The question after the group, the one that is evaluated, is
-  half of all; the rest ask for label, subgroup, a tag or a description.
-- Captions (heterogeneous) have no target, and use the tags that the pairs leave aside.
-- Test queries and targets are of the vendor that training never sees; only image -> image asks with a drawing of a
+- Pairs are text -> image, image -> text, and image -> image across the training vendors: every drawing is the query of
+  up to three others of its concept, chosen at random. Drawings of many vendors teach the look of a concept rather than
+  the styles of two. A query text is the label, the label with tags, or tags alone where no other concept has them all,
+  so that the model learns words and not strings; a test query is always the plain label. A target text is mostly the
+  label.
+- Training pairs have a question about their query (homogeneous turn): all pairs with a drawing as query, and one in
+  four with a text, because a question is half of a row's tokens. Half of the questions are about the group, as all of
+  the evaluation's are; the others are about label, subgroup, a tag or a description.
+- Captions (heterogeneous) have no target, and use the tags that the pairs do not use.
+- Test queries and targets are of the vendor that training never sees; only the queries of image -> image are of a
   training vendor. The candidates of a task are its targets in both test splits.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from pipelines.emoji.concepts import VENDORS, Concept
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 UNSEEN_VENDOR = "twemoji"
-ASKED_VENDOR = "noto"  # whose drawings ask for those of the unseen vendor
+QUERY_VENDOR = "noto"  # its drawings are the queries of image -> image in the test splits
 TRAIN_VENDORS = tuple(vendor for vendor in VENDORS if vendor != UNSEEN_VENDOR)
 SOURCE = "emoji"
 
@@ -63,12 +64,25 @@ IMAGE_TO_TEXT = (
     ("label", None),
     ("label and tags", "group"),
 )
-IMAGE_TO_IMAGE = ("group", None, "group")  # one each for the other drawings of the concept that are asked for
+IMAGE_TO_IMAGE = ("group", None, "group")  # one for each other drawing of the concept that is a target
 OTHER_KINDS = ("label", "subgroup", "tag", "describe")
 
 MAX_TAGS = 3  # in one text: keeps every text within about 20 tokens
 
-Row = dict[str, Any]
+
+class Row(TypedDict):
+    """One row of the raw corpus; an image is named as in ``images.zip``."""
+
+    key: str
+    source: str
+    task: str
+    split: str
+    query_text: str | None
+    query_images: list[str]
+    target_text: str | None
+    target_images: list[str]
+    question: str | None
+    answer: str | None
 
 
 def training_rows(
@@ -109,9 +123,9 @@ def evaluation_rows(concepts: Sequence[Concept], held_out: Collection[str]) -> I
             question_answer=(GROUP_QUESTION, concept.group),
         )
         yield _row(
-            f"image_to_image/{ASKED_VENDOR}-{UNSEEN_VENDOR}/{code}",
+            f"image_to_image/{QUERY_VENDOR}-{UNSEEN_VENDOR}/{code}",
             split,
-            query_images=[image_name(ASKED_VENDOR, concept)],
+            query_images=[image_name(QUERY_VENDOR, concept)],
             target_images=[image],
         )
 
@@ -170,19 +184,19 @@ def _text(concept: Concept, variant: str, words: Sequence[frozenset[str]], rng: 
 
 
 def _unambiguous_tags(concept: Concept, words: Sequence[frozenset[str]], rng: random.Random) -> str | None:
-    """At least two tags that no other concept has all of; few where few will do."""
+    """At least two tags that no other concept has all of, as few as possible."""
     if len(concept.tags) < 2:
         return None
     shuffled = rng.sample(concept.tags, len(concept.tags))
     for count in range(min(MAX_TAGS, len(shuffled)), min(2 * MAX_TAGS, len(shuffled)) + 1):
-        shown = frozenset(shuffled[:count])
-        if sum(shown <= others for others in words) == 1:
+        chosen = frozenset(shuffled[:count])
+        if sum(chosen <= others for others in words) == 1:
             return ", ".join(shuffled[:count])
     return None
 
 
 def _turn(concept: Concept, kind: str | None, rng: random.Random) -> tuple[str, str]:
-    """A question of the kind (None: any but the group) and its answer."""
+    """A question of the kind (None: any kind but the group) and its answer."""
     kind = kind or rng.choice(OTHER_KINDS)
     tags, _ = _split_tags(concept)
     if kind in ("tag", "describe") and not tags:
@@ -199,7 +213,7 @@ def _turn(concept: Concept, kind: str | None, rng: random.Random) -> tuple[str, 
 
 
 def _split_tags(concept: Concept) -> tuple[list[str], list[str]]:
-    """Tags for the pairs and tags for the captions, of those that say more than the label does."""
+    """Tags for the pairs and tags for the captions, of those that add a word to the label."""
     label_words = set(concept.label.lower().split())
     informative = [tag for tag in concept.tags if not set(tag.lower().split()) <= label_words]
     return informative[::2], informative[1::2]
