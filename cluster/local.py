@@ -1,14 +1,14 @@
 """A Ray cluster of several real nodes on this machine, for tests of what crosses nodes and of job submission.
 
-Each node is a ``ray start --block`` of its own, so that a node can be killed like a machine. Choices:
+Each node is its own ``ray start --block``, so that a node can be killed like a machine. Choices:
 
-- ``ray stop`` ends every Ray of the machine, so it is never called. A node is a session of its own, and its processes
-  inherit a variable that names it: what is in the session (agents overwrite their environment with their title) or
-  carries the variable (jobs get sessions of their own) is ended, and nothing else.
-- Every port is chosen free beforehand: a metrics port in use crashes a raylet at start.
-- Token authentication is on, with a token of the cluster's own, as on a real cluster. Clients run with ``env``, or
+- ``ray stop`` ends every Ray on the machine, so it is never called. Each node has a session of its own, and its
+  processes inherit a variable that names it. Only processes in the session (agents overwrite their environment with
+  their title) or with the variable (jobs get sessions of their own) are killed.
+- Free ports are chosen beforehand: a metrics port in use crashes a raylet at start.
+- Token authentication is on, as on a real cluster, with a token for this cluster alone. Clients run with ``env`` or
   through ``run``: Ray reads the token once per process, so a process that used another token cannot switch.
-- Ray puts Unix sockets below its folder and their paths are limited to 107 bytes: the folder is short and not pytest's.
+- Ray puts Unix sockets below its folder, and their paths are limited to 107 bytes: the folder is short, not pytest's.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ import psutil
 
 __all__ = ["LocalCluster", "free_ports"]
 
-_MARK = "CREM_LOCAL_NODE"
+_NODE_VARIABLE = "CREM_LOCAL_NODE"
 _PORTS = range(20_000, 32_000)  # below Linux' ephemeral ports, which outgoing connections take at any time
 
 
 def free_ports(count: int) -> list[int]:
-    """``count`` distinct loopback ports that nothing listens on now."""
+    """``count`` distinct loopback ports on which nothing listens now."""
     found: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
@@ -60,7 +60,7 @@ class LocalCluster:
     Attributes:
         address: of the control store, for ``ray.init(address=…)``.
         job_server: URL of the job server and dashboard.
-        env: environment of a client: address, token, this interpreter's programs first on the path.
+        env: environment of a client: address, token, this interpreter's scripts first on the path.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class LocalCluster:
         """Start the nodes.
 
         Args:
-            nodes: how many, the head included.
-            cpus_per_node: logical CPUs of each; they cost nothing until used.
-            object_store_bytes: shared memory of each node's object store.
-            resources: custom resources by node, for tests that place work; nodes beyond its length have none.
-            start_timeout_s: how long to wait until all are alive.
+            nodes: number of nodes, including the head.
+            cpus_per_node: logical CPUs of each node; they may exceed the machine's.
+            object_store_bytes: size of each node's object store in shared memory.
+            resources: custom resources by node, for tests of placement; further nodes have none.
+            start_timeout_s: time limit until all are alive.
 
         Raises:
-            RuntimeError: a node died at start or not all came up in time; the message holds the end of its output.
+            RuntimeError: a node died at start, with the end of its output, or not all were alive in time.
         """
         self._cpus = cpus_per_node
         self._store_bytes = object_store_bytes
@@ -122,7 +122,7 @@ class LocalCluster:
         """Start one more worker node; returns its number (the head is 0).
 
         Args:
-            prefix: put before the node's command line, such as ``unshare`` for a mount namespace of its own.
+            prefix: words before the node's command line, such as ``unshare`` for its own mount namespace.
         """
         self._start([f"--address={self.address}", "--include-log-monitor=false"], resources or {}, prefix)
         if wait:
@@ -130,14 +130,14 @@ class LocalCluster:
         return len(self._nodes) - 1
 
     def kill_node(self, number: int) -> None:
-        """End node ``number`` at once (SIGKILL to all of its processes), as if the machine had lost power."""
+        """Kill node ``number`` (SIGKILL to all of its processes), as if the machine lost power."""
         process = self._nodes[number]
         if process is None:
             return
-        mark = self._mark(number)
-        # Until nothing is left: a process may start another while it is ended. The session's leader is waited for last,
-        # so that its number cannot come to mean another session.
-        while members := [p for p in psutil.process_iter() if _belongs(p, session=process.pid, mark=mark)]:
+        tag = self._tag(number)
+        # Repeat until none is left: a process may start another before it dies. The session's leader is reaped last, so
+        # that its number cannot be reused for another session.
+        while members := [p for p in psutil.process_iter() if _belongs(p, session=process.pid, tag=tag)]:
             for member in members:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
@@ -146,7 +146,7 @@ class LocalCluster:
         self._nodes[number] = None
 
     def alive_nodes(self) -> int:
-        """How many nodes the head counts as alive; 0 while it does not answer."""
+        """Number of nodes that the head reports as alive; 0 while it does not answer."""
         request = urllib.request.Request(f"{self.job_server}/api/v0/nodes?limit=1000")
         request.add_header("Authorization", f"Bearer {self._token}")
         try:
@@ -157,16 +157,16 @@ class LocalCluster:
         return sum(node["state"] == "ALIVE" for node in listing["data"]["result"]["result"])
 
     def sessions(self) -> set[int]:
-        """The sessions (``setsid``) of the nodes that run: all that a node starts is in its session or marked."""
+        """The sessions (``setsid``) of the nodes that run: all that a node starts is in its session or has its tag."""
         return {process.pid for process in self._nodes if process is not None}
 
     def run(self, command: Sequence[str], *, timeout_s: float = 120, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        """Run a client's command line with ``env``, its output captured as text."""
+        """Run a client's command line with ``env`` and capture its output as text."""
         env = {**self.env, **kwargs.pop("env", {})}
         return subprocess.run(command, env=env, timeout=timeout_s, capture_output=True, text=True, **kwargs)
 
     def stop(self) -> None:
-        """End all nodes and everything they started; remove the folder. May be called twice."""
+        """Kill all nodes and everything they started; remove the folder. May be called twice."""
         for number in reversed(range(len(self._nodes))):
             self.kill_node(number)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -197,7 +197,7 @@ class LocalCluster:
         command += [f"--resources={json.dumps(resources)}", "--disable-usage-stats", *arguments]
         if "--head" in arguments:
             command.append(f"--temp-dir={self._folder}")
-        env = {**self.env, _MARK: self._mark(number)}
+        env = {**self.env, _NODE_VARIABLE: self._tag(number)}
         with self._output(number).open("wb") as output:
             self._nodes.append(
                 subprocess.Popen(
@@ -224,14 +224,14 @@ class LocalCluster:
                 raise RuntimeError(f"{alive} of {nodes} nodes were alive after {timeout_s:.0f} s")
             time.sleep(0.2)
 
-    def _mark(self, number: int) -> str:
+    def _tag(self, number: int) -> str:
         return f"{self._name}.{number}"
 
 
-def _belongs(process: psutil.Process, *, session: int, mark: str) -> bool:
+def _belongs(process: psutil.Process, *, session: int, tag: str) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return os.getsid(process.pid) == session or process.environ().get(_MARK) == mark
-    except (psutil.Error, OSError):  # ended meanwhile, or another user's
+        return os.getsid(process.pid) == session or process.environ().get(_NODE_VARIABLE) == tag
+    except (psutil.Error, OSError):  # it has ended, or is another user's
         return False

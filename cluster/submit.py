@@ -1,9 +1,8 @@
 """Submit a job to a running Ray cluster through Ray's job client, follow its output, return its exit code.
 
-The command line of a job is what one would type on the cluster; it runs there with the image's code, or, when
-``working_dir`` is given, with that folder's, uploaded by Ray. Credentials never travel: a job's command line and
-environment are readable in the dashboard by anyone who can reach it. Give them to the pods (``envFrom`` of a secret,
-see ``manifests/``).
+A job's command line is what one would type on the cluster. It runs the code of the cluster's image or, with
+``working_dir``, that folder's code, which Ray uploads. Credentials are never sent: anyone who can reach the dashboard
+can read a job's command line and environment. Give them to the pods (``envFrom`` of a secret, see ``manifests/``).
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S = 10.0
 INTERRUPTED = 130
 STOPPED = 143
-# What an upload leaves out beside the folder's own .gitignore.
+# Left out of an upload, besides what the folder's .gitignore names.
 EXCLUDES = [".git", ".venv", "out", "__pycache__", "*.egg-info"]
-# Ray lets these override the address it is given; a person who types an address means it.
+# Ray lets these override an explicit address; here the explicit address wins.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PORTS = {"http": 80, "https": 443}
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
@@ -45,7 +44,7 @@ _SECRET_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]*@", re.IGNORECAS
 
 
 class SubmitError(CremError):
-    """A job that could not be submitted or followed; the message names the value and the remedy."""
+    """A job that cannot be submitted or followed; the message names the value and the remedy."""
 
 
 def submit(
@@ -67,11 +66,11 @@ def submit(
         follow: stream the job's output to standard output until it ends; otherwise return once it is accepted.
 
     Returns:
-        The job's exit code; 0 at once if not followed; 130 after Ctrl-C (the job goes on), 143 if it was stopped.
+        The job's exit code; 0 at once if not followed; 130 after Ctrl-C (the job keeps running), 143 if it was stopped.
 
     Raises:
-        SubmitError: empty command, credentials in the request, a folder that does not exist, a job server that cannot
-            be reached or refuses the request.
+        SubmitError: an empty command, credentials in the request, a missing folder, a job server that cannot be
+            reached or refuses the request.
     """
     env = _runtime_env(argv, working_dir, runtime_env)
     url = job_server_url(address, os.environ)
@@ -88,17 +87,19 @@ def submit(
     try:
         return asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
-        logger.warning("interrupted here; the job %s goes on. %s", job, manual)
+        logger.warning("interrupted here; job %s keeps running. %s", job, manual)
         return INTERRUPTED
     except (RayError, RuntimeError, OSError) as error:
-        raise SubmitError(f"lost the job server at {url} while following {job}: {error}. {manual}") from error
+        raise SubmitError(
+            f"lost the connection to the job server at {url} while following {job}: {error}. {manual}"
+        ) from error
 
 
 def job_server_url(address: str | None, environ: Mapping[str, str]) -> str:
-    """The job server's URL from an explicit address, else from the environment, else the default.
+    """The job server's URL: from an explicit address, else from the environment, else the default.
 
     Raises:
-        SubmitError: an address of another kind (Ray Client, or a word).
+        SubmitError: an address of another kind (Ray Client, or no URL).
     """
     if address is None:
         named = (environ.get(name, "") for name in _ADDRESS_VARIABLES)
@@ -139,7 +140,7 @@ def _runtime_env(
 
 
 def _connect(url: str) -> JobSubmissionClient:
-    """A client of exactly this job server; checked by a plain connection first, which has a time limit."""
+    """A client of exactly this job server; a plain connection, which has a time limit, is tried first."""
     parts = urlsplit(url)
     port = parts.port or _PORTS[parts.scheme]
     remedy = (
@@ -154,7 +155,7 @@ def _connect(url: str) -> JobSubmissionClient:
         with _without(_ADDRESS_VARIABLES):
             return JobSubmissionClient(url)
     except (RayError, RuntimeError, OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise SubmitError(f"what answers at {url} is not a job server that lets you in: {error} {remedy}") from error
+        raise SubmitError(f"{url} is not a job server, or it refuses the token: {error} {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -167,20 +168,20 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> int:
-    """Stream the job's output; a stream that breaks is taken up again where it was, for as long as the server lives."""
-    seen = 0
+    """Stream the job's output and return its exit code; a broken stream is resumed where it stopped."""
+    printed = 0
     while True:
-        at = 0
+        received = 0
         try:
             async for piece in client.tail_job_logs(job):
-                fresh = piece[max(0, seen - at) :]
-                at += len(piece)
-                if fresh:
-                    sys.stdout.write(fresh)
+                new = piece[max(0, printed - received) :]
+                received += len(piece)
+                if new:
+                    sys.stdout.write(new)
                     sys.stdout.flush()
         except (RuntimeError, aiohttp.ClientError) as error:
-            logger.debug("the stream of %s broke: %s", job, error)
-        seen = max(seen, at)
+            logger.debug("the log stream of %s broke: %s", job, error)
+        printed = max(printed, received)
         info = client.get_job_info(job)
         if info.status.is_terminal():
             break

@@ -1,4 +1,4 @@
-"""``crem doctor``: what is here, what is missing, and the command that mends it."""
+"""``crem doctor``: what this machine has, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIN_DISK_GIB = 5
 
 @dataclass
 class Report:
-    """Lines to print, and what is wrong."""
+    """Lines to print and problems found."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Report:
     @property
     def text(self) -> str:
         """The report as it is printed."""
-        verdict = ["all well"] if self.healthy else [f"PROBLEM  {p}" for p in self.problems]
+        verdict = ["no problems found"] if self.healthy else [f"PROBLEM  {p}" for p in self.problems]
         return "\n".join([*self.lines, "", *verdict])
 
     def add(self, name: str, value: str) -> None:
@@ -43,7 +43,7 @@ class Report:
 
 
 def examine(storage: list[str] | tuple[str, ...] = ()) -> Report:
-    """Look at this machine; ``storage`` names paths or URIs that must be readable and writable."""
+    """Examine this machine; ``storage`` names paths or URIs that must be readable and writable."""
     report = Report()
     report.add("python", f"{platform.python_version()}  {platform.platform()}")
     _packages(report)
@@ -78,9 +78,9 @@ def _devices(report: Report) -> None:
         name = torch.cuda.get_device_name(i)
         report.add(f"gpu {i}", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     if not count:
-        report.add("gpu", "none (presets 2b and 7b train on GPUs; micro runs here)")
+        report.add("gpu", "none (presets 2b and 7b train on GPUs; micro runs on CPU)")
         if shutil.which("nvidia-smi"):
-            report.problems.append("a GPU driver is there, but torch sees no device; install a CUDA build of torch")
+            report.problems.append("a GPU driver is installed, but torch sees no device; install a CUDA build of torch")
 
 
 def _memory(report: Report) -> None:
@@ -94,10 +94,10 @@ def _memory(report: Report) -> None:
     report.add("disk here", f"{disk:.1f} GiB free")
     if free < _MIN_MEMORY_GIB:
         report.problems.append(
-            f"{free:.1f} GiB of memory are free and crem demo needs {_MIN_MEMORY_GIB}; close something"
+            f"{free:.1f} GiB of memory are free and crem demo needs {_MIN_MEMORY_GIB}; close other programs"
         )
     if disk < _MIN_DISK_GIB:
-        report.problems.append(f"{disk:.1f} GiB of disk are free here, {_MIN_DISK_GIB} are wanted; free some")
+        report.problems.append(f"{disk:.1f} GiB of disk are free here and {_MIN_DISK_GIB} are needed; free some")
 
 
 def _ray(report: Report) -> None:
@@ -116,15 +116,15 @@ def _storage(report: Report, place: str) -> None:
     try:
         fs, path = fsspec.core.url_to_fs(place)
         probe = f"{path.rstrip('/')}/.crem-doctor-{uuid.uuid4().hex}"
-        if isinstance(fs, LocalFileSystem):  # an object store has no folders, and would create the bucket
+        if isinstance(fs, LocalFileSystem):  # an object store has no folders: this would create the bucket
             fs.makedirs(path, exist_ok=True)
         fs.pipe_file(probe, b"crem")
-        assert fs.cat_file(probe) == b"crem", "what was read is not what was written"
+        assert fs.cat_file(probe) == b"crem", "the data read differs from the data written"
         fs.rm_file(probe)
         report.add("storage", f"{place} readable and writable")
     except Exception as error:
         report.add("storage", f"{place} FAILED")
         report.problems.append(
             f"{place} cannot be used: {type(error).__name__}: {error}. For s3:// set AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_REGION and, for another S3 than Amazon's, AWS_ENDPOINT_URL"
+            "AWS_SECRET_ACCESS_KEY, AWS_REGION and, for S3 storage other than AWS, AWS_ENDPOINT_URL"
         )

@@ -1,4 +1,4 @@
-"""Settings of the jobs around training, one section each. Sources are named as in ``crem.config.model``."""
+"""Settings of the jobs other than training, one section each. Sources are named as in ``crem.config.model``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class GraftConfig(Section):
-    """The new vision tower of a grafted language model (``crem graft``): 3.7 M parameters as it is here.
+    """The new vision tower of a grafted language model (``crem graft``): 3.7 M parameters by default.
 
     Source: ours; patches and merging are Qwen2-VL's.
     """
@@ -33,12 +33,12 @@ class GraftConfig(Section):
 
 
 class PrepareConfig(Section):
-    """Raw corpus to prepared tables."""
+    """From a raw corpus to prepared tables (``crem prepare``)."""
 
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
-    """Stored images are shrunk to this area, the most the model will look at. Source: VLM2Vec-V2's pixel bound."""
+    """Stored images are reduced to this area in pixels, the largest that the model reads. Source: VLM2Vec-V2."""
     max_text_chars: int = Field(100_000, ge=1)
-    """A longer text is a rejected row. Source: ours."""
+    """A row with a longer text is rejected. Source: ours."""
     rows_per_task: int = Field(512, ge=1)
     """Rows per Ray Data task. Source: ours."""
 
@@ -50,13 +50,13 @@ class EmbedConfig(Section):
     """Items per forward. Source: ours."""
     min_actors: int = Field(1, ge=1)
     max_actors: int = Field(8, ge=1)
-    """Models held at once; the pool scales between the two. Source: ours."""
+    """Actors, each with its own copy of the model; the pool scales between the two bounds. Source: ours."""
     cpus_per_actor: float = Field(1, gt=0)
     gpus_per_actor: float = Field(0, ge=0)
-    """1 on a GPU cluster. Source: ours."""
+    """1 on a cluster with GPUs. Source: ours."""
     threads_per_actor: int = Field(1, ge=1)
     chorus_tokens: int | None = Field(None, ge=0)
-    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
+    """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""
 
     @model_validator(mode="after")
     def _bounds(self) -> EmbedConfig:
@@ -66,10 +66,10 @@ class EmbedConfig(Section):
 
 
 class IndexConfig(Section):
-    """Vector store for search."""
+    """The vector index (``crem index``, ``crem search``)."""
 
     exact_below: int = Field(100_000, ge=0)
-    """Exact (flat) search below this many vectors; an inverted-file index above. Source: the project's brief."""
+    """Exact (flat) search below this many vectors, an inverted-file index above. Source: the project's brief."""
     bits: Literal[4, 8, 32] = 8
     """Bits per component above the threshold. Source: parts.md's measurement of IVF1024,SQ8 (recall@10 0.980)."""
     probes: int = Field(32, ge=1)
@@ -77,27 +77,27 @@ class IndexConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Precision and answers on the test rows."""
+    """Retrieval and answers on the test rows (``crem evaluate``)."""
 
     max_answers: int = Field(400, ge=1)
-    """Questions answered per split and mode, an even spread over the rows. Source: ours, for CPU time."""
+    """Questions per split and mode, spread evenly over the rows. Source: ours, to bound the time on a CPU."""
     max_new_tokens: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1)
     chorus_tokens: int | None = Field(None, ge=0)
-    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
+    """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""
 
 
 class AblateConfig(Section):
     """The paper's Tables 3 and 4 and Figure 4 (``crem ablate``)."""
 
     chorus_tokens: int = Field(16, ge=1, le=256)
-    """K of the model that stands for CREM. Source: paper, main results."""
+    """K of the CREM variant. Source: paper, main results."""
     chorus_counts: tuple[int, ...] = (1, 4, 8, 16, 32)
-    """The K of Table 4, each trained apart, and the K' of the nested model. Source: paper, which also has 64."""
+    """The K of Table 4, one model each, and the K' of the nested model. Source: paper, which also has 64."""
     compression_probability: float = Field(0.5, gt=0, le=1)
     """p of the variants with compression. Source: as ``loss.compression_probability``."""
     parallel: int = Field(1, ge=1)
-    """Runs at a time, each a process of its own. Source: ours."""
+    """Concurrent runs, one process each. Source: ours."""
     map_images: int = Field(200, ge=1)
     """Test images over which coverage and overlap of the attention maps are averaged. Source: ours."""
 
@@ -115,25 +115,25 @@ class ServeConfig(Section):
     """Online serving with Ray Serve."""
 
     host: str = "127.0.0.1"
-    """Loopback unless told otherwise."""
+    """Address to listen on; the default is loopback. Source: ours."""
     port: int = Field(8000, ge=0, le=65535)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(4, ge=1)
     target_ongoing_requests: int = Field(16, ge=1)
     max_ongoing_requests: int = Field(32, ge=1)
     max_queued_requests: int = Field(256, ge=-1)
-    """Beyond it a request is answered 429. Source: ours."""
+    """A request beyond it gets status 429. Source: ours."""
     cpus_per_replica: float = Field(1, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
     threads_per_replica: int = Field(1, ge=1)
     chorus_tokens: int | None = Field(None, ge=0)
-    """K' of a nested model (``model.nested_chorus``); ``null`` is the model's K."""
+    """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""
     max_batch_size: int = Field(32, ge=1)
     batch_wait_s: float = Field(0.01, ge=0)
-    """Longest wait for a batch to fill. Source: ours."""
+    """Longest wait for a full batch. Source: ours."""
     max_new_tokens: int = Field(512, ge=1)
-    """Upper bound of ``max_tokens`` of a request."""
+    """Upper bound of a request's ``max_tokens``."""
     max_request_bytes: int = Field(32 * 2**20, ge=1024)
-    """A larger request body is refused with 413."""
+    """A larger request body gets status 413."""
     max_inputs: int = Field(256, ge=1)
-    """Most items in one embeddings request."""
+    """Most items of one embeddings request."""

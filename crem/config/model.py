@@ -1,7 +1,7 @@
 """Settings of the model: backbone, chorus tokens, adapters, prompt and bounds on images.
 
 Sources of defaults, named at each field: *paper* is arXiv 2602.19091; *VLM2Vec-V2* is that project's public recipe for
-the same backbone (Qwen2-VL-2B on 8 H100), used where the paper leaves a value open; *ours* is a choice of this project.
+the same backbone (Qwen2-VL-2B on 8 H100), used where the paper gives no value; *ours* is a choice of this project.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ class PromptConfig(Section):
     system: str = "You are a helpful assistant."
     """System turn; source: paper. An empty string drops the turn."""
     embedding_instruction: str = "Represent the given content for retrieval."
-    """Instruction before the chorus tokens when a row brings none. Source: ours, after VLM2Vec's task instructions."""
+    """Instruction before the chorus tokens for a row without one. Source: ours, after VLM2Vec's task instructions."""
     generation_instruction: str = "Describe the content."
-    """Instruction after the chorus tokens when the caller gives none. Source: ours."""
+    """Instruction after the chorus tokens for a caller without one. Source: ours."""
     max_text_tokens: int = Field(1024, ge=1)
-    """Longer texts are cut at this many tokens, with one warning. Source: ours (VLM2Vec-V2 trains at about 1k)."""
+    """Longer texts are truncated to this many tokens, with one warning. Source: ours (VLM2Vec-V2: about 1k)."""
     max_answer_tokens: int = Field(256, ge=1)
-    """Training answers are cut at this many tokens. Source: ours."""
+    """Training answers are truncated to this many tokens. Source: ours."""
     template_visible: bool = True
-    """Whether Q and A may see the template tokens before the sample (system turn) when z = 1. Source: open in the
-    paper; visible, because they carry nothing of the sample."""
+    """Whether Q and A may see the template tokens before the sample (system turn) when z = 1. Source: ours, because
+    they hold nothing of the sample; the paper does not say."""
 
 
 class ImageConfig(Section):
     """Bounds on images; checked on the header, before pixels are decoded."""
 
     min_pixels: int = Field(4 * 28 * 28, ge=1)
-    """Smaller images are enlarged to this area. Source: VLM2Vec-V2 (4 x 28^2)."""
+    """Smaller images are enlarged to this area in pixels. Source: VLM2Vec-V2 (4 x 28^2)."""
     max_pixels: int = Field(1280 * 28 * 28, ge=1)
-    """Larger images are shrunk to this area. Source: VLM2Vec-V2 (1280 x 28^2)."""
+    """Larger images are reduced to this area in pixels. Source: VLM2Vec-V2 (1280 x 28^2)."""
     max_source_pixels: int = Field(64_000_000, ge=1)
-    """An encoded image that declares more pixels is refused unread. Source: ours."""
+    """An encoded image whose header declares more pixels is rejected before it is decoded. Source: ours."""
     max_source_bytes: int = Field(32 * 2**20, ge=1)
-    """An encoded image with more bytes is refused unread. Source: ours."""
+    """An encoded image with more bytes is rejected before it is decoded. Source: ours."""
     max_images_per_item: int = Field(16, ge=1)
-    """Source: ours."""
+    """More images in one item are an error. Source: ours."""
 
 
 class LoraSettings(Section):
@@ -58,7 +58,7 @@ class LoraSettings(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     """Source: VLM2Vec-V2."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers of the language model that get an adapter. Source: VLM2Vec-V2."""
+    """Linear layers of the language model with an adapter. Source: VLM2Vec-V2."""
 
 
 class BackboneShape(Section):
@@ -86,7 +86,7 @@ class BackboneShape(Section):
             (self.vision_embed_dim, self.vision_num_heads, "vision_embed_dim / vision_num_heads"),
         ):
             if width % heads:
-                raise ValueError(f"{name} = {width} / {heads} is not whole; choose a divisor")
+                raise ValueError(f"{name} = {width} / {heads} is not an integer; choose a divisor")
         head_dim = self.hidden_size // self.num_attention_heads
         if head_dim % 2 or (self.vision_embed_dim // self.vision_num_heads) % 4:
             raise ValueError("rotary embedding needs an even text head size and a vision head size divisible by 4")
@@ -94,18 +94,18 @@ class BackboneShape(Section):
 
 
 class ModelConfig(Section):
-    """Which backbone, how many chorus tokens, what is trained."""
+    """The backbone, the chorus tokens and what is trained."""
 
     backbone: str | None = "Qwen/Qwen2-VL-2B-Instruct"
     """Checkpoint directory, URI or hub name of a Qwen2-VL; ``null`` builds ``scratch``. Source: paper."""
     scratch: BackboneShape | None = None
     """Shape of a backbone trained from scratch; used where ``backbone`` is null."""
     chorus_tokens: int = Field(16, ge=0, le=256)
-    """K. Source: paper, main results. 0 is the baseline without them: the state of an end-of-text token is the
-    embedding, as in VLM2Vec."""
+    """K. Source: paper, main results. 0 is the baseline without them: the hidden state of an end-of-text token
+    is the embedding, as in VLM2Vec."""
     nested_chorus: tuple[int, ...] = ()
-    """Chorus counts K' that training draws from, one for each step; any of them can then be chosen at run time. Empty
-    is only K, as in the paper. Source: ours, after Matryoshka representations (arXiv 2205.13147)."""
+    """Chorus counts K' that training draws from, one per step; each can then be chosen at run time. Empty means K
+    alone, as in the paper. Source: ours, after Matryoshka representations (arXiv 2205.13147)."""
     lora: LoraSettings | None = LoraSettings()
     """``null`` means full fine-tuning. Source: VLM2Vec-V2."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -133,5 +133,5 @@ class ModelConfig(Section):
 
     @property
     def chorus_counts(self) -> tuple[int, ...]:
-        """The chorus counts that a model of this configuration can be used with, ascending."""
+        """The chorus counts that a model of this configuration supports, ascending."""
         return tuple(sorted(set(self.nested_chorus))) or (self.chorus_tokens,)

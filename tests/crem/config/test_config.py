@@ -112,7 +112,7 @@ def test_unknown_keys_name_the_nearest(override: str, hint: str) -> None:
         ("train.min_workers=9", "train.min_workers=9 is above train.workers=8"),
         ("train.min_workers=3", r"multiple of train.workers=7 \(every number of workers from train.min_workers=3\)"),
         ("train.zero_stage=4", "train.zero_stage"),
-        ("train.offload=all", "train.zero_stage=3 or more, and it is 2"),
+        ("train.offload=all", "train.zero_stage=3 or more; it is 2"),
         ("train.offload=disk", "train.offload"),
         ("train.steps", "section.key=value"),
         ("model.scratch={}", "exactly one"),
