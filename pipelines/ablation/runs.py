@@ -177,7 +177,7 @@ class Run:
             with start_lock:
                 session.connect()
         trained = train(inputs.prepared, folder.uri, self.config, resume=True)
-        return trained["model"], trained["metrics"]
+        return trained.model, dict(trained.metrics)
 
     def _evaluate(
         self, model: str, rows: PreparedRows, inputs: AblationInputs, train_s: float, losses: dict[str, JsonValue]
