@@ -17,7 +17,7 @@ __all__ = ["CheckpointWriter", "PartStore"]
 
 
 class PartStore(Protocol):
-    """Takes one rank's part of each checkpoint and stores it while training goes on."""
+    """Takes one rank's part of each checkpoint and stores it while training continues."""
 
     def make_room(self) -> None:
         """Called before a part is written: the one before it must leave the local disk."""

@@ -22,9 +22,9 @@ def export(engine: Any, collator: Collator, folder: str | Path) -> str:
 
 
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
-    """Whole weights of the module on the CPU of rank 0; an empty dict on the other ranks.
+    """Unpartitioned weights of the module on the CPU of rank 0; an empty dict on the other ranks.
 
-    Partitioned parameters (ZeRO-3) are gathered one by one, so a device never holds more than one of them whole.
+    Partitioned parameters (ZeRO-3) are gathered one by one, so a device never holds more than one of them in full.
     """
     import deepspeed
 

@@ -34,10 +34,10 @@ def train_loop(
     start_step: int,
     device: torch.device,
 ) -> None:
-    """Make the steps ``start_step`` … ``config.train.steps`` - 1.
+    """Run the steps ``start_step`` … ``config.train.steps`` - 1.
 
     Args:
-        engine: of DeepSpeed, or a stand-in with what is used of it.
+        engine: DeepSpeed's, or a stand-in with the same methods.
         batches: this rank's share of each step in its chunks, the first being that of ``start_step``.
         callbacks: called in this order.
 

@@ -24,7 +24,7 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
     """DeepSpeed's configuration for ``ranks`` workers on ``device`` ("cpu" or "cuda")."""
     optim, train = config.optim, config.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
-    # pinned memory is for copies beside the computation, which only a GPU has
+    # pinned memory lets copies overlap with computation, which only a GPU does
     host = {"device": "cpu", "pin_memory": device != "cpu"}
     if train.offload != "none":
         zero["offload_optimizer"] = host
@@ -54,7 +54,7 @@ def deepspeed_config(config: RunConfig, ranks: int, device: str) -> dict[str, An
 
 
 def learning_rate_share(step: int, warmup_steps: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: up from 0, then down to 0 after the last step, both linear.
+    """Share of the peak learning rate at a step: linear warm-up from 0, then linear decay to 0 after the last step.
 
     Source: transformers' linear schedule, which VLM2Vec-V2 trains with. (DeepSpeed's WarmupDecayLR stays at 0 for the
     first two steps and knows no schedule without warm-up.)
@@ -83,7 +83,7 @@ def initialise(model: CremModel, config: RunConfig, device: torch.device) -> Any
     import deepspeed.ops
 
     # On CPU DeepSpeed would compile a shared-memory reduction that only its inference calls. A process that is killed
-    # while it compiles leaves torch's lock file behind, and every later start on that machine waits for it for ever.
+    # while it compiles leaves torch's lock file behind, and every later start on that machine waits for it forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if config.train.compile:
         compile_layers(model.core)

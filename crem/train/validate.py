@@ -30,7 +30,7 @@ class Validation(Callback):
     """Every ``train.validate_every`` steps and after the last; adds its terms to the progress of the interval.
 
     Args:
-        batches: gives this rank's rows (``validate``), anew for each validation.
+        batches: called for each validation; returns the batches of ``validate``.
     """
 
     def __init__(

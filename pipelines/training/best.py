@@ -31,12 +31,12 @@ class BestRecord:
     validation: ValidationResult
 
     def as_dict(self) -> dict[str, float | str]:
-        """The file's keys; the terms of the validation stand beside the others."""
+        """The file's keys; the validation terms are top-level keys, too."""
         return {"step": self.step, "fingerprint": self.fingerprint, **self.validation.as_dict()}
 
 
 class BestModel(Callback):
-    """Exports the model after each validation whose loss is the lowest so far; stands after ``Validation``.
+    """Exports the model after each validation whose loss is the lowest so far; comes after ``Validation``.
 
     Every rank has one. Rank 0 decides for all, because an export is a collective.
 

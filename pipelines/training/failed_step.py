@@ -48,7 +48,7 @@ class FailedRow:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """As in the file: the texts stand beside the other fields."""
+        """As in the file, where the texts are fields of the row."""
         own = {"id": self.id, "source": self.source, "task": self.task, "z": self.z}
         return {**own, **self.texts, "images": self.images}
 

@@ -106,7 +106,7 @@ class Follower:
             case WorkerWarning(text):
                 log.warning("%s", text)
             case Resumed(step, workers):
-                log.info("going on at step %d (%d workers)", step, workers)
+                log.info("resuming at step %d (%d workers)", step, workers)
             case Exported():
                 self.exported = message
             case Progress():

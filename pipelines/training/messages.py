@@ -1,4 +1,4 @@
-"""What passes between the driver and the workers of a run: the specification one way, messages the other."""
+"""What passes between the driver and the workers of a run: a specification to the workers, messages to the driver."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class MetricsLog:
         if self._tracker is not None:
             try:
                 self._tracker.close(failed=failed)
-            except Exception:  # a trained model is not thrown away because a tracker's server is gone
+            except Exception:  # the trained model counts more than the tracker's record of it
                 log.warning("the tracker's run could not be ended", exc_info=True)
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank stands among the others."""
+    """A rank among the others of its start."""
 
     rank: int
     ranks: int

@@ -7,7 +7,7 @@ The driver, below, reads the rows and starts the workers (``worker.py``); the st
     model/           the trained checkpoint              checkpoints/                   ``checkpoints.py``
     best/, best.json the model of the lowest validation  report.html                    curves, configuration, data
 
-A run whose workers died is started again by Ray Train, and one that was killed as a whole with ``resume``: the workers
+Ray Train restarts a run whose workers died; ``resume`` restarts one that was killed entirely. Either way the workers
 take the newest good checkpoint, and the order of rows is a pure function of seed and step (``crem.data.mixing``), so
 the run continues as if it had not stopped. The number of workers may change from one start to the next.
 """

@@ -86,7 +86,8 @@ class Uploads:
                     if failures == 1:
                         self._warn(
                             f"the checkpoint of step {step} is not written: {self._checkpoints.folder.uri} failed rank "
-                            f"{self._rank} ({error}); trying again until the next one is due. Training goes on"
+                            f"{self._rank} ({error}). Training continues; the upload is tried again until the next "
+                            "checkpoint is due"
                         )
                 if self._give_up.wait(pause_s):
                     self._warn(

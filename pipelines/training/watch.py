@@ -105,7 +105,7 @@ class _Board:
         if known and known[0].created > beat.created:
             return  # a late one of a worker that has been replaced
         self._last[beat.rank] = (beat, time.monotonic())
-        if len(self._last) > beat.ranks:  # the run goes on with fewer workers
+        if len(self._last) > beat.ranks:  # the run continues with fewer workers
             self._last = {rank: entry for rank, entry in self._last.items() if rank < beat.ranks}
 
     def read(self) -> tuple[list[Heartbeat], list[float]]:
@@ -197,8 +197,8 @@ class HangWatch:
             return
         others = "; ".join(f"rank {b.rank} at step {b.step}, {b.phase}" for b in heartbeats if b.rank != beat.rank)
         log.error(
-            "%s hangs: %s (train.hang_timeout_s). State of the process: %s. %s. It is killed; train.max_failures says "
-            "how often a run starts again from its last checkpoint.%s",
+            "%s hangs: %s (train.hang_timeout_s). State of the process: %s. %s. It is killed; train.max_failures is "
+            "how often a run restarts from its last checkpoint.%s",
             *(beat, reason, state, others or "there are no other ranks", f"\n{stacks}" if stacks else ""),
         )
 

@@ -71,7 +71,7 @@ def started(*overrides: str, chunks: int = 1) -> tuple[RunConfig, Engine, Collat
 def run(
     config: RunConfig, engine: Engine, collator: Collator, chunks: int = 1, *, before: tuple[Callback, ...] = ()
 ) -> list[Progress]:
-    """The progress of a run whose other callbacks stand before the report."""
+    """The progress of a run whose other callbacks come before the report."""
     reported: list[Progress] = []
     batches = (share(collator, "mixed", step, 0, 1, chunks) for step in range(config.train.steps))
     callbacks = [*before, ProgressReport(config.train, reported.append)]
@@ -245,7 +245,7 @@ def test_the_loop_stops_before_a_checkpoint_of_a_broken_model() -> None:
 
 
 def validate_on_rank(number: int, folder: Path) -> None:
-    """ZeRO-3: rank 1 has an image in none of its rows. A step follows, so training goes on after a validation."""
+    """ZeRO-3: rank 1 has an image in none of its rows. A step follows, so training continues after a validation."""
     from crem.train.optim import initialise
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -253,11 +253,11 @@ def validate_on_rank(number: int, folder: Path) -> None:
     model, collator = build_model(config.model, texts=TEXTS)
     engine = initialise(model.train(), config, CPU)
     rows = pairs("no images")[number * ROWS // 2 : (number + 1) * ROWS // 2]
-    held = [tuple(collator.examples([replace(p, z=z) for p in rows]) for z in (False, True))]
-    before = validate(engine, held, config.loss, CPU)  # type: ignore[arg-type]
+    batches = [tuple(collator.examples([replace(p, z=z) for p in rows]) for z in (False, True))]
+    before = validate(engine, batches, config.loss, CPU)  # type: ignore[arg-type]
     train_step(engine, share(collator, "no images", 0, number, 2), config.loss)
     train_step(engine, share(collator, "no images", 1, number, 2), config.loss)
-    after = validate(engine, held, config.loss, CPU)  # type: ignore[arg-type]
+    after = validate(engine, batches, config.loss, CPU)  # type: ignore[arg-type]
     (folder / f"{number}.json").write_text(json.dumps([before.as_dict(), after.as_dict()]))
 
 

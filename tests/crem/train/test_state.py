@@ -59,11 +59,11 @@ def leg(number: int, folder: Path, backbone: str, leg: int) -> None:
         engine = initialise(model, config, torch.device("cpu"))
         start = leg * LEG_STEPS
         if leg:
-            held = folder / f"{name} {start}"
+            checkpoint = folder / f"{name} {start}"
             if number == 0:
-                convert(held, ranks)
+                convert(checkpoint, ranks)
             dist.barrier()
-            assert load_state(engine, held, run="r") == start
+            assert load_state(engine, checkpoint, run="r") == start
         losses = []
         for step in range(start, start + LEG_STEPS):
             chunks = share(collator, CASES[step % 4], step, number, ranks)

@@ -128,7 +128,7 @@ def test_an_upload_that_fails_is_tried_again(tmp_path: Path) -> None:
     uploads.finish()
     assert [f.step for f in checkpoints.complete()] == [1]
     assert len(warnings) == 2 and "is not written" in warnings[0] and "after all" in warnings[1]
-    assert not (tmp_path / "local").exists(), "the local copy goes when it is uploaded"
+    assert not (tmp_path / "local").exists(), "the local copy is removed after the upload"
 
 
 def test_a_failing_upload_gives_way_to_the_next_checkpoint(tmp_path: Path) -> None:

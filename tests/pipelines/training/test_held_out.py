@@ -55,13 +55,13 @@ def ids(rows: PreparedRows | None) -> list[int]:
 
 def test_training_rows_are_held_out_by_the_hash_of_their_id() -> None:
     rows = rows_of(*["train"] * 400)
-    training, held = split_rows(rows, config("train.validation_rows=20"))
+    training, held_out = split_rows(rows, config("train.validation_rows=20"))
     by_hash = [int(i) for i in np.argsort(hash_of(np.arange(400)))]
-    assert sorted(ids(held)) == sorted(by_hash[:20])
-    assert sorted(ids(training) + ids(held)) == list(range(400))
+    assert sorted(ids(held_out)) == sorted(by_hash[:20])
+    assert sorted(ids(training) + ids(held_out)) == list(range(400))
     other = config("train.validation_rows=20", "train.seed=9", "train.workers=4", "train.global_batch=64")
-    assert ids(split_rows(rows, other)[1]) == ids(held), "no other setting changes which"
-    assert Counter("first" if i < 200 else "second" for i in ids(held)).most_common()[-1][1] >= 5, "of every source"
+    assert ids(split_rows(rows, other)[1]) == ids(held_out), "no other setting changes which"
+    assert Counter("first" if i < 200 else "second" for i in ids(held_out)).most_common()[-1][1] >= 5, "of every source"
     planned = np.concatenate([training.plan(config()).step(s).rows for s in range(80)])
     assert set(np.array(ids(training))[planned]) == set(ids(training)), "all of the rest is trained on, and only that"
 
@@ -72,37 +72,37 @@ def test_at_most_a_tenth_is_held_out() -> None:
 
 def test_a_split_of_its_own_leaves_the_training_rows_alone() -> None:
     rows = rows_of(*["train", "train_b", "validation", "validation_b"] * 25)
-    training, held = split_rows(rows, config("train.validation_rows=30"))
+    training, held_out = split_rows(rows, config("train.validation_rows=30"))
     assert len(ids(training)) == 50 and {i % 4 for i in ids(training)} == {0, 1}
-    assert len(ids(held)) == 30 and {i % 4 for i in ids(held)} == {2, 3}
+    assert len(ids(held_out)) == 30 and {i % 4 for i in ids(held_out)} == {2, 3}
     texts = set(training_texts(rows))
     assert "target 1" in texts and "target 2" not in texts
 
 
 @pytest.mark.parametrize("off", ["train.validation_rows=0", "train.validate_every=0"])
 def test_without_validation_nothing_is_held_out(off: str) -> None:
-    training, held = split_rows(rows_of(*["train"] * 40), config(off))
-    assert held is None and len(ids(training)) == 40
+    training, held_out = split_rows(rows_of(*["train"] * 40), config(off))
+    assert held_out is None and len(ids(training)) == 40
 
 
 def test_too_few_rows_are_no_validation() -> None:
-    training, held = split_rows(rows_of(*["train"] * 12), config())
-    assert held is None and len(ids(training)) == 12
+    training, held_out = split_rows(rows_of(*["train"] * 12), config())
+    assert held_out is None and len(ids(training)) == 12
 
 
 @pytest.mark.parametrize(("count", "ranks", "chunk_rows"), [(40, 2, 0), (37, 4, 2), (5, 4, 1), (9, 1, 4)])
 def test_ranks_share_the_rows_in_equally_many_batches(count: int, ranks: int, chunk_rows: int) -> None:
     c = config(f"train.chunk_rows={chunk_rows}", f"train.workers={ranks}")
-    _, held = split_rows(rows_of(*["validation"] * count, *["train"] * 20), c)
-    assert held is not None
+    _, held_out = split_rows(rows_of(*["validation"] * count, *["train"] * 20), c)
+    assert held_out is not None
     _, collator = build_model(c.model, texts=TEXTS)
-    shares = [list(validation_batches(held, c, collator, rank=r, ranks=ranks)) for r in range(ranks)]
+    shares = [list(validation_batches(held_out, c, collator, rank=r, ranks=ranks)) for r in range(ranks)]
     assert len({len(share) for share in shares}) == 1 and len(shares[0]) > 0
     pairs = [(native, compressed) for share in shares for native, compressed in share]
     targets = sum(len(native.queries) for native, _ in pairs)
-    assert targets == sum(t is not None for t in held.table.column("target").to_pylist())
+    assert targets == sum(t is not None for t in held_out.table.column("target").to_pylist())
     assert not any(native.z.any() for native, _ in pairs)
-    answered = sum(a is not None for a in held.table.column("answer").to_pylist())
+    answered = sum(a is not None for a in held_out.table.column("answer").to_pylist())
     assert sum(int(compressed.z.sum()) for _, compressed in pairs) == answered
 
 
@@ -116,15 +116,17 @@ def test_the_rows_of_a_failed_step(tmp_path: Path) -> None:
     assert (saved["step"], saved["loss"], saved["retrieval"]) == (5, "nan", 1.5)
     for rank in (0, 1):
         share = rows.plan(c).step(5, rank=rank, ranks=2)
-        held = saved["ranks"][rank]
-        assert held["rank"] == rank and len(held["rows"]) == 8
-        assert [row["id"] for row in held["rows"]] == rows.table.column("id").to_numpy()[share.rows].tolist()
-        assert [row["z"] for row in held["rows"]] == share.z.tolist()
-        assert all(row["query"].startswith(f"query {row['id']} ") and len(row["query"]) == 80 for row in held["rows"])
+        saved_share = saved["ranks"][rank]
+        assert saved_share["rank"] == rank and len(saved_share["rows"]) == 8
+        assert [row["id"] for row in saved_share["rows"]] == rows.table.column("id").to_numpy()[share.rows].tolist()
+        assert [row["z"] for row in saved_share["rows"]] == share.z.tolist()
+        assert all(
+            row["query"].startswith(f"query {row['id']} ") and len(row["query"]) == 80 for row in saved_share["rows"]
+        )
 
 
 def test_the_table_of_the_data() -> None:
-    training, held = rows_of(*["train"] * 12), rows_of(*["validation"] * 4)
-    mix = data_mix(training, held)
+    training, held_out = rows_of(*["train"] * 12), rows_of(*["validation"] * 4)
+    mix = data_mix(training, held_out)
     assert sum(m.rows for m in mix) == 12 and sum(m.held_out for m in mix) == 4
     assert mix[0] == DataMixRow("first", "t", rows=4, pairs=4, answers=2, held_out=1)

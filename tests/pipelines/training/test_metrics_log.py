@@ -1,4 +1,4 @@
-"""Metrics of a run: files always, trackers where they are installed and asked for, and the page."""
+"""Metrics of a run: files always, trackers if they are installed and set, and the page."""
 
 from __future__ import annotations
 

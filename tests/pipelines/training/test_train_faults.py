@@ -203,7 +203,7 @@ def test_a_killed_worker_is_replaced_and_the_run_is_the_same(prepared: str, refe
         job.kill_worker()
         finished(job)
     assert job.starts() == 4, "two workers, twice"
-    assert "going on at step 4 (2 workers)" in job.output()
+    assert "resuming at step 4 (2 workers)" in job.output()
     same(job, reference)
     for step, entry in before.items():
         assert entry["loss"] == pytest.approx(reference.metrics()[step]["loss"], rel=1e-6)
@@ -264,8 +264,10 @@ def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: P
         finished(undisturbed)
     dice = random.Random(stage)
     with Job(prepared, tmp_path / "run", tmp_path, *settings, step_s=0.3, upload_s=0.5) as job:
-        held = checkpoints(job)
-        job.wait_for(lambda: set(held.folder.folders()) - {f.name for f in held.complete()}, "an incomplete checkpoint")
+        stored = checkpoints(job)
+        job.wait_for(
+            lambda: set(stored.folder.folders()) - {f.name for f in stored.complete()}, "an incomplete checkpoint"
+        )
     for _ in range(2):
         goal = max(job.metrics(), default=0) + dice.randint(1, 3)
         with Job(prepared, tmp_path / "run", tmp_path, *settings, step_s=0.3, upload_s=0.3, resume=True) as job:
@@ -274,8 +276,8 @@ def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: P
     with Job(prepared, tmp_path / "run", tmp_path, *settings, resume=True) as job:
         finished(job)
     same(job, undisturbed)
-    assert [f.step for f in held.complete()] == [12, 10, 8]
-    assert len(held.folder.folders()) == 3, "incomplete ones are gone"
+    assert [f.step for f in stored.complete()] == [12, 10, 8]
+    assert len(stored.folder.folders()) == 3, "incomplete ones are gone"
 
 
 @pytest.mark.slow
@@ -335,8 +337,8 @@ def test_the_s3_server_dies_during_an_upload(
 ) -> None:
     out = f"s3://{s3_server.bucket}/faults/run"
     with Job(prepared, out, tmp_path, step_s=1, upload_s=0.5) as job:
-        held = checkpoints(job)
-        job.wait_for(lambda: held.folder.folders(), "an upload begins")
+        stored = checkpoints(job)
+        job.wait_for(lambda: stored.folder.folders(), "an upload begins")
         s3_server.kill()
         try:
             job.wait_for(lambda: "is not written" in job.output(), "the failed upload is reported")
@@ -344,14 +346,16 @@ def test_the_s3_server_dies_during_an_upload(
             s3_server.start()
         finished(job)
     same(job, reference)
-    found = held.complete()
+    found = stored.complete()
     assert found[0].step == 12
     for number, checkpoint in enumerate(found):
         local = tmp_path / "fetched" / str(number)
-        held.fetch(checkpoint, [name for manifest in checkpoint.manifests for name in manifest.files], local)
+        stored.fetch(checkpoint, [name for manifest in checkpoint.manifests for name in manifest.files], local)
         assert verify(local).step == checkpoint.step
-    objects = held.folder.fs.find(held.folder.path())  # the server itself may keep an empty folder of an upload it lost
-    left = {file.removeprefix(held.folder.path("")).split("/")[0] for file in objects}
+    objects = stored.folder.fs.find(
+        stored.folder.path()
+    )  # the server itself may keep an empty folder of an upload it lost
+    left = {file.removeprefix(stored.folder.path("")).split("/")[0] for file in objects}
     assert left == {f.name for f in found}, f"the incomplete one is gone: {objects} {job.output()[-2000:]}"
     assert crem.load(f"{out}/model").fingerprint == crem.load(f"{reference.out.uri}/model").fingerprint
 
@@ -363,11 +367,11 @@ def test_resume_from_s3_skips_an_incomplete_checkpoint(
     """The job and the server die together while a checkpoint is being written."""
     out = f"s3://{s3_server.bucket}/faults/both"
     with Job(prepared, out, tmp_path, step_s=0.5, upload_s=1) as job:
-        held = checkpoints(job)
-        job.wait_for(lambda: any(f.startswith("step-00000008") for f in held.folder.folders()), "the second upload")
+        stored = checkpoints(job)
+        job.wait_for(lambda: any(f.startswith("step-00000008") for f in stored.folder.folders()), "the second upload")
         job.kill()
     s3_server.restart()
-    assert [f.step for f in held.complete()] == [4]
+    assert [f.step for f in stored.complete()] == [4]
     with Job(prepared, out, tmp_path, resume=True) as job:
         finished(job)
     same(job, reference)
