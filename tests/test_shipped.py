@@ -57,5 +57,5 @@ def test_it_finds_drawings_of_a_vendor_that_it_never_saw(micro: crem.Crem, choru
 def test_another_count_is_refused_and_each_has_its_fingerprint(micro: crem.Crem) -> None:
     with pytest.raises(ConfigError, match=r"1, 4, 8, 16, 32 chorus tokens, not with 5"):
         micro.embed(["apple"], chorus_tokens=5)
-    marks = {describe("crem-micro", count).fingerprint for count in (1, 4, 8, 16, 32)}
-    assert len(marks) == 5 and describe("crem-micro").fingerprint == micro.fingerprint in marks
+    fingerprints = {describe("crem-micro", count).fingerprint for count in (1, 4, 8, 16, 32)}
+    assert len(fingerprints) == 5 and describe("crem-micro").fingerprint == micro.fingerprint in fingerprints

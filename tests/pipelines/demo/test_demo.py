@@ -30,14 +30,14 @@ def demo(out: Path) -> str:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one short demo, which did not exist before."""
     folder = tmp_path_factory.mktemp("fresh") / "demo"
-    shown = demo(folder)
-    assert "report.html" in shown and "text_to_image" in shown
+    printed = demo(folder)
+    assert "report.html" in printed and "text_to_image" in printed
     return folder
 
 
 def test_demo_leaves_a_report_of_the_shipped_model(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
-    # what was served and answered is the shipped model; what was trained just now is told apart from it
+    # the shipped model is evaluated and served; the one trained just now is reported beside it
     assert crem.load(out / "model").fingerprint == crem.load("crem-micro").fingerprint
     assert report["evaluation"]["fingerprint"] == crem.load("crem-micro").fingerprint
     assert report["short"]["fingerprint"] == crem.load(out / "run" / "model").fingerprint

@@ -172,40 +172,42 @@ def test_texts_are_clean_and_short(rows: list[Row]) -> None:
             assert text is None or (text and text == text.strip() and len(text) <= 80), (row["key"], column, text)
 
 
-def test_every_drawing_asks_for_up_to_three_others_of_its_concept(
+def test_every_drawing_is_the_query_of_up_to_three_others_of_its_concept(
     train: list[Row], held_out: set[str], drawn: dict[str, set[str]]
 ) -> None:
-    asked = defaultdict(list)
+    targets = defaultdict(list)
     for row in train:
         if row["task"] == "image_to_image":
             (query,), (target,) = row["query_images"], row["target_images"]
             assert _code(query) == _code(target)
-            asked[query].append(Path(target).parent.name)
+            targets[query].append(Path(target).parent.name)
     vendors_of = Counter(code for codes in drawn.values() for code in codes - held_out)
-    assert asked.keys() == {f"{v}/{code}.webp" for v, codes in drawn.items() for code in codes - held_out}
-    for query, others in asked.items():
+    assert targets.keys() == {f"{v}/{code}.webp" for v, codes in drawn.items() for code in codes - held_out}
+    for query, others in targets.items():
         assert Path(query).parent.name not in others
         assert len(others) == len(set(others)) == min(3, vendors_of[_code(query)] - 1), query
-    chosen = Counter(vendor for others in asked.values() for vendor in others)
+    chosen = Counter(vendor for others in targets.values() for vendor in others)
     for vendor in TRAIN_VENDORS:  # by chance, not always the first of the list
         assert 2 <= chosen[vendor] / len(drawn[vendor] - held_out) <= 4, (vendor, chosen)
 
 
 def test_tags_alone_name_one_concept(train: list[Row], listed: dict) -> None:
     words = {code: {line["label"], *line["tags"].split("|")} for code, line in listed.items()}
-    asked = [row for row in train if row["task"] == "text_to_image" and "/tags/" in row["key"]]
-    assert len(asked) > len(listed)
-    for row in asked:
+    tagged = [row for row in train if row["task"] == "text_to_image" and "/tags/" in row["key"]]
+    assert len(tagged) > len(listed)
+    for row in tagged:
         tags = set(row["query_text"].split(", "))
         meant = [code for code, known in words.items() if tags <= known]
         assert meant == [_code(row["target_images"][0])], row["query_text"]
 
 
-def test_every_drawing_and_some_texts_are_asked_about_and_half_after_the_group(train: list[Row], listed: dict) -> None:
+def test_all_drawings_and_some_texts_have_a_question_and_half_are_about_the_group(
+    train: list[Row], listed: dict
+) -> None:
     pairs = [row for row in train if row["task"] != "caption" and row["question"]]
-    silent = [row for row in train if not row["question"]]
-    assert {row["task"] for row in silent} == {"text_to_image"}
-    assert len(silent) < 0.8 * sum(row["task"] == "text_to_image" for row in train)
+    unquestioned = [row for row in train if not row["question"]]
+    assert {row["task"] for row in unquestioned} == {"text_to_image"}
+    assert len(unquestioned) < 0.8 * sum(row["task"] == "text_to_image" for row in train)
     kind_of = {wording: kind for kind, wordings in QUESTIONS.items() for wording in wordings}
     kinds = Counter()
     for row in pairs:
@@ -237,12 +239,12 @@ def test_captions_have_no_target_and_other_tags_than_the_pairs(train: list[Row])
 
 def test_the_evaluated_question_and_the_share_of_its_commonest_answer(test: list[Row], listed: dict) -> None:
     for split in ("test_vendor", "test_concept"):
-        asked = [row for row in test if row["split"] == split and row["question"]]
-        assert {(row["task"], row["question"]) for row in asked} == {("image_to_text", GROUP_QUESTION)}
-        assert all(row["answer"] == listed[_code(row["query_images"][0])]["group"] for row in asked)
-        answers = Counter(row["answer"] for row in asked)
+        questions = [row for row in test if row["split"] == split and row["question"]]
+        assert {(row["task"], row["question"]) for row in questions} == {("image_to_text", GROUP_QUESTION)}
+        assert all(row["answer"] == listed[_code(row["query_images"][0])]["group"] for row in questions)
+        answers = Counter(row["answer"] for row in questions)
         assert len(answers) == 9
-        assert 0.15 < max(answers.values()) / len(asked) < 0.25  # what naming the commonest group would score
+        assert 0.15 < max(answers.values()) / len(questions) < 0.25  # score of always naming the commonest group
 
 
 # ---- images and files -----------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def test_every_image_decodes_and_shows_something(images: dict[str, bytes]) -> No
 
 
 def test_rows_use_every_image_and_no_other(rows: list[Row], images: dict[str, bytes], held_out: set[str]) -> None:
-    unused = {f"fluent/{code}.webp" for code in held_out}  # neither trained on nor asked with
+    unused = {f"fluent/{code}.webp" for code in held_out}  # neither trained on nor a query
     assert _images_of(rows) == images.keys() - unused
 
 

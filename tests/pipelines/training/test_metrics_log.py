@@ -1,4 +1,4 @@
-"""Metrics of a run: files always, trackers if they are installed and set, and the page."""
+"""Metrics of a run: files always, and trackers if they are installed and set."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crem.config import load_config
 from crem.errors import ConfigError
 from crem.train.progress import Progress, ValidationResult
-from pipelines.reports.training_page import write_training_report
 from pipelines.tables.storage import Folder
 from pipelines.training.follow import duration, progress_line
 from pipelines.training.metrics_log import MetricsLog, read_metrics
@@ -41,10 +39,6 @@ PLAIN = {
 
 def progress(step: int, validation: ValidationResult | None = None, **terms: float) -> Progress:
     return Progress(step=step, **PLAIN | terms, validation=validation)  # type: ignore[arg-type]
-
-
-def entry(step: int, **terms: float) -> dict[str, float | None]:
-    return {**progress(step, **terms).as_dict()}
 
 
 def test_files_of_every_run(tmp_path: Path) -> None:
@@ -115,32 +109,3 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     files = list(tmp_path.glob(f"wandb/offline-run-*-{known}/run-{known}.wandb"))
     assert len(files) == 2 and all(b"train/tokens_per_s" in file.read_bytes() for file in files)
-
-
-def write_page(folder: Path, metrics: list[dict[str, float | None]], state: str) -> str:
-    mix = [
-        {"source": "emoji", "task": f"task {i}", "rows": 4000 - i, "pairs": 10, "answers": 3, "held_out": 7}
-        for i in range(3)
-    ]
-    config = load_config("micro", ["model.prompt.system=<b>&"])
-    write_training_report(Folder.at(folder), config, metrics, mix=mix, state=state, seconds=90.0, result=None)
-    return (folder / "report.html").read_text()
-
-
-def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    steps = np.arange(10, 210, 10)
-    metrics = [entry(int(s), loss=5 * float(np.exp(-s / 90)), retrieval=float(4 / s)) for s in steps]
-    metrics[9] |= {"validation/loss": 3.25, "validation/precision_at_1": 0.5, "validation/retrieval": 2.0}
-    metrics[19] |= {"validation/loss": 3.5, "validation/precision_at_1": 0.6, "validation/retrieval": 2.5}
-    metrics[3]["alignment"] = None
-    page = write_page(tmp_path, metrics, "running")
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    )
-    assert "<script" not in page and "<b>&</td>" not in page and "&lt;b&gt;&amp;" in page
-    assert page.count("<svg") == 1 and "3.25" in page and "step 100" in page and "11,997" in page
-
-
-def test_the_page_of_a_run_that_failed_at_once(tmp_path: Path) -> None:
-    page = write_page(tmp_path, [], "failed: the loss of step 3 is nan")
-    assert "failed: the loss of step 3 is nan" in page and "<svg" not in page
