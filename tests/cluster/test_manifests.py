@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-import crem.cli.jobs  # noqa: F401 (registers the jobs)
+import crem.cli  # noqa: F401 (registers the jobs)
 from crem.cli.command_line import parse
 from crem.config import load_config
 from crem.errors import ConfigError
