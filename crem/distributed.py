@@ -30,8 +30,8 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def gather_rows(rows_ND: Tensor) -> Tensor:
     """Rows of all ranks in rank order, [sum of N, ...]; only this rank's own rows carry gradient.
 
-    Ranks may hold different numbers of rows. Every rank that computes the same global loss from the result thereby gets
-    the exact gradient for its own rows, and the sum over ranks is the gradient of one process with the whole batch.
+    Ranks may have different numbers of rows. Every rank that computes the same global loss from the result gets the
+    exact gradient of its own rows, and the sum over ranks is the gradient of one process with the entire batch.
     """
     ranks = world_size()
     if ranks == 1:

@@ -1,5 +1,5 @@
-"""A local copy of a checkpoint: a folder as it is, one that comes with crem, a cached download of an fsspec URI, or a
-hub snapshot."""
+"""A local copy of a checkpoint: a local folder, a checkpoint shipped with crem, a cached download of an fsspec URI, or
+a hub snapshot."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = ["MODELS", "SHIPPED", "local_copy", "shipped"]
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-"""Checkpoints that come with crem, by name: ``crem-micro`` and the backbone that it was trained from."""
+"""Checkpoints shipped with crem, by name: ``crem-micro`` and the backbone it was trained from."""
 MODELS = Path(".cache", "crem", "models")
-"""Where downloads are kept, from the home folder; the manifests mount a volume above it."""
+"""Folder of downloads, relative to the home folder; the Kubernetes manifests mount a volume above it."""
 
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README*"]
 
 
 def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> Path:
-    """A local folder with the checkpoint: itself, a shipped one by its name, a cached download, or a hub snapshot.
+    """A local folder with the checkpoint: the given one, a shipped one by its name, a cached download, a hub snapshot.
 
-    A download goes to a partial folder first and is renamed when complete; of several processes of a node that ask at
-    once, one downloads and the others wait for it. A changed checkpoint at the same URI has another listing (size, mark
-    or date of a file) and is downloaded anew.
+    A download goes to a partial folder first and is renamed when complete; of several processes on a node, one
+    downloads and the others wait. A changed checkpoint at the same URI has another listing (size, ETag or date of a
+    file) and is downloaded again.
 
     Raises:
-        CheckpointError: nothing is there, or it cannot be downloaded.
+        CheckpointError: there is no checkpoint, or it cannot be downloaded.
     """
     named = os.fspath(path_or_uri)
     if os.path.isdir(named):
@@ -46,7 +46,7 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
     if folder := shipped(named):
         return folder
     if "://" not in named:
-        # "organisation/model" is a hub's name, unless there is a folder "organisation" here
+        # "organisation/model" is a name on the hub, unless a folder "organisation" exists here
         if named.startswith((".", "/", "~")) or named.count("/") != 1 or os.path.isdir(os.path.dirname(named)):
             raise _missing(named)
         return _hub_copy(named)
@@ -58,9 +58,9 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
     except Exception as error:
         raise CheckpointError(f"cannot read {named!r}: {type(error).__name__}: {error}") from error
     if not listing:
-        raise CheckpointError(f"no checkpoint at {named!r}: nothing is there")
-    marks = [[f, i["size"], str(i.get("ETag") or i.get("mtime") or i.get("LastModified"))] for f, i in listing]
-    key = hashlib.sha256(json.dumps([named, marks]).encode()).hexdigest()[:24]
+        raise CheckpointError(f"no checkpoint at {named!r}: the location is empty")
+    versions = [[f, i["size"], str(i.get("ETag") or i.get("mtime") or i.get("LastModified"))] for f, i in listing]
+    key = hashlib.sha256(json.dumps([named, versions]).encode()).hexdigest()[:24]
     target = cache / key
     if not target.is_dir():
         logger.info("downloading %s (%.1f MB)", named, sum(i["size"] for _, i in listing) / 1e6)
@@ -71,25 +71,25 @@ def local_copy(path_or_uri: str | Path, *, cache: str | Path | None = None) -> P
                     _download(fs, root, [file for file, _ in listing], target)
         except CheckpointError:
             raise
-        except Exception as error:  # botocore's and the operating system's alike
+        except Exception as error:  # botocore and OS errors alike
             raise CheckpointError(f"downloading {named!r} failed: {type(error).__name__}: {error}") from error
     return target
 
 
 def shipped(name: str) -> Path | None:
-    """The folder of a checkpoint that comes with crem."""
+    """The folder of a checkpoint shipped with crem, by its name."""
     folder = SHIPPED / name
     return folder if os.path.basename(name) == name and (folder / "config.json").is_file() else None
 
 
 def _download(fs: Any, root: str, files: list[str], target: Path) -> None:
-    """Download ``files`` below ``root`` into the folder ``target``, which appears when it is complete."""
+    """Download ``files`` below ``root`` into the folder ``target``, which is created complete or not at all."""
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the caller holds the lock
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process; the caller has the lock
     try:
         for file in files:
             name = file.removeprefix(root).lstrip("/")
-            if ".." in PurePosixPath(name).parts:  # an object store takes any name; a local path would lead outside
+            if ".." in PurePosixPath(name).parts:  # object stores allow it; a local path would leave the folder
                 raise CheckpointError(f"{file!r} has a '..' in its name and is not downloaded; rename or remove it")
             to = partial / name
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _download(fs: Any, root: str, files: list[str], target: Path) -> None:
 
 
 def _missing(named: str) -> CheckpointError:
-    """The error for a local folder that is not there, with the name that was probably meant."""
+    """The error for a missing local folder, with the nearest existing name."""
     parent, name = os.path.split(named.rstrip("/"))
     try:
         near = difflib.get_close_matches(name, [e.name for e in os.scandir(parent or ".") if e.is_dir()], n=1)
@@ -117,6 +117,6 @@ def _hub_copy(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise CheckpointError(
-            f"{name!r} is neither a folder here nor a checkpoint that the model hub gave "
+            f"{name!r} is neither a local folder nor could it be downloaded from the model hub "
             f"({type(error).__name__}). Give a folder or URI: model.backbone=s3://bucket/Qwen2-VL-2B-Instruct"
         ) from error

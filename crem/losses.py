@@ -28,14 +28,14 @@ def info_nce(
 ) -> Tensor:
     """Mean over queries of -log softmax(cos / temperature) at the own target.
 
-    Candidate i is the target of query i; the rest are negatives, except false ones, which are left out: targets of the
-    same content, targets of a query of the same content, and, with a ``margin``, whatever is more similar to the query
-    than its own target by more than that.
+    Candidate i is the target of query i; the rest are negatives. False negatives are masked: candidates with the same
+    content as the target, targets of a query with the same content, and, with a ``margin``, candidates whose similarity
+    to the query exceeds that of its own target by more than the margin.
 
     Args:
         queries_QD, candidates_CD: float32, unit length, C >= Q.
         query_keys, candidate_keys: int64 [Q] and [C] content hashes; those below 0 match nothing.
-        symmetric: average with the direction from each target to all queries, with the same negatives left out.
+        symmetric: average with the direction from each target to all queries, with the same mask.
     """
     count = queries_QD.shape[0]
     if count == 0:

@@ -1,4 +1,4 @@
-"""Figures of embeddings: alignment and uniformity (Wang and Isola, arXiv 2005.10242), in-batch Precision@1."""
+"""Measures of embeddings: alignment and uniformity (Wang and Isola, arXiv 2005.10242), in-batch Precision@1."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def uniformity(vectors_ND: Tensor) -> float:
 
 
 def precision_at_1(queries_QD: Tensor, targets_QD: Tensor, query_keys_Q: Tensor, target_keys_Q: Tensor) -> float:
-    """Share of queries whose nearest target is right: their own, one of the same content, or the target of a query of
-    the same content. Keys are content hashes; those below 0 match nothing. NaN without queries."""
+    """Share of queries whose nearest target is correct: their own, one with the same content, or the target of a query
+    with the same content. Keys are content hashes; those below 0 match nothing. NaN without queries."""
     if not len(queries_QD):
         return float("nan")
     nearest_Q = (queries_QD @ targets_QD.T).argmax(1)

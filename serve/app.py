@@ -1,4 +1,4 @@
-"""The Ray Serve application: how it is put together, and how it is started.
+"""The Ray Serve application: how it is built and started.
 
 ``build`` makes the application, ``run`` starts it (and Ray, where there is none), ``application`` is the builder that
 ``serve deploy`` and a RayService name by import path (``serve/config/``).
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "crem"
 INGRESS_ONGOING = 1024
-"""Requests one ingress replica holds. Far above what the model takes, so that overload is met, and answered 429, at
-the model's queue, and ``/health`` is answered all the same."""
+"""Concurrent requests of one ingress replica. Far above the model's capacity, so that overload is answered with 429 at
+the model's queue, and ``/health`` still responds."""
 REACH_TIMEOUT_S = 15.0
 """Longest wait for the first answer over HTTP once the application runs."""
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -47,7 +47,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 
 class Ingress:
-    """Parses requests and writes responses; holds no model."""
+    """Parses requests and writes responses; has no model."""
 
     def __init__(self, model: DeploymentHandle, config: ServeConfig):
         self._model, self._config = model, config
@@ -121,7 +121,7 @@ def run(model: str, config: RunConfig, *, blocking: bool = False) -> str:
     settings = config.serve
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         _check_port(settings.host, settings.port)
-        describe(model, settings.chorus_tokens)  # a wrong checkpoint is refused now, not after Serve's three attempts
+        describe(model, settings.chorus_tokens)  # refuses a wrong checkpoint before Serve tries three times to start it
     _connect(settings)
     runs_already = bool(serve.status().proxies)
     if runs_already and not settings.port:
@@ -129,7 +129,7 @@ def run(model: str, config: RunConfig, *, blocking: bool = False) -> str:
             "Ray Serve already runs on this cluster and keeps its own port; name that one with serve.port=…, or shut "
             "that Serve down first"
         )
-    port = settings.port or _free_port(settings.host)  # looked for now: Ray's own processes have taken theirs
+    port = settings.port or _free_port(settings.host)  # only now, when Ray's own processes have taken theirs
     serve.start(http_options=HTTPOptions(host=settings.host, port=port))
     try:
         serve.run(build(model, config), name=APPLICATION)
@@ -173,7 +173,7 @@ def _free_port(host: str) -> int:
 
 def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a port in TIME_WAIT is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: a port in TIME_WAIT is free
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -188,18 +188,18 @@ def _reachable_host(host: str) -> str:
 
 
 def _deploy_failure() -> str:
-    """Why the replicas did not start: the error at the end of Serve's account of them."""
+    """Why the replicas did not start: the last error in Serve's status of them."""
     application = serve.status().applications.get(APPLICATION)
-    accounts = [d.message for d in application.deployments.values()] if application else []
-    errors = re.findall(r"^[\w.]*?(\w+(?:Error|Exception)): (.+)$", "\n".join(accounts), re.MULTILINE)
+    messages = [d.message for d in application.deployments.values()] if application else []
+    errors = re.findall(r"^[\w.]*?(\w+(?:Error|Exception)): (.+)$", "\n".join(messages), re.MULTILINE)
     if not errors:
-        return " ".join(filter(None, accounts)) or "see Ray's log"
+        return " ".join(filter(None, messages)) or "see Ray's log"
     kind, message = errors[-1]
     return message if kind in ("CheckpointError", "ConfigError", "ResourceError") else f"{kind}: {message}"
 
 
 def _wait_until_reached(url: str) -> None:
-    """The proxy learns the route a moment after the application runs."""
+    """Wait until the proxy has the route, shortly after the application runs."""
     deadline = time.monotonic() + REACH_TIMEOUT_S
     while True:
         try:
@@ -215,7 +215,7 @@ def _wait_until_reached(url: str) -> None:
 
 
 def _wait_for_interrupt() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell started us with interrupts ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # also if the shell started this process with interrupts ignored
         signal.signal(number, signal.default_int_handler)
     try:
         while True:

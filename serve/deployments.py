@@ -2,15 +2,15 @@
 
 Choices:
 
-- One replica holds **one model** and does all three jobs with it: embeddings, native and compressed answers.
+- One replica has **one model** and serves all three with it: embeddings, native and compressed answers.
 - **One step at a time.** Every forward of a replica (a batch of embeddings, or one decoding step of one answer) runs
-  on the replica's only worker thread, first come first served. Torch already uses all the threads it is given, so
-  steps side by side would not be faster; the queue needs no lock, the event loop stays free, and an embedding waits
-  for one token of a long answer, not for its end.
+  on the replica's single worker thread, first come, first served. Torch already uses all of its threads, so parallel
+  steps would not be faster; the queue needs no lock, the event loop stays free, and an embedding waits for one token
+  of a long answer, not for its end.
 - Embeddings are batched by **item**: the inputs of one request and of its neighbours share forwards.
-- A bad item is a **value**, not an exception: it fails its own request, leaves no traceback in the log, and crosses
-  Ray as it is.
-- A cancelled request (the client hung up) closes its iterator, which ends its decoding after the current token.
+- A bad item is a **value**, not an exception: it fails its own request, leaves no traceback in the log, and passes
+  through Ray unchanged.
+- A cancelled request (the client disconnected) closes its iterator, which ends decoding after the current token.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_AFTER_S = 1
-"""What an overloaded server asks its clients to wait. Source: ours; the openai client obeys it."""
+"""Seconds after which a client of an overloaded server should retry. Source: ours; the openai client obeys it."""
 RETRY = {"Retry-After": str(RETRY_AFTER_S)}
 STATUS_TIMEOUT_S = 5.0
-"""Longest wait for the controller's word about the replicas."""
+"""Longest wait for the controller's status of the replicas."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What clients may know about the served model."""
+    """Public facts about the served model."""
 
     name: str
     fingerprint: str
@@ -58,10 +58,10 @@ class ModelCard:
 
 @dataclass
 class Activity:
-    """What a replica is doing and has done."""
+    """Counters of a replica."""
 
     answering: int = 0
-    """answers being decoded right now"""
+    """answers being decoded"""
     batches: int = 0
     """batches of embeddings computed so far"""
     deltas: int = 0
@@ -69,7 +69,7 @@ class Activity:
 
 
 class ModelReplica:
-    """One model in memory, behind a queue of steps."""
+    """One model in memory, with a queue of steps."""
 
     def __init__(self, model: str, name: str, config: ServeConfig):
         import torch
@@ -104,7 +104,7 @@ class ModelReplica:
         return await self._step(self._engine.embed, items)
 
     async def complete(self, request: GenerationRequest) -> tuple[str, Ending] | ItemError:
-        """The whole answer and its ending."""
+        """The complete answer and its ending."""
         pieces, ending = [], None
         async with aclosing(self.stream(request)) as deltas:
             async for delta in deltas:
@@ -116,7 +116,7 @@ class ModelReplica:
         return "".join(pieces), ending
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Delta | ItemError]:
-        """The answer piece by piece, or the ``ItemError`` as the only piece."""
+        """The answer piece by piece; for a bad item the ``ItemError`` as the only piece."""
         steps = self._engine.generate(request)
         self._activity.answering += 1
         try:
@@ -127,7 +127,7 @@ class ModelReplica:
             yield error
         finally:
             self._activity.answering -= 1
-            self._steps.submit(steps.close)  # behind the step that may still be running
+            self._steps.submit(steps.close)  # queued after the step that may still be running
 
     async def _step(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._steps, function, *args)
@@ -158,7 +158,7 @@ class ModelClient:
         self._card: ModelCard | None = None
 
     async def card(self) -> ModelCard:
-        """Asked once; the ingress is restarted with the model. Raises ``ApiError`` 503 until a replica is ready."""
+        """The model's card, cached, since the ingress restarts with the model. ``ApiError`` 503 until it is loaded."""
         if self._card is None:
             if not await self.ready():
                 raise ApiError(503, "the model is not loaded yet; try again later", code="not_ready", headers=RETRY)
@@ -167,7 +167,7 @@ class ModelClient:
         return self._card
 
     async def ready(self) -> bool:
-        """Whether at least one replica holds the model, by the controller's account, not by waiting behind others."""
+        """Whether at least one replica has loaded the model; asks the controller, not the replicas' request queue."""
         context = serve.get_replica_context()
         status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
         application = status.applications.get(context.app_name)
@@ -195,7 +195,7 @@ class ModelClient:
                     raise ApiError.of_item(delta, "messages")
                 yield delta
         finally:
-            response.cancel()  # nothing happens where the stream has ended
+            response.cancel()  # has no effect on a stream that has ended
 
 
 async def _translated(answer: Awaitable[T]) -> T:

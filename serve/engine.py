@@ -1,4 +1,4 @@
-"""What one replica computes: plain Python over ``crem.Crem``, without Ray and without HTTP.
+"""The computation of one replica: plain Python over ``crem.Crem``, without Ray and without HTTP.
 
 Choices:
 
@@ -6,8 +6,8 @@ Choices:
   cannot be prepared get their error, all others share one forward.
 - **Generation is an iterator of steps**, so that the caller decides on which thread each step runs, may compute
   something else between two steps, and stops decoding by closing the iterator.
-- **Stop strings** are cut here, on text: a piece that might be the beginning of a stop string is held back until it
-  is decided, so a streamed answer never shows what an unstreamed one would not.
+- **Stop strings** are cut here, on text: a piece that may be the start of a stop string is buffered until that is
+  known, so a streamed answer and an unstreamed one have the same text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Embedded:
-    """``vector`` float32 [D] of unit length, and the tokens the model read for it."""
+    """``vector`` float32 [D] of unit length, and the number of tokens of its item."""
 
     vector: NDArray[np.float32]
     tokens: int
@@ -56,7 +56,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Ending:
-    """Why an answer ended, and what it took."""
+    """Why an answer ended, and its token counts."""
 
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
@@ -72,7 +72,7 @@ class Delta:
 
 
 class Engine:
-    """Embeds and answers with one model; ``model`` is a ``crem.Crem`` or anything with its face."""
+    """Embeds and answers with one model."""
 
     def __init__(self, model: crem.Crem):
         self._model = model
@@ -130,30 +130,30 @@ class Engine:
 
 
 class StopCutter:
-    """Passes text on up to the first stop string, holding back what may become one."""
+    """Passes text on up to the first stop string, buffering what may become one."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
-        self._held = ""
+        self._buffer = ""
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that may be shown after ``piece`` arrived; sets ``stopped`` when a stop string is complete."""
-        text = self._held + piece
+        """The text that may be sent after ``piece``; sets ``stopped`` when a stop string is complete."""
+        text = self._buffer + piece
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._buffer = True, ""
             return text[: min(found)]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
+        self._buffer = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back, once no more text will come."""
-        held, self._held = self._held, ""
-        return held
+        """The buffered text, once the answer has ended."""
+        rest, self._buffer = self._buffer, ""
+        return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

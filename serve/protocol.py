@@ -1,10 +1,10 @@
-"""OpenAI's request shapes and its error envelope, as this server takes them. Pure: no Ray, no HTTP server.
+"""OpenAI's requests and error envelope, as this server accepts them. Pure: no Ray, no HTTP server.
 
 Choices:
 
-- A field that would change the answer and is not implemented is refused by name, except with the value that asks for
-  nothing (``n=1``, ``tools=[]``). Fields that concern only the caller's bookkeeping (``user``) are ignored. Unknown
-  fields are refused with the nearest known name: a misspelt ``mode`` must not answer natively.
+- A field that would change the answer and is not implemented is refused by name, unless its value has no effect
+  (``n=1``, ``tools=[]``). Fields for the caller's bookkeeping alone (``user``) are ignored. Unknown fields are refused
+  with the nearest known name: a misspelt ``mode`` must not fall back to native answers.
 - Errors of any kind have OpenAI's envelope ``{"error": {"message", "type", "param", "code"}}``; messages never repeat
   the content of a request.
 
@@ -23,11 +23,14 @@ from pydantic_core import PydanticCustomError
 
 from crem.errors import ItemError
 
-__all__ = ["ApiError", "ChatRequest", "EmbeddingRequest", "ImagePart", "Message", "validation_error"]
+__all__ = ["ApiError", "ChatRequest", "EmbeddingRequest", "ImagePart", "Json", "Message", "validation_error"]
+
+Json = dict[str, Any]
+"""An object in OpenAI's JSON."""
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's envelope."""
+    """A response other than 200, in OpenAI's envelope."""
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         kind = {429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
@@ -51,7 +54,7 @@ class ApiError(Exception):
 
     @classmethod
     def of_item(cls, error: ItemError, param: str) -> ApiError:
-        """400 for an item the model refuses; the reason becomes the code."""
+        """400 for an item that cannot be used; its reason becomes the code."""
         return cls(400, f"{param}: {error.detail}", param=param, code=error.reason)
 
 
@@ -61,10 +64,10 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields that are not implemented, with the values that ask for nothing."""
+    """Fields that are not implemented, with the values that have no effect."""
 
     model: str | None = None
-    """Name of the served model; the only one there is where it is left out."""
+    """Name of the served model; optional, because there is only one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,11 +153,11 @@ class EmbeddingRequest(_Request):
     messages: list[Message] | None = Field(None, min_length=1)
     """In place of ``input``: the texts and images of one item."""
     encoding_format: Literal["float", "base64"] = "float"
-    """``base64`` is little-endian float32, as the openai client asks for unless told otherwise."""
+    """``base64`` is little-endian float32, the openai client's default."""
     dimensions: int | None = None
     """Accepted only where it equals the model's own."""
     instruction: Text | None = None
-    """Extension: embedding instruction of the items; the checkpoint's own where it is left out."""
+    """Extension: embedding instruction of the items; by default the checkpoint's."""
 
     @model_validator(mode="after")
     def _one_source(self) -> EmbeddingRequest:
@@ -197,12 +200,12 @@ class ChatRequest(_Request):
 
     messages: list[Message] = Field(min_length=1)
     mode: Literal["native", "compressed"] = "native"
-    """Extension: answer with the whole context, or from the chorus tokens alone."""
+    """Extension: answer from the full context, or from the chorus tokens alone."""
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    """OpenAI's newer name of ``max_tokens``; it wins where both are given."""
+    """OpenAI's newer name of ``max_tokens``; takes precedence."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0, the most likely token each time, where it is left out."""
+    """By default 0: always the most likely token."""
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
@@ -213,11 +216,11 @@ class ChatRequest(_Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     instruction: Text | None = None
-    """Extension: embedding instruction in front of the chorus tokens."""
+    """Extension: embedding instruction before the chorus tokens."""
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 for the first of pydantic's errors: where, and what was expected, without the value."""
+    """400 for the first of pydantic's errors: the place and what was expected, without the value."""
     first = errors[0]
     location = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":

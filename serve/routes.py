@@ -1,4 +1,5 @@
-"""The HTTP routes, OpenAI's shapes in and out, and the edge where every failure becomes the one error envelope."""
+"""The HTTP routes, with OpenAI's requests and responses, and the handlers that turn every failure into its error
+envelope."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crem.config import ServeConfig
 from serve.deployments import ModelCard, ModelClient
 from serve.engine import Delta
-from serve.protocol import ApiError, ChatRequest, EmbeddingRequest, validation_error
+from serve.protocol import ApiError, ChatRequest, EmbeddingRequest, Json, validation_error
 from serve.translation import CompletionWriter, embedding_response, generation_request, items_of
 
 __all__ = ["create_app"]
@@ -28,7 +29,7 @@ router = APIRouter()
 
 def create_app(client: ModelClient, config: ServeConfig) -> FastAPI:
     """The ASGI application over a model."""
-    app = FastAPI(title="CREM", docs_url=None, redoc_url=None)  # the documentation pages load scripts from elsewhere
+    app = FastAPI(title="CREM", docs_url=None, redoc_url=None)  # the documentation pages load scripts from other hosts
     app.state.client, app.state.config = client, config
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=config.max_request_bytes)
@@ -53,7 +54,7 @@ Config = Annotated[ServeConfig, Depends(_config)]
 
 @router.get("/health")
 async def health(client: Client) -> JSONResponse:
-    """200 once a replica holds the model, else 503."""
+    """200 once a replica has loaded the model, else 503."""
     card = await client.card()
     if not await client.ready():
         raise ApiError(503, "no replica of the model is running; try again later", code="not_ready")
@@ -61,12 +62,12 @@ async def health(client: Client) -> JSONResponse:
 
 
 @router.get("/v1/models")
-async def models(client: Client) -> dict[str, Any]:
+async def models(client: Client) -> Json:
     return {"object": "list", "data": [_model_object(await client.card())]}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, client: Client) -> dict[str, Any]:
+async def model(name: str, client: Client) -> Json:
     return _model_object(await _served(name, client))
 
 
@@ -90,9 +91,9 @@ async def chat_completions(body: ChatRequest, client: Client, config: Config) ->
     request = generation_request(body, config.max_new_tokens)
     writer = CompletionWriter(card.name)
     if not body.stream:
-        return JSONResponse(writer.whole(*await client.complete(request)))
+        return JSONResponse(writer.complete(*await client.complete(request)))
     deltas = client.stream(request)
-    first = await anext(deltas)  # a refusal is still an HTTP status, not an event in a stream that began with 200
+    first = await anext(deltas)  # a refusal gets an HTTP status instead of an event in a stream with status 200
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     return StreamingResponse(_events(writer, first, deltas, with_usage), media_type="text/event-stream")
 
@@ -100,7 +101,7 @@ async def chat_completions(body: ChatRequest, client: Client, config: Config) ->
 async def _events(
     writer: CompletionWriter, delta: Delta, deltas: AsyncGenerator[Delta], with_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events: the role, the text, the reason, the usage where asked for, ``[DONE]``."""
+    """Server-sent events: role, text, finish reason, optionally usage, ``[DONE]``."""
     yield _event(writer.role())
     try:
         async with aclosing(deltas):
@@ -116,12 +117,12 @@ async def _events(
     except ApiError as error:
         yield _event(error.body)
     except Exception:
-        logger.exception("a stream broke off")
+        logger.exception("a stream failed")
         yield _event(_internal_error().body)
     yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
+def _event(data: Json) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -137,8 +138,8 @@ async def _served(name: str | None, client: ModelClient) -> ModelCard:
     return card
 
 
-def _model_object(card: ModelCard) -> dict[str, Any]:
-    # `created` is part of OpenAI's shape; a checkpoint has a fingerprint in place of a date
+def _model_object(card: ModelCard) -> Json:
+    # OpenAI's clients require `created`; a checkpoint has a fingerprint but no date
     return {
         "id": card.name,
         "object": "model",
@@ -149,11 +150,11 @@ def _model_object(card: ModelCard) -> dict[str, Any]:
     }
 
 
-# --- the edge -------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------
 
 
 class BodyLimit:
-    """Refuses a body over ``max_bytes`` with 413: by its declared length, or as soon as more has arrived."""
+    """Refuses a body over ``max_bytes`` with 413: by its declared length, or as soon as more than that has arrived."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
@@ -181,7 +182,7 @@ class BodyLimit:
 
 
 class _TooLarge(HTTPException):
-    """Raised while FastAPI reads a body; it lets HTTP exceptions pass and wraps all others."""
+    """Raised while FastAPI reads a body; an ``HTTPException``, because FastAPI wraps all others."""
 
 
 def _too_large(max_bytes: int) -> ApiError:

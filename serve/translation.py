@@ -1,14 +1,14 @@
-"""What OpenAI's requests mean for CREM, and its results in OpenAI's words. Pure: no Ray, no HTTP server.
+"""OpenAI's requests as CREM's items and questions, and its results as OpenAI's responses. Pure: no Ray, no HTTP server.
 
 Choices:
 
 - ``messages`` in an embeddings request is **one** item: the texts and images of all turns.
 - In a chat, the text of the last user message is the generation instruction Q; its images and everything before it
-  are the item (V, T). A lone text message is both: an item needs content, and the question has to stand behind the
-  chorus tokens, where the model was trained to find it. Earlier texts are joined as they are; once an assistant has
-  spoken they carry their role, because who said what then matters.
-- Images come as ``data:`` URLs only and become bytes here, so nothing a client writes can name a file or a host.
-- ``temperature`` is 0 unless asked for, as in ``crem.Crem``: the same request has the same answer.
+  are the item (V, T). A single text message is both: an item needs content, and the question has to follow the chorus
+  tokens, where the model was trained to read it. Earlier texts are joined unchanged; if one is the assistant's, each is
+  prefixed with its role.
+- Images are accepted as ``data:`` URLs only and decoded to bytes here, so a client cannot name a file or a host.
+- ``temperature`` is 0 by default, as in ``crem.Crem``: the same request gets the same answer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 import crem
 from crem.errors import ItemError
 from serve.engine import Embedded, Ending, GenerationRequest
-from serve.protocol import ApiError, ChatRequest, EmbeddingRequest, ImagePart, Message
+from serve.protocol import ApiError, ChatRequest, EmbeddingRequest, ImagePart, Json, Message
 
 __all__ = ["CompletionWriter", "embedding_response", "generation_request", "items_of"]
 
@@ -48,7 +47,7 @@ def items_of(request: EmbeddingRequest, max_inputs: int) -> list[crem.Item]:
 
 
 def generation_request(request: ChatRequest, max_new_tokens: int) -> GenerationRequest:
-    """The question and the item it is about (see the module's docstring). Raises ``ApiError`` 400."""
+    """The question and its item (see the module's docstring). Raises ``ApiError`` 400."""
     *earlier, last = request.messages
     if last.role != "user":
         raise ApiError(400, "the last message must be the user's", param="messages", code="last_message_not_user")
@@ -99,7 +98,7 @@ def _decode(url: str, param: str) -> bytes:
     if not header.startswith("data:"):
         raise ApiError(
             400,
-            f"{param}: only data: URLs are read, this server fetches nothing; send 'data:image/png;base64,…'",
+            f"{param}: only data: URLs are accepted, this server fetches nothing; send 'data:image/png;base64,…'",
             param=param,
             code="uri_refused",
         )
@@ -113,10 +112,8 @@ def _decode(url: str, param: str) -> bytes:
         raise ApiError(400, f"{param}: the payload is not valid base64", param=param, code="image_corrupt") from error
 
 
-def embedding_response(
-    model: str, request: EmbeddingRequest, results: Sequence[Embedded | ItemError]
-) -> dict[str, Any]:
-    """OpenAI's list of embeddings. Raises ``ApiError`` 400 for the first bad item, named by its place."""
+def embedding_response(model: str, request: EmbeddingRequest, results: Sequence[Embedded | ItemError]) -> Json:
+    """OpenAI's list of embeddings. Raises ``ApiError`` 400 for the first bad item, named by its index."""
     data, tokens = [], 0
     for index, result in enumerate(results):
         if isinstance(result, ItemError):
@@ -132,35 +129,35 @@ def embedding_response(
 
 @dataclass(frozen=True)
 class CompletionWriter:
-    """Writes one answer, whole or in chunks, under one id."""
+    """Writes one answer, complete or in chunks, under one id."""
 
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, ending: Ending) -> dict[str, Any]:
+    def complete(self, text: str, ending: Ending) -> Json:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ending.finish_reason}
         return self._object("chat.completion", [choice]) | {"usage": _usage(ending)}
 
-    def role(self) -> dict[str, Any]:
+    def role(self) -> Json:
         return self._chunk({"role": "assistant", "content": ""})
 
-    def text(self, text: str) -> dict[str, Any]:
+    def text(self, text: str) -> Json:
         return self._chunk({"content": text})
 
-    def finish(self, reason: str) -> dict[str, Any]:
+    def finish(self, reason: str) -> Json:
         return self._chunk({}, reason)
 
-    def usage(self, ending: Ending) -> dict[str, Any]:
+    def usage(self, ending: Ending) -> Json:
         """The chunk without choices that ``stream_options.include_usage`` asks for."""
         return self._object("chat.completion.chunk", []) | {"usage": _usage(ending)}
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return self._object("chat.completion.chunk", [choice])
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str, choices: list[Json]) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 

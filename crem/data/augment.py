@@ -1,8 +1,8 @@
 """Random changes of a training image that leave its meaning alone: a small shift, scale and turn, colour and blur.
 
-A model from scratch that has seen few drawings of each thing learns the hand of the artist along with the thing; this
-is what it sees instead. Off by default: neither the paper nor VLM2Vec-V2 augments. The change is a pure function of
-the generator, which the caller seeds from run, step and row, so a resumed run sees the same images."""
+A model trained from scratch on few drawings of each concept learns the drawing style along with the concept;
+augmentation counters that. Off by default: neither the paper nor VLM2Vec-V2 augments. The change is a pure function of
+the generator, which the caller seeds from run, step and row, so a resumed run reads the same images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["augmented"]
 def augmented(image: Image.Image, strength: float, draw: np.random.Generator) -> Image.Image:
     """``image`` (RGB) changed at random; ``strength`` 1 shifts up to 9 %, scales up to 13 %, turns up to 9 degrees.
 
-    The background that comes into view is white.
+    Uncovered background is white.
     """
     if strength <= 0:
         return image

@@ -1,9 +1,9 @@
 """Reading images safely: bytes are bounded before they are read, pixels before they are decoded.
 
-Only the schemes of ``_SCHEMES`` are read: a server that fetches what a client names (``http``, ``webhdfs``, ``sftp``,
-…) can be turned against its own network, and a batch job that does so depends on machines it does not know. ``data:``
-URLs, paths, object-store URIs and files inside of their archives are read. fsspec's caching schemes are not: they
-copy the whole file to disk before its size is known.
+Only the schemes of ``_SCHEMES`` are read: a server that fetches any client's URI (``http``, ``webhdfs``, ``sftp``, …)
+can be used to attack its own network, and a batch job that does so depends on foreign machines. ``data:`` URLs,
+paths, object-store URIs and files inside archives there are read. fsspec's caching schemes are refused: they copy the
+entire file to disk before its size is known.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
     Args:
         source: image, encoded bytes, path, URI or data URL.
         limits: bounds on bytes and pixels.
-        base: folder or URI that relative paths start from; a ``*`` in it stands for the path, which is how the inside
-            of an archive is named: ``zip://*::s3://bucket/images.zip``.
+        base: folder or URI that relative paths start from; a ``*`` in it is replaced by the path, which addresses
+            a file inside an archive: ``zip://*::s3://bucket/images.zip``.
 
     Raises:
         ItemError: ``image_missing``, ``uri_unreadable``, ``uri_refused``, ``image_too_large`` or ``image_corrupt``.
@@ -53,10 +53,10 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
         raise _too_many_bytes(len(data), limits)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is the lower one
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is lower
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_area(image, limits)
-                # a large JPEG is decoded at a fraction of its size when the model will shrink it anyway
+                # a large JPEG that the model will shrink anyway is decoded at a fraction of its size
                 scale = math.sqrt(limits.max_pixels / max(1, image.width * image.height))
                 if scale < 0.5:
                     image.draft("RGB", (math.ceil(image.width * scale * 2), math.ceil(image.height * scale * 2)))
@@ -64,7 +64,7 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
                 return _flatten(image)
     except ItemError:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound is met while the header is read
+    except Image.DecompressionBombError as error:  # Pillow checks its own bound while it reads the header
         raise ItemError(
             "image_too_large", f"{error} model.image.max_source_pixels={limits.max_source_pixels} is lower; shrink it"
         ) from error
@@ -94,7 +94,7 @@ def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> byt
             data: bytes = file.read(limits.max_source_bytes + 1)
     except FileNotFoundError as error:
         raise ItemError("image_missing", f"{uri!r} does not exist") from error
-    except Exception as error:  # botocore, zipfile and OS errors alike: the row is unreadable, and says why
+    except Exception as error:  # botocore, zipfile and OS errors alike make the row unreadable
         raise ItemError("uri_unreadable", f"{uri!r}: {type(error).__name__}: {error}") from error
     if len(data) > limits.max_source_bytes:
         raise _too_many_bytes(len(data), limits)
@@ -105,7 +105,7 @@ def _schemes(uri: str) -> set[str]:
     """The scheme of every part of a chain such as ``zip://a.png::s3://bucket/images.zip``; none of a plain path."""
     parts = uri.split("::")
     schemes = {part.partition("://")[0].lower() for part in parts if "://" in part}
-    if len(parts) > 1:  # fsspec takes a bare word in a chain for a scheme, as in simplecache::s3://bucket/a.png
+    if len(parts) > 1:  # fsspec reads a bare name in a chain as a scheme: simplecache::s3://bucket/a.png
         schemes |= {part.lower() for part in parts if re.fullmatch(r"[\w+-]+", part)}
     return schemes
 
@@ -120,7 +120,7 @@ def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
     if area > max_pixels:
         scale = math.sqrt(max_pixels / area)
         width, height = (max(1, int(side * scale)) for side in image.size)
-        width = max(1, min(width, max_pixels // height))  # a sliver's short side cannot shrink, so its long side does
+        width = max(1, min(width, max_pixels // height))  # the short side of a sliver cannot shrink further
         image = image.resize((width, min(height, max_pixels // width)), Image.Resampling.BICUBIC)
     out = io.BytesIO()
     if image.width * image.height <= _LOSSLESS_PIXELS:

@@ -38,7 +38,7 @@ class Segment(IntEnum):
     S = 0
     """chat template before the sample"""
     V = 1
-    """vision tokens with their start and end marks"""
+    """vision tokens with their start and end tokens"""
     T = 2
     """text and embedding instruction"""
     U = 3
@@ -46,7 +46,7 @@ class Segment(IntEnum):
     Q = 4
     """generation instruction and the template up to the answer"""
     A = 5
-    """answer, with its end mark"""
+    """answer, with its end token"""
 
 
 class Prompt(NamedTuple):
@@ -92,7 +92,7 @@ class PromptBuilder:
         for count in image_tokens:
             vision += [self._vision_start, *[self.image_id] * count, self._vision_end]
         content = self._text(text, self.config.max_text_tokens) if text else []
-        # the instruction starts a line of its own after a text, as in VLM2Vec's prompts
+        # after a text the instruction starts a new line, as in VLM2Vec's prompts
         content = content + self._text(("\n" if text else "") + instruction, self.config.max_text_tokens)
         chorus = self.chorus_ids[:chorus_tokens]
         return _joined((self._head, Segment.S), (vision, Segment.V), (content, Segment.T), (chorus, Segment.U))
@@ -103,7 +103,7 @@ class PromptBuilder:
         return _joined((self._text(text, self.config.max_text_tokens) + self._turn, Segment.Q))
 
     def answer(self, text: str) -> Prompt:
-        """``[A]``: the answer and its end mark."""
+        """``[A]``: the answer and its end token."""
         return _joined((self._text(text, self.config.max_answer_tokens) + self._end, Segment.A))
 
     @property

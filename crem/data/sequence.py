@@ -98,7 +98,7 @@ def rope_positions(is_image_T: NDArray[np.bool_], grids: Sequence[Grid], merge_s
     Text advances all three by one; an image of h x w merged patches fills a plane and advances by max(h, w).
 
     Args:
-        is_image_T: True at vision tokens (not at their start and end marks).
+        is_image_T: True at vision tokens (not at their start and end tokens).
         grids: (t, h, w) in patches, one per image.
         merge_size: patches per token along each side.
     """

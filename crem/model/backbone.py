@@ -1,10 +1,8 @@
-"""Qwen2-VL: the only file that touches a backbone's classes.
+"""Qwen2-VL: its shapes, tokenizer and image processor, and faster forms of its attention.
 
 Choices:
-- The PIL image processor always, not torchvision's: the two resize differently, and batch and online embedding must
-  see the same pixels on every machine.
-- Positions (M-RoPE) are computed here in numpy while collating, for the full unpruned sequence. transformers' own
-  ``get_rope_index`` needs the model, loops over samples on the device and refuses a 4-D mask; it is the test's oracle.
+- Always the PIL image processor, never torchvision's: the two resize differently, and batch and online embedding must
+  read the same pixels on every machine.
 - The vision tower's patches are projected by a matrix product, not a convolution.
 - The vision tower's attention is grouped: images with the same number of patches share one batched call. transformers'
   ``sdpa`` path calls once per image (128 images x 3 layers were a third of a training step on CPU).
@@ -64,8 +62,8 @@ CHAT_TEMPLATE = (
 )
 """Qwen2-VL's chat format, for checkpoints trained from scratch."""
 
-# The name holds "flash" because that is how transformers' vision tower decides to make one call for the whole batch,
-# with cu_seqlens, instead of one call per image.
+# The name contains "flash" because transformers' vision tower then makes one call for the entire batch, with
+# cu_seqlens, instead of one call per image.
 _GROUPED = "crem_grouped_flash"
 
 
@@ -82,8 +80,8 @@ def _grouped_attention(
     for length in sorted(set(lengths)):
         if out is None:
             q, k, v = (t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-            whole = attend(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
-            return whole.transpose(1, 2).flatten(0, 1)[None], None
+            all_images = attend(q, k, v, scale=kwargs["scaling"])  # images, heads, length, width
+            return all_images.transpose(1, 2).flatten(0, 1)[None], None
         starts = torch.tensor([b for b, n in zip(bounds, lengths, strict=False) if n == length], device=query.device)
         index = (starts[:, None] + torch.arange(length, device=query.device)).flatten()
         q, k, v = (t[0, :, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
@@ -93,14 +91,14 @@ def _grouped_attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(_GROUPED, torch.compiler.disable(_grouped_attention))  # loops over what the batch brings
+AttentionInterface.register(_GROUPED, torch.compiler.disable(_grouped_attention))  # loops over the batch's images
 
 
 class _PatchProjection(torch.nn.Conv3d):
-    """The patch embedding's convolution as the one matrix product that it is: its stride is its kernel.
+    """The patch embedding's convolution as one matrix product: the same, because stride and kernel are equal.
 
-    Shares the convolution's parameter and its name. PyTorch's Conv3d took an eighth of a training step on CPU and is
-    slow in bf16 on GPUs.
+    Shares the convolution's parameter and the parameter's name. PyTorch's Conv3d took an eighth of a training step on
+    CPU and is slow in bf16 on GPUs.
     """
 
     def __init__(self, conv: torch.nn.Conv3d):
@@ -118,7 +116,7 @@ def use_fast_attention(model: Qwen2VLForConditionalGeneration) -> None:
     """Speed the model up without changing its results, its parameters or the saved configuration.
 
     In the vision tower, attention is batched over images of equal size, and patches are projected by one matrix
-    product. In the language model, attention takes a batch's two-part form where it has one.
+    product. In the language model, attention uses the batch's two-part plan where there is one.
     """
     _attend_by(model.model.visual, _GROUPED)
     _attend_by(model.model.language_model, TWO_PART)
@@ -130,22 +128,22 @@ def use_fast_attention(model: Qwen2VLForConditionalGeneration) -> None:
 def compile_layers(model: Qwen2VLForConditionalGeneration) -> None:
     """``torch.compile`` of every layer of both towers, in place, for any number of tokens; attention stays as it is.
 
-    Layers, not the whole model: all layers of a tower share one piece of code, and what differs between batches (which
-    image is where, the groups of the attention) lies outside. Parameters and their names stay.
+    Layers, not the model: all layers of a tower share one compiled piece of code, and what differs between batches
+    (places of the images, groups of the attention) is outside. Parameters and their names stay.
 
     Raises:
         ConfigError: there is no C++ compiler, which torch needs to compile for this device.
     """
     if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ConfigError("train.compile needs a C++ compiler; run: apt-get install g++, or set train.compile=false")
-    # by default 8: two towers, with and without gradient, in and out of training, first layer and others
+    # the default, 8, is too low: two towers, with and without gradient, training and evaluation, first and other layers
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
     for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
         layer.compile(dynamic=True)
 
 
 def _attend_by(tower: Any, name: str) -> None:
-    config = deepcopy(tower.config)  # the model's own stays as it was, for whoever builds or saves from it
+    config = deepcopy(tower.config)  # the model's own config stays as it was: it is saved
     config._attn_implementation = name
     for module in tower.modules():
         if hasattr(module, "config"):
@@ -156,7 +154,7 @@ def image_processor(shape: BackboneShape | None, source: str | Path | None, boun
     """The image processor of a scratch shape or of the checkpoint at ``source``, with our pixel bounds."""
     size = {"shortest_edge": bounds.min_pixels, "longest_edge": bounds.max_pixels}
     if source is not None:
-        # by both names: a published preprocessor_config.json has min_pixels and max_pixels, which win over a size
+        # under both names: min_pixels and max_pixels of a published preprocessor_config.json override a size
         bounded = {"size": size, "min_pixels": bounds.min_pixels, "max_pixels": bounds.max_pixels, "do_resize": True}
         return Qwen2VLImageProcessorPil.from_pretrained(str(source), **bounded)
     assert shape is not None
@@ -248,7 +246,7 @@ def config_from_shape(
 def initialise_by_fan_in(model: torch.nn.Module) -> None:
     """Matrices ~ N(0, 1 / fan-in), embeddings at half that width.
 
-    transformers' fixed 0.02 suits widths of thousands; at a width of 128 it made the first 100 steps flat.
+    transformers' fixed 0.02 suits widths of thousands; at a width of 128 the loss did not fall in the first 100 steps.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:

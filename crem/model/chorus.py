@@ -1,7 +1,7 @@
 """Chorus tokens: K distinct ids of the vocabulary into which the model compresses its input (method.md section 2).
 
-They are ordinary rows of the input embedding. Qwen2-VL's matrix has spare rows beyond its tokenizer; those are used
-before the matrix is grown, so a CREM checkpoint stays a stock checkpoint of its backbone.
+They are ordinary rows of the input embedding. Qwen2-VL's matrix has spare rows beyond its tokenizer, which are used
+before the matrix grows, so a CREM checkpoint stays a stock checkpoint of its backbone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def chorus_token(index: int) -> str:
 
 
 def chorus_token_ids(tokenizer: Any, count: int) -> list[int]:
-    """Ids of the first ``count`` chorus tokens; an assertion fails where the tokenizer has no such tokens.
+    """Ids of the first ``count`` chorus tokens; an assertion fails if the tokenizer lacks them.
 
     Without chorus tokens (``count`` 0, the baseline) the one id is that of ``<|endoftext|>``, whose state is pooled.
     """
@@ -46,7 +46,7 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
     """Set the chorus rows to the mean of the other rows plus noise of their own scale, so that the K are distinct.
 
     Source: transformers' initialisation of added tokens (mean and covariance of the old rows), with a diagonal
-    covariance. Reserved rows of a pretrained matrix are close to zero and would start as one token.
+    covariance. Reserved rows of a pretrained matrix are close to zero and would all start as the same token.
     """
     if not chorus_ids:
         return
@@ -60,7 +60,7 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
 def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
     """The embedding: L2-normalised mean of the last-layer chorus states (method.md section 4).
 
-    Every sequence carries exactly ``count`` chorus tokens, so they come in groups of as many, sequence by sequence.
+    Every sequence has exactly ``count`` chorus tokens, consecutive and in order of the sequences.
 
     Returns:
         float32 [N, D], in the order of the batch's sequence numbers.

@@ -1,16 +1,16 @@
-"""CREM: one multimodal language model that is an embedder and a generator at once (arXiv 2602.19091).
+"""CREM: one multimodal language model that both embeds and generates (arXiv 2602.19091).
 
-K chorus tokens follow the image and the text. Their mean last-layer state is the embedding; and because, for a share p
-of the samples, attention from question and answer to image and text is cut (``crem.model.attention``), answers have to
-come from the chorus tokens alone. Both uses read the same forward of ``[S V T U Q A]``:
+K chorus tokens follow the image and the text. Their mean last-layer state is the embedding. For a share p of the
+samples, question and answer do not attend to image and text (``crem.model.attention``), so the answer has to come from
+the chorus tokens alone. Both losses read the same forward of ``[S V T U Q A]``:
 
-    hidden = backbone(tokens, mask(segments, z))         one pass, any number of layers
+    hidden = backbone(tokens, mask(segments, z))         one pass
     embedding = normalise(mean(hidden at U))             retrieval: L_r
-    logits = lm_head(hidden before each A)               generation: L_g; only these positions reach the LM head
+    logits = lm_head(hidden before each A)               generation: L_g; only these positions enter the LM head
 
 Three ways to use the model after one prefill of ``[S V T U]`` (method.md section 5): the embedding; native generation,
-which keeps the whole prefix's keys and values; compressed generation, which keeps those of the chorus tokens only, at
-their original positions (``crem.model.generation``).
+which keeps the keys and values of the entire prefix; compressed generation, which keeps those of the chorus tokens
+only, at their original positions (``crem.model.generation``).
 
 Shape suffixes: N sequences in B rows of T tokens, D model width, A answer tokens of the batch, V vocabulary.
 """
@@ -54,7 +54,7 @@ class CremModel(nn.Module):
         backbone: the plain transformers model, or a PEFT model around one.
         chorus_ids: ids of the K chorus tokens.
         config: prompt, attention and image settings.
-        stock_folder: where the backbone was read from; checkpoints of this model get the other files of its publisher.
+        stock_folder: folder the backbone was read from; checkpoints get the publisher's other files from there.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class CremModel(nn.Module):
         return out.last_hidden_state, cache
 
     def with_blank_image(self, batch: Batch) -> Batch:
-        """The batch with one vision token behind the last sequence, where nothing sees it.
+        """The batch with one vision token after the last sequence, to which nothing attends.
 
-        Under ZeRO-3 every rank must run the same modules in the same order, also a rank without an image.
+        Under ZeRO-3 every rank must run the same modules in the same order, even a rank without an image.
         """
         pixels, grids = blank_image(self.core)
         device = batch.input_ids.device
@@ -130,9 +130,9 @@ class CremModel(nn.Module):
         )
 
     def _lm_loss(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-        """Sum of -log p over the answer tokens; only the positions before them reach the LM head."""
+        """Sum of -log p over the answer tokens; only the positions before them enter the LM head."""
         before_answer_BT = batch.segments[:, 1:] == Segment.A
-        if batch.answer_tokens == 0:  # a rank without answers still takes part in the LM head's collectives (ZeRO-3)
+        if batch.answer_tokens == 0:  # a rank without answers must join the LM head's collectives (ZeRO-3)
             return 0.0 * self.core.lm_head(hidden_BTD[:, :1]).float().sum()
         logits_AV = self.core.lm_head(hidden_BTD[:, :-1][before_answer_BT]).float()
         return F.cross_entropy(logits_AV, batch.input_ids[:, 1:][before_answer_BT], reduction="sum")

@@ -1,19 +1,20 @@
-"""Prefill once, keep what the mode needs, decode (method.md section 5).
+"""Prefill once, keep the keys and values that the mode needs, decode (method.md section 5).
 
-``prefill`` runs ``[S V T U]`` and returns a ``Context``: keys and values, which of them exist, and the position that
-comes next. ``Context.compressed`` drops all but the chorus tokens (and the template before the sample, which is the
+``prefill`` runs ``[S V T U]`` and returns a ``Context``: keys and values, which of them are padding, and the next
+position. ``Context.compressed`` drops all but the chorus tokens (and the template before the sample, which is the
 same for every item and carries nothing of it). Positions are those of the full sequence in both cases, which is what
 makes pruning the cache equal to masking.
 
-The decoding loop is ours, not ``GenerationMixin.generate``: that one derives M-RoPE positions from the length of the
-cache, which a pruned cache no longer has. It uses transformers' logits warpers, and its native mode is tested to give
+The decoding loop is ours, because ``GenerationMixin.generate`` derives M-RoPE positions from the length of the cache,
+which is wrong for a pruned cache. It uses transformers' logits warpers, and its native mode is tested to give
 the tokens of ``generate``. Shape suffixes: B sequences, C cached tokens, T new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,17 +43,17 @@ GREEDY = Sampling()
 
 @dataclass
 class Context:
-    """What is kept of a prefilled batch."""
+    """The part of a prefilled batch that decoding continues from."""
 
     cache: DynamicCache
     visible_BC: Tensor
-    """bool: the cached keys that exist (not padding)"""
+    """bool: the cached keys that are not padding"""
     segments_BC: Tensor
     """int8 ``Segment`` of each cached key"""
     next_position_B: Tensor
     """int64: first position after the prefix, the same on the three axes"""
     embeddings_BD: Tensor
-    """float32, unit length: the embedding comes with the prefill"""
+    """float32, unit length"""
 
     def compressed(self, *, template_visible: bool) -> Context:
         """The context with the keys and values of the chorus tokens only, at their original positions."""
@@ -74,7 +75,7 @@ class Context:
         )
 
     def item_bytes(self) -> list[int]:
-        """Bytes of keys and values that each item keeps of its own: without padding and without the template."""
+        """Bytes of each item's own keys and values: without padding and without the template."""
         per_token = sum(
             t.shape[1] * t.shape[3] * t.element_size()
             for layer in self.cache.layers
@@ -125,7 +126,7 @@ def decode(
     offsets_BT = torch.arange(ids_BT.shape[1], device=device).expand_as(ids_BT)
     positions_BT = context.next_position_B[:, None] + offsets_BT
     causal_TT = torch.ones(ids_BT.shape[1], ids_BT.shape[1], dtype=torch.bool, device=device).tril()
-    # padding queries keep the context visible, so no softmax is empty; nobody reads them
+    # padding queries keep the context visible, so no softmax is empty; their result is not used
     among_BTT = causal_TT & real_BT[:, None, :]
     before_BTC = context.visible_BC[:, None, :].expand(-1, ids_BT.shape[1], -1)
     hidden_BTD = _step(model, context, ids_BT, positions_BT, torch.cat([before_BTC, among_BTT], dim=2))
@@ -161,7 +162,7 @@ def _step(model: CremModel, context: Context, ids_BT: Tensor, positions_BT: Tens
 
 
 def _padded(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids int64 [B, T] and which of them are real, bool [B, T]."""
+    """Right-padded ids int64 [B, T] and which of them are not padding, bool [B, T]."""
     length = max(len(p.input_ids) for p in prompts)
     ids = np.zeros((len(prompts), length), dtype=np.int64)
     real = np.zeros((len(prompts), length), dtype=bool)
@@ -171,10 +172,10 @@ def _padded(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Te
     return torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
 
 
-def _chooser(sampling: Sampling, device: torch.device):  # type: ignore[no-untyped-def]
+def _chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from logits [B, V] to token ids [B]."""
     if sampling.temperature <= 0:
-        return lambda logits_BV: logits_BV.argmax(-1)
+        return partial(torch.argmax, dim=-1)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
@@ -185,6 +186,7 @@ def _chooser(sampling: Sampling, device: torch.device):  # type: ignore[no-untyp
         generator.seed()
 
     def choose(logits_BV: Tensor) -> Tensor:
-        return torch.multinomial(warpers(None, logits_BV).softmax(-1), 1, generator=generator)[:, 0]
+        probabilities_BV: Tensor = warpers(None, logits_BV).softmax(-1)
+        return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
 
     return choose

@@ -1,21 +1,21 @@
-"""Where the chorus tokens look: their attention over the image, and two numbers for it (the paper's Figure 4).
+"""Attention of the chorus tokens over the image, and two measures of it (the paper's Figure 4).
 
 ``chorus_attention`` runs the prefix [S V T U] of each item and keeps, of every layer and head, the attention weights of
 the K chorus tokens over all keys. The model's own attention computes the result; the weights are recomputed beside it
-from the same queries and keys (after rotation), because fused kernels do not give them. ``image_maps`` takes from them
+from the same queries and keys (after rotation), because fused kernels do not give them. ``image_maps`` selects
 the vision tokens of one image.
 
-The numbers, for maps p_1 … p_K over the n vision tokens of one image, each of them summing to one:
+The measures, for maps p_1 … p_K over the n vision tokens of one image, each of them summing to one:
 
 - **coverage** = exp(H(mean of the p_k)) / n, with H the Shannon entropy: the share of the image that the chorus tokens
-  attend to together, as an effective number of tokens. 1 where they spread evenly, 1 / n where all look at one token.
-- **overlap** = mean cosine of p_j and p_k over all pairs j < k: 1 where all chorus tokens look at the same places
-  (redundant), 0 where no two look at the same place (complementary). K evenly spread maps overlap completely: the two
-  numbers are to be read together. Not defined for one chorus token.
+  attend to together, as an effective number of tokens: 1 where attention is even, 1 / n where it is on one token.
+- **overlap** = mean cosine of p_j and p_k over all pairs j < k: 1 where all chorus tokens attend to the same
+  tokens (redundant), 0 where no two attend to the same token (complementary). K even maps overlap completely, so read
+  the two measures together. Not defined for one chorus token.
 - **image share**: attention on vision tokens before the maps are normalised; the rest goes to template, text and other
   chorus tokens.
 
-The paper shows maps and gives no numbers; the definitions are ours. Shape suffixes: B items, L layers, H heads, K
+The paper shows maps without numbers; the definitions are ours. Shape suffixes: B items, L layers, H heads, K
 chorus tokens, T keys, n vision tokens of one image.
 """
 
@@ -57,7 +57,7 @@ def chorus_attention(model: CremModel, batch: Batch) -> Tensor:
     Args:
         batch: one sequence per row, as ``Collator.pad`` makes them; each ends with its chorus tokens.
     """
-    assert not batch.packed, "maps are of one sequence per row"
+    assert not batch.packed, "maps need one sequence per row"
     chorus_BK = (batch.segments == Segment.U).nonzero()[:, 1].view(-1, batch.chorus_tokens)
     with _recording(model, chorus_BK) as layers:
         model.encode(batch)
@@ -69,7 +69,7 @@ def image_maps(
 ) -> list[ImageMaps]:
     """The maps over the vision tokens of every item of ``batch``, mean over heads and over ``layers`` (all where None).
 
-    Items have one image each; the marks around it (``<|vision_start|>`` …) do not count.
+    Items have one image each; the tokens around it (``<|vision_start|>`` …) do not count.
     """
     chosen = attention_BLHKT if layers is None else attention_BLHKT[:, list(layers)]
     is_image_BT = batch.input_ids == model.core.config.image_token_id
@@ -99,7 +99,7 @@ def overlap(maps_Kn: Tensor) -> float | None:
 
 @contextmanager
 def _recording(model: CremModel, queries_BK: Tensor) -> Iterator[list[Tensor]]:
-    """While open, every layer of the language model appends the weights of the chosen queries, [B, H, K, T]."""
+    """Inside the context, every layer of the language model appends the weights of the chosen queries, [B, H, K, T]."""
     layers: list[Tensor] = []
     modules: list[Any] = [m for m in model.core.model.language_model.modules() if hasattr(m, "config")]
     configs = {id(m.config): m.config for m in modules}
@@ -118,7 +118,7 @@ def _recording(model: CremModel, queries_BK: Tensor) -> Iterator[list[Tensor]]:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: sdpa, and the weights of the queries that are recorded."""
+    """transformers' attention interface: sdpa, which also records the weights of the chosen queries."""
     config: Any = module.config
     layers, queries_BK = config.crem_record
     layers.append(_weights(query, key, attention_mask, queries_BK, kwargs["scaling"]))
