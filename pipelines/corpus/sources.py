@@ -279,7 +279,7 @@ def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
 
 
 def _buffered(file: IO[bytes], zipped: bool) -> IO[bytes]:
-    return gzip.open(file, "rb") if zipped else io.BufferedReader(file, 2**20)  # type: ignore[arg-type,return-value]
+    return gzip.open(file, "rb") if zipped else io.BufferedReader(file, 2**20)  # type: ignore[arg-type,return-value,type-var]
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

@@ -181,7 +181,8 @@ def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Prepare
 def require_readable_tables(prepared: str) -> None:
     """``session.require_readable`` of prepared tables."""
     for table in ("rows", "images"):
-        session.require_readable(folder := Folder.at(prepared).child(table), *folder.files(".parquet"))
+        folder = Folder.at(prepared).child(table)
+        session.require_readable(folder, *folder.files(".parquet"))
 
 
 def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:

@@ -159,7 +159,8 @@ def require_readable(folder: Folder, *files: str) -> None:
 def require_readable_model(model: str) -> None:
     """``require_readable`` of a checkpoint that is a folder here; any other is fetched by each node for itself."""
     if os.path.isdir(model):
-        require_readable(folder := Folder.at(model), *folder.files())
+        folder = Folder.at(model)
+        require_readable(folder, *folder.files())
 
 
 def _nodes() -> dict[str, str]:

@@ -120,8 +120,8 @@ def _sample(
     else:
         parts = [read_part(images, name, wanted.cast(pa.int64())) for name in images.files(".parquet")]
         prepared_rows = PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
-        losses = {"retrieval": config.loss.alpha_r > 0, "generation": config.loss.alpha_g > 0}
-        examples = prepared_rows.examples(numbers, z, **losses)
+        retrieval, generation = config.loss.alpha_r > 0, config.loss.alpha_g > 0
+        examples = prepared_rows.examples(numbers, z, retrieval=retrieval, generation=generation)
         visible = config.model.prompt.template_visible
         chunks = [Load.of(collator.examples(examples[at : at + size]), template_visible=visible) for at in starts]
         notes = []
