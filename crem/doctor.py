@@ -10,9 +10,8 @@ import uuid
 from dataclasses import dataclass, field
 
 from crem.errors import ConfigError
-from crem.ray_address import refuse_ray_client
 
-__all__ = ["Report", "examine"]
+__all__ = ["Report", "examine", "refuse_ray_client"]
 
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "pyarrow", "fsspec", "s3fs", "faiss-cpu", "pillow")
 _MIN_MEMORY_GIB = 4
@@ -107,6 +106,20 @@ def _ray(report: Report) -> None:
         refuse_ray_client(address)
     except ConfigError as error:
         report.problems.append(str(error))
+
+
+def refuse_ray_client(address: str | None) -> None:
+    """Refuse a Ray Client address: jobs and server need a driver on a node, with its object store and files.
+
+    Raises:
+        ConfigError: ``address`` begins with ``ray://``.
+    """
+    if (address or "").startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} is a Ray Client address, and crem's jobs do not run through one. From outside "
+            "the cluster submit the job: crem submit --address http://HEAD:8265 -- JOB …; on one of its nodes set "
+            "RAY_ADDRESS=HEAD:6379 (the address that ray start --head prints), or auto"
+        )
 
 
 def _storage(report: Report, place: str) -> None:

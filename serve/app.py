@@ -27,8 +27,8 @@ from crem.checkpoint import describe
 from crem.config import RunConfig, ServeConfig, load_config
 from crem.config.loading import config_error
 from crem.config.section import Section
+from crem.doctor import refuse_ray_client
 from crem.errors import ConfigError, CremError, ResourceError
-from crem.ray_address import refuse_ray_client
 from serve.deployments import ModelClient, bind_model
 from serve.routes import create_app
 

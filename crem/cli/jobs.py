@@ -55,10 +55,10 @@ def prepare(
     """
     from pipelines.corpus.prepare import prepare
 
-    m = prepare(source, out, config)
-    print(f"rows in {m['rows_in']} = out {m['rows_out']} + rejected {m['rejected']} + filtered {m['filtered']}")
-    print(f"images  {m['images']}")
-    for reason, count in sorted(m["by_reason"].items(), key=lambda pair: -pair[1]):
+    made = prepare(source, out, config)
+    print(f"rows in {made.rows_in} = out {made.rows_out} + rejected {made.rejected} + filtered {made.filtered}")
+    print(f"images  {made.images}")
+    for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
         print(f"  rejected {count:>8}  {reason}")
 
 
@@ -157,10 +157,10 @@ def embed(
     """
     from pipelines.embedding.embed import embed
 
-    r = embed(model, source, out, config, fresh=fresh)
+    made = embed(model, source, out, config, fresh=fresh)
     print(
-        f"rows in {r['rows_in']} = embedded {r['embedded']} + errors {r['errors']}   "
-        f"{r['items_per_s']:.0f} items/s   fingerprint {r['fingerprint']}"
+        f"rows in {made.rows_in} = embedded {made.embedded} + errors {made.errors}   "
+        f"{made.items_per_s:.0f} items/s   fingerprint {made.fingerprint}"
     )
 
 
@@ -185,7 +185,7 @@ def index(
     """
     from pipelines.search.index import build
 
-    print(json.dumps(build(embeddings, out, config), indent=2))
+    print(build(embeddings, out, config).model_dump_json(indent=2))
 
 
 @job
@@ -218,11 +218,10 @@ def search(
     """
     if not text and not image:
         raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
-    from pipelines.search.search import Index, search
+    from pipelines.search.search import VectorIndex, search
 
-    opened = Index(index)
     images = tuple(Path(p) if "://" not in p else p for p in image or ())
-    hits = search(index, model or opened.summary["model"], crem.Item(text=text, images=images), k)
+    hits = search(index, model or VectorIndex(index).summary.model, crem.Item(text=text, images=images), k)
     for rank, hit in enumerate(hits, 1):
         if json_lines:
             print(json.dumps({"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}))

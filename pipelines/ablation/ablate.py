@@ -33,13 +33,12 @@ from pipelines.ablation.trends import NO_SEED, claims, judge, map_claims
 from pipelines.ablation.variants import PAPER, PAPER_SOURCE
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.prepared import PreparedRows, read_rows
-from pipelines.tables.storage import Folder
+from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["ablate"]
 
 log = logging.getLogger(__name__)
 
-KIND = "ablate"
 RESULT = "ablation.json"
 REPORT = "report.html"
 CHART = "ablation.png"
@@ -71,7 +70,7 @@ def ablate(
     read_manifest(source)
     rows = read_rows(prepared, split_prefix="test")
     runs = planned_runs(config, seeds, only)
-    target.claim(KIND)
+    target.claim(JobKind.ABLATE)
     inputs = AblationInputs(source.uri, config.model.backbone)
     unfinished = [run for run in runs if not run.is_finished(target, inputs)]
     log.info("%d runs, %d of them finished earlier", len(runs), len(runs) - len(unfinished))

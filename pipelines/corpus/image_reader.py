@@ -1,10 +1,11 @@
-"""Where a corpus keeps its images: ``images/`` beside the rows, or ``images.zip``, or wherever an absolute name says.
+"""The images of a corpus: in ``images/`` beside the rows, in ``images.zip``, or wherever an absolute name points.
 
-An archive is opened once per process and kept, because its directory of names can be large.
+Each process opens an archive once and keeps it open, because its directory of names can be large.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import zipfile
 import zlib
@@ -13,7 +14,6 @@ from functools import lru_cache
 from crem.config import ImageConfig
 from crem.data.images import read_bytes
 from crem.errors import ConfigError, ItemError
-from pipelines.corpus.sources import absolute
 from pipelines.tables.storage import Folder
 
 __all__ = ["ImageReader"]
@@ -29,11 +29,12 @@ class ImageReader:
         self.archive = archive
         """Version of ``images.zip`` (its size), or ``None`` where the corpus has none."""
         self.folder = folder
+        """Where relative names start, unless they name members of the archive."""
         self.limits = limits
 
     @classmethod
     def of(cls, root: Folder, limits: ImageConfig) -> ImageReader:
-        """Look once, in the driver, where the images are.
+        """The reader of a corpus; the driver looks once where its images are.
 
         Raises:
             ConfigError: ``images.zip`` is not a zip archive.
@@ -45,7 +46,7 @@ class ImageReader:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What every task opens of the corpus: ``images.zip``, if there is one."""
+        """Files at the root of the corpus that every task opens: ``images.zip``, if there is one."""
         return () if self.archive is None else (ARCHIVE,)
 
     def read(self, source: str | bytes) -> bytes:
@@ -56,7 +57,7 @@ class ImageReader:
         """
         if isinstance(source, bytes):
             return source
-        if self.archive is None or absolute(source):
+        if self.archive is None or _is_absolute(source):
             return read_bytes(source, self.limits, base=self.folder)
         return self._read_member(source)
 
@@ -76,8 +77,13 @@ class ImageReader:
                 return archive.read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ItemError("image_corrupt", f"{name!r} in {ARCHIVE} is damaged: {error}") from error
-        except (RuntimeError, NotImplementedError, OSError) as error:  # encrypted, or of a compression unknown here
+        except (RuntimeError, NotImplementedError, OSError) as error:  # encrypted, or of an unsupported compression
             raise ItemError("uri_unreadable", f"{name!r} in {ARCHIVE}: {type(error).__name__}: {error}") from error
+
+
+def _is_absolute(name: str) -> bool:
+    """Whether an image's name is an absolute path, a URI or a data URL."""
+    return "://" in name or name.startswith("data:") or os.path.isabs(name)
 
 
 @lru_cache(maxsize=4)

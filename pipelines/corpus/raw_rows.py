@@ -1,8 +1,8 @@
 """From a raw record to a row that can be trained on, or to the reason why not. Pure functions, no I/O.
 
-Exports are lenient about absence: a text that is null, NaN or blank counts as absent, and so does a side or a negative
-with neither text nor images. They are not trusted about types: a value that is not what its column promises makes a
-``bad_row``. Whole numbers and fractions are accepted as text (answers such as 4 are often stored so).
+Absence is read leniently: a text that is null, NaN or blank counts as absent, and so does a side or a negative with
+neither text nor images. Types are not: a value of another type than its column's makes a ``bad_row``. Only numbers are
+accepted as text, because answers such as 4 are often stored as numbers.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.corpus.records import RawRecord
 
-__all__ = ["COLUMNS", "RawItem", "RawRow", "check_row", "names_of", "parse_images", "parse_row", "parse_text"]
+__all__ = ["COLUMNS", "RawItem", "RawRow", "check_row", "parse_images", "parse_row", "parse_text", "source_and_key"]
 
 COLUMNS = (
     "key",
@@ -60,19 +61,19 @@ class RawRow:
     answer: str | None
 
 
-def names_of(record: dict[str, Any] | None, *, key: str, source: str) -> tuple[str, str]:
-    """(source, key) of a record, however bad it is: what a rejected row is called."""
+def source_and_key(record: RawRecord | None, *, key: str, source: str) -> tuple[str, str]:
+    """(source, key) of any record, however bad: they identify a rejected row."""
     values = record or {}
-    return _lenient(values.get("source"), source), _lenient(values.get("key"), key)
+    return _name_or(values.get("source"), source), _name_or(values.get("key"), key)
 
 
-def parse_row(record: dict[str, Any], *, key: str, source: str) -> RawRow:
+def parse_row(record: RawRecord, *, key: str, source: str) -> RawRow:
     """Check the types of a record.
 
     Args:
         record: the columns of ``COLUMNS``, any of them absent.
-        key: used where the record brings none.
-        source: used where the record brings none, also for ``task``.
+        key: used where the record has none.
+        source: used where the record has none, also as ``task``.
 
     Raises:
         ItemError: ``bad_row``.
@@ -92,7 +93,7 @@ def parse_row(record: dict[str, Any], *, key: str, source: str) -> RawRow:
 
 
 def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
-    """Refuse a row that has nothing to learn from, or too much.
+    """Refuse a row with nothing to learn from, or with more than the limits allow.
 
     Raises:
         ItemError: ``empty_item``, ``empty_query``, ``empty_target``, ``missing_answer``, ``missing_question``,
@@ -127,7 +128,7 @@ def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
             )
 
 
-def parse_text(record: dict[str, Any], column: str) -> str | None:
+def parse_text(record: RawRecord, column: str) -> str | None:
     """A text column; ``None`` where it is null, NaN or blank. Raises ``ItemError("bad_row")`` for other types."""
     value = record.get(column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -157,7 +158,7 @@ def _image(value: Any, where: str) -> str | bytes:
     if isinstance(value, str) and value.strip():
         return _valid_name(value, where)
     if isinstance(value, bytes):
-        return value  # zero bytes are a corrupt image, found when it is decoded
+        return value  # decoding rejects zero bytes as a corrupt image
     raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; an image is a path, a URI or bytes")
 
 
@@ -171,7 +172,7 @@ def _valid_name(value: str, where: str) -> str:
     return value
 
 
-def _side(record: dict[str, Any], prefix: str) -> RawItem:
+def _side(record: RawRecord, prefix: str) -> RawItem:
     return RawItem(
         parse_text(record, f"{prefix}text"),
         parse_images(record.get(f"{prefix}images"), f"{prefix}images"),
@@ -198,7 +199,7 @@ def _texts(row: RawRow) -> list[tuple[str, str | None]]:
     return [*of_sides, ("question", row.question), ("answer", row.answer), ("key", row.key), ("source", row.source)]
 
 
-def _lenient(value: Any, default: str) -> str:
+def _name_or(value: Any, default: str) -> str:
     text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
     text = text.encode(errors="replace").decode()[:1000]
     return text if text.strip() else default

@@ -1,111 +1,84 @@
-"""Raw corpora and item tables: which files, cut into which pieces, read into which records.
+"""Raw corpora and item tables: which files they have, split into which ranges of rows, read into which records.
 
-The unit of work is a *piece*: some rows of one file, small enough to be read again when a worker dies. Cutting counts
-every row before anything is processed (Parquet footers, one pass over JSONL for line offsets), so a job knows how many
-rows it must account for. Plain JSONL is cut at byte offsets; gzip cannot be entered in the middle, so its pieces are
-larger and each decompresses what lies before it.
+A range of rows is small enough to be read again when a worker dies. Splitting counts every row before anything is
+processed (from Parquet footers, or one pass over JSONL), so a job knows how many rows it must account for.
 
-A line or a row that cannot be parsed becomes a record with a ``fault``: it is counted and rejected, never an abort. A
-*file* that cannot be read is an error, because the number of its rows is unknown.
+A row that cannot be parsed becomes a ``SourceRow`` with a ``parse_error``: it is counted and rejected, and the job goes
+on. A *file* that cannot be read is an error, because the number of its rows is unknown.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import IO, Any
+from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
+from pipelines.corpus.jsonl_rows import read_lines, split_lines
+from pipelines.corpus.parquet_rows import read_parquet, split_parquet
+from pipelines.corpus.records import RowRange, SourceRow, unreadable_file
 from pipelines.tables.storage import CLAIM, Folder
 
-__all__ = ["Piece", "Record", "Source", "absolute", "find", "group", "read", "split", "stamp"]
+__all__ = ["FileStamp", "SourceFiles", "find", "group", "read", "split", "stamps"]
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
-_MAX_LINE_BYTES = 64 * 2**20
-"""A longer JSONL line is a bad row; it is never held in memory whole."""
-_RESPLIT_BYTES = 64 * 2**20
-"""A Parquet row group is cut into several pieces only below this size, since each piece reads the group again."""
-_GZIP_PIECE_ROWS = 16_384
-_READ_ROWS = 64
-"""Rows turned into Python objects at a time; they may carry inline images."""
-_PLAN_THREADS = 16
+_SPLIT_THREADS = 16
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows ``first`` to ``first + rows - 1`` of one file."""
-
-    folder: str
-    file: str
-    first: int
-    rows: int
-    row_groups: tuple[int, ...] = ()
-    """Parquet: the groups that hold them."""
-    skip: int = 0
-    """Parquet: rows of the first group that belong to the piece before. Gzip: non-blank lines before the first."""
-    offset: int = 0
-    """JSONL: byte offset of the first line."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "row_groups": list(self.row_groups)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Piece:
-        return cls(**{**fields, "row_groups": tuple(int(g) for g in fields["row_groups"])})
-
-
-@dataclass(frozen=True)
-class Record:
-    """One raw row. ``data`` is ``None`` and ``fault`` says why where the row could not be parsed."""
-
-    name: str
-    """``<file>#<number of the row in it>``, the key of a row that brings none."""
-    data: dict[str, Any] | None
-    fault: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files of rows, and the folder that relative image names start from."""
+class SourceFiles:
+    """The row files of a corpus or item table."""
 
     root: Folder
-    rows: Folder
+    """Where relative image names start."""
+    folder: Folder
+    """The folder of the row files."""
     names: tuple[str, ...]
+    """The row files."""
 
 
-def find(place: str, *, what: str = "corpus") -> Source:
-    """The row files of a folder (its ``rows/`` if there is one), or a single file.
+@dataclass(frozen=True)
+class FileStamp:
+    """Identifies the content of an input file: two runs with equal stamps read the same rows."""
+
+    file: str
+    size: int
+    """Bytes."""
+    version: str
+    """Entity tag, or time of the last change."""
+
+
+def find(place: str, *, what: str = "corpus") -> SourceFiles:
+    """The row files of a folder (of its ``rows/`` if it has one), or a single file.
+
+    Args:
+        place: path or URI.
+        what: the name of the input in error messages.
 
     Raises:
-        ConfigError: nothing there, no row files, or a place that cannot be read.
+        ConfigError: ``place`` does not exist, has no row files, or cannot be read.
     """
-    folder = Folder.at(place)
+    root = Folder.at(place)
     try:
-        if folder.fs.isfile(folder.path()):
-            if not folder.name.lower().endswith(SUFFIXES):
+        if root.fs.isfile(root.path()):
+            if not root.name.lower().endswith(SUFFIXES):
                 raise ConfigError(f"{place!r} is not one of {', '.join(SUFFIXES)}; convert it or name a folder of them")
-            parent = Folder(folder.uri.rpartition("/")[0] or "/")
-            return Source(parent, parent, (folder.name,))
-        rows = folder.child("rows")
-        if not rows.files(*SUFFIXES):
-            rows = folder
-        found = rows.files()
-        missing = not found and not folder.exists()
+            parent = Folder(root.uri.rpartition("/")[0] or "/")
+            return SourceFiles(parent, parent, (root.name,))
+        folder = root.child("rows")
+        if not folder.files(*SUFFIXES):
+            folder = root
+        found = folder.files()
+        missing = not found and not root.exists()
     except ConfigError:
         raise
-    except Exception as error:  # botocore's and the operating system's alike: the place cannot be listed
+    except Exception as error:  # of botocore or of the operating system: the place cannot be listed
         raise ConfigError(
             f"{what} {place!r} cannot be read: {type(error).__name__}: {error}; check the address, and for s3:// "
             "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -117,201 +90,73 @@ def find(place: str, *, what: str = "corpus") -> Source:
         raise ConfigError(
             f"{what} {place!r} holds no {', '.join(SUFFIXES)} file, in rows/ or at its top; found {found[:4]}"
         )
-    others = [n for n in found if n.lower().endswith((".json", ".csv", ".tsv", ".json.gz")) and n != CLAIM]
-    if others and rows.name == "rows":
-        log.warning("%s: not read, because only %s are: %s", rows.uri, ", ".join(SUFFIXES), ", ".join(others[:8]))
-    return Source(folder, rows, names)
+    ignored = [n for n in found if n.lower().endswith((".json", ".csv", ".tsv", ".json.gz")) and n != CLAIM]
+    if ignored and folder.name == "rows":
+        log.warning("%s: only %s are read, not %s", folder.uri, ", ".join(SUFFIXES), ", ".join(ignored[:8]))
+    return SourceFiles(root, folder, names)
 
 
-def split(source: Source, columns: Sequence[str], rows: int) -> list[Piece]:
-    """Cut the files into pieces of at most about ``rows`` rows, counting every row.
+def split(source: SourceFiles, columns: Sequence[str], rows: int) -> list[RowRange]:
+    """Split the files into ranges of at most about ``rows`` rows, counting every row.
 
     Raises:
-        ConfigError: a file that cannot be read, or Parquet without any of ``columns``.
+        ConfigError: a file cannot be read, or is Parquet with none of ``columns``.
     """
-    with ThreadPoolExecutor(min(_PLAN_THREADS, len(source.names))) as threads:
-        pieces = list(threads.map(lambda name: _split_file(source.rows, name, columns, rows), source.names))
-    return [piece for of_file in pieces for piece in of_file]
+
+    def split_file(name: str) -> list[RowRange]:
+        try:
+            with source.folder.open(name) as file:
+                if _is_parquet(name):
+                    return split_parquet(file, source.folder.uri, name, columns, rows)
+                return split_lines(file, source.folder.uri, name, rows)
+        except (pa.ArrowException, EOFError, OSError) as error:
+            raise unreadable_file(source.folder.uri, name, error) from error
+
+    with ThreadPoolExecutor(min(_SPLIT_THREADS, len(source.names))) as threads:
+        return [part for ranges in threads.map(split_file, source.names) for part in ranges]
 
 
-def group(pieces: Sequence[Piece], rows: int) -> list[list[Piece]]:
-    """Put neighbouring pieces together up to ``rows`` rows, so that many small files do not make many small tasks."""
-    groups: list[list[Piece]] = []
-    held = 0
-    for piece in pieces:
-        if not groups or held + piece.rows > rows:
+def group(ranges: Sequence[RowRange], rows: int) -> list[tuple[RowRange, ...]]:
+    """Join neighbouring ranges up to ``rows`` rows, so that many small files do not make many small tasks."""
+    groups: list[list[RowRange]] = []
+    size = 0
+    for part in ranges:
+        if not groups or size + part.rows > rows:
             groups.append([])
-            held = 0
-        groups[-1].append(piece)
-        held += piece.rows
-    return groups
+            size = 0
+        groups[-1].append(part)
+        size += part.rows
+    return [tuple(parts) for parts in groups]
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[Record]:
-    """The piece's records in order, a few at a time in memory.
+def read(rows: RowRange, columns: Sequence[str]) -> Iterator[SourceRow]:
+    """The rows of a range in order, a few at a time in memory.
 
     Raises:
-        ConfigError: the file has changed since it was split, or is damaged.
+        ConfigError: the file has changed since it was split, or cannot be read.
     """
-    numbered = _read_parquet(piece, columns) if piece.file.lower().endswith(".parquet") else _read_lines(piece)
-    number = piece.first
-    for data, fault in numbered:
-        yield Record(f"{piece.file}#{number}", data, fault)
+    parsed = read_parquet(rows, columns) if _is_parquet(rows.file) else read_lines(rows)
+    number = rows.first
+    for record, parse_error in parsed:
+        yield SourceRow(f"{rows.file}#{number}", record, parse_error)
         number += 1
-    if number - piece.first != piece.rows:
+    if number - rows.first != rows.rows:
         raise ConfigError(
-            f"{piece.folder}/{piece.file} has {number - piece.first} rows where it had {piece.rows} before; "
+            f"{rows.folder}/{rows.file} has {number - rows.first} rows where it had {rows.rows} before; "
             "run again once nothing writes to it"
         )
 
 
-def _split_file(folder: Folder, name: str, columns: Sequence[str], rows: int) -> list[Piece]:
-    try:
-        with folder.open(name) as file:
-            if name.lower().endswith(".parquet"):
-                return _split_parquet(pq.ParquetFile(file), folder.uri, name, columns, rows)
-            return _split_lines(file, folder.uri, name, rows)
-    except (pa.ArrowException, EOFError, OSError) as error:
-        raise _damaged(folder.uri, name, error) from error
+def stamps(source: SourceFiles) -> tuple[FileStamp, ...]:
+    """The stamp of each file."""
 
-
-def _split_parquet(file: pq.ParquetFile, folder: str, name: str, columns: Sequence[str], rows: int) -> list[Piece]:
-    present = file.schema_arrow.names
-    if not set(present) & set(columns):
-        raise ConfigError(f"{folder}/{name} has the columns {present}; none of them is known here: {list(columns)}")
-    pieces: list[Piece] = []
-    groups: list[int] = []
-    first = held = 0
-    for index in range(file.metadata.num_row_groups):
-        meta = file.metadata.row_group(index)
-        if groups and held + meta.num_rows > rows:
-            pieces.append(Piece(folder, name, first, held, tuple(groups)))
-            first, held, groups = first + held, 0, []
-        if meta.num_rows > rows and meta.total_byte_size <= _RESPLIT_BYTES:
-            for start in range(0, meta.num_rows, rows):
-                size = min(rows, meta.num_rows - start)
-                pieces.append(Piece(folder, name, first + start, size, (index,), skip=start))
-            first += meta.num_rows
-        elif meta.num_rows:
-            groups.append(index)
-            held += meta.num_rows
-    if groups:
-        pieces.append(Piece(folder, name, first, held, tuple(groups)))
-    return pieces
-
-
-def _split_lines(file: IO[bytes], folder: str, name: str, rows: int) -> list[Piece]:
-    zipped = name.lower().endswith(".gz")
-    size = max(rows, _GZIP_PIECE_ROWS) if zipped else rows
-    starts: list[int] = []
-    count = 0
-    for offset, _ in _lines(_buffered(file, zipped)):
-        if count % size == 0:
-            starts.append(offset)
-        count += 1
-    return [
-        Piece(folder, name, i * size, min(size, count - i * size), skip=i * size, offset=start)
-        if zipped
-        else Piece(folder, name, i * size, min(size, count - i * size), offset=start)
-        for i, start in enumerate(starts)
-    ]
-
-
-def _read_parquet(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    skip, left = piece.skip, piece.rows
-    try:
-        with Folder(piece.folder).open(piece.file) as handle:
-            file = pq.ParquetFile(handle)
-            wanted = [c for c in file.schema_arrow.names if c in columns]
-            for batch in file.iter_batches(_READ_ROWS, row_groups=list(piece.row_groups), columns=wanted):
-                if skip >= batch.num_rows:
-                    skip -= batch.num_rows
-                    continue
-                batch = batch.slice(skip, left)
-                skip, left = 0, left - batch.num_rows
-                yield from _rows(batch)
-                if left == 0:
-                    return
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(piece.folder, piece.file, error) from error
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    try:
-        yield from [(row, "") for row in batch.to_pylist()]
-    except (ValueError, OverflowError, pa.ArrowException):  # e.g. text that is not UTF-8: find the rows at fault
-        for i in range(batch.num_rows):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0], ""
-            except (ValueError, OverflowError, pa.ArrowException) as error:
-                yield None, f"{type(error).__name__}: {error}"
-
-
-def _read_lines(piece: Piece) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    zipped = piece.file.lower().endswith(".gz")
-    try:
-        with Folder(piece.folder).open(piece.file) as handle:
-            if not zipped:
-                handle.seek(piece.offset)
-            skip, left = piece.skip, piece.rows
-            for _, line in _lines(_buffered(handle, zipped)):
-                if skip:
-                    skip -= 1
-                    continue
-                yield _parse(line)
-                left -= 1
-                if left == 0:
-                    return
-    except (EOFError, OSError) as error:
-        raise _damaged(piece.folder, piece.file, error) from error
-
-
-def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
-    if line is None:
-        return None, f"a line of more than {_MAX_LINE_BYTES} bytes; keep images in images/ or in Parquet"
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return None, f"not a line of JSON: {error}: {line[:60]!r}"
-    if not isinstance(value, dict):
-        return None, f"a JSON {type(value).__name__}, not an object: {line[:60]!r}"
-    return value, ""
-
-
-def _buffered(file: IO[bytes], zipped: bool) -> IO[bytes]:
-    return gzip.open(file, "rb") if zipped else io.BufferedReader(file, 2**20)  # type: ignore[arg-type,return-value,type-var]
-
-
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(byte offset from here, line) of every non-blank line; ``None`` for one that is too long to hold."""
-    end = 0
-    while line := file.readline(_MAX_LINE_BYTES):
-        start, end = end, end + len(line)
-        if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                end += len(rest)
-            end += len(rest)
-            yield start, None
-        elif line.strip():
-            yield start, line
-
-
-def _damaged(folder: str, name: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{folder}/{name} cannot be read: {type(error).__name__}: {error}; replace it or take it out of the folder"
-    )
-
-
-def stamp(source: Source) -> list[dict[str, Any]]:
-    """Name, size and version (entity tag or time of change) of each file: whether two runs saw the same input."""
-    stamps = []
-    for name in source.names:
-        info = source.rows.fs.info(source.rows.path(name))
+    def stamp(name: str) -> FileStamp:
+        info = source.folder.fs.info(source.folder.path(name))
         version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        stamps.append({"file": name, "size": info["size"], "version": str(version)})
-    return stamps
+        return FileStamp(name, info["size"], str(version))
+
+    return tuple(stamp(name) for name in source.names)
 
 
-def absolute(name: str) -> bool:
-    """Whether an image's name stands for itself: an absolute path, a URI or a data URL."""
-    return "://" in name or name.startswith("data:") or os.path.isabs(name)
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")

@@ -1,101 +1,149 @@
-"""One task of ``crem prepare``: its rows, images and rejections, written as they come, and the ledger of them.
+"""One task of ``crem prepare``: it writes its rows, images and rejections as they come, and keeps a ledger of them.
 
-Images are flushed to their file by size, so a task holds about 32 MB of them whatever the number of its rows. A
-image that several rows of the task name is decoded and stored once.
+A task flushes images to their file by size, so it holds about 32 MB of them however many rows it has. It decodes and
+stores an image once, however many of its rows name it.
 """
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from crem.config import RunConfig
 from crem.data.images import encode_image, load_image
 from crem.errors import ItemError
+from pipelines.corpus import sources
 from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.raw_rows import RawItem, RawRow, check_row, names_of, parse_row
-from pipelines.corpus.sources import Record
+from pipelines.corpus.raw_rows import COLUMNS, RawItem, RawRow, check_row, parse_row, source_and_key
+from pipelines.corpus.records import RowRange, SourceRow
 from pipelines.tables import schema
-from pipelines.tables.storage import Folder
+from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["Stage"]
+__all__ = ["STAGING", "StagedLedger", "StagingTask", "stage", "staged_file"]
 
+STAGING = "_staging"
+"""Folder of staged files in the output of ``crem prepare``; gone once the run is complete."""
 _FLUSH_BYTES = 32 * 2**20
 _FLUSH_ROWS = 4096
 
 
-class Stage:
-    """Takes raw records, sorts them into three files."""
+@dataclass(frozen=True)
+class StagingTask:
+    """The rows that one task stages."""
 
-    def __init__(self, folder: Folder, token: str, source: str, reader: ImageReader, config: RunConfig):
+    number: int
+    """Position of the task in the order of the corpus."""
+    ranges: tuple[RowRange, ...]
+
+
+@dataclass(frozen=True)
+class StagedLedger:
+    """What one task staged: identifiers only, so that the driver can hold the ledgers of all tasks."""
+
+    task: int
+    """Number of the task."""
+    token: str
+    """Part of the names of its files; a retried task has another one."""
+    rows_in: int
+    rejected: int
+    row_ids: NDArray[np.int64]
+    """[rows] ids of the staged rows, in their order."""
+    image_ids: NDArray[np.int64]
+    """[images] ids of the staged images, in their order."""
+    ref_rows: NDArray[np.int64]
+    """[references] position in ``row_ids`` of the row that refers to an image."""
+    ref_images: NDArray[np.int64]
+    """[references] id of that image."""
+
+
+def staged_file(table: str, token: str) -> str:
+    """Name of a task's staged file of ``table`` (``rows``, ``images`` or ``rejected``), from the output folder."""
+    return f"{STAGING}/{table}-{token}.parquet"
+
+
+def stage(task: StagingTask, *, out: Folder, source: str, reader: ImageReader, config: RunConfig) -> StagedLedger:
+    """Stage the rows of one task under ``out``; ``source`` names the corpus in rows that have no source."""
+    token = f"{task.number:06d}-{uuid.uuid4().hex[:8]}"
+    with _StagingWriter(out, token, source, reader, config) as writer:
+        for rows in task.ranges:
+            for row in sources.read(rows, COLUMNS):
+                writer.add(row)
+    refs = np.array(writer.refs, np.int64).reshape(-1, 2)
+    return StagedLedger(
+        task=task.number,
+        token=token,
+        rows_in=writer.rows_in,
+        rejected=writer.rows_in - len(writer.row_ids),
+        row_ids=np.array(writer.row_ids, np.int64),
+        image_ids=np.array(list(writer.image_ids), np.int64),
+        ref_rows=refs[:, 0],
+        ref_images=refs[:, 1],
+    )
+
+
+class _StagingWriter:
+    """Turns raw records into the three staged files of one task."""
+
+    def __init__(self, out: Folder, token: str, source: str, reader: ImageReader, config: RunConfig):
         self.source = source
         self.reader = reader
         self.config = config
-        self.rows = _Part(folder, f"rows-{token}.parquet", schema.ROWS, "zstd")
-        self.images = _Part(folder, f"images-{token}.parquet", schema.IMAGES, "none")  # already compressed
-        self.rejected = _Part(folder, f"rejected-{token}.parquet", schema.REJECTED, "zstd")
+        self.rows = _StagedFile(out, staged_file("rows", token), schema.ROWS, "zstd")
+        self.images = _StagedFile(out, staged_file("images", token), schema.IMAGES, "none")  # already compressed
+        self.rejected = _StagedFile(out, staged_file("rejected", token), schema.REJECTED, "zstd")
         self.rows_in = 0
         self.row_ids: list[int] = []
         self.image_ids: dict[int, None] = {}  # in the order in which they were stored
         self.refs: list[tuple[int, int]] = []
-        self._seen: dict[str, int | ItemError] = {}
+        self._known: dict[str, int | ItemError] = {}
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> _StagingWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for part in (self.rows, self.images, self.rejected):
-            part.close()
+        for file in (self.rows, self.images, self.rejected):
+            file.close()
 
-    def add(self, record: Record) -> None:
-        """Store one record as a row, or as a rejection with its reason."""
+    def add(self, source_row: SourceRow) -> None:
+        """Store a row, or its rejection with the reason."""
         self.rows_in += 1
         try:
-            if record.data is None:
-                raise ItemError("bad_row", record.fault)
-            row = parse_row(record.data, key=record.name, source=self.source)
+            if source_row.record is None:
+                raise ItemError("bad_row", source_row.parse_error)
+            row = parse_row(source_row.record, key=source_row.name, source=self.source)
             limits = self.config.model.image
             check_row(row, max_text_chars=self.config.prepare.max_text_chars, max_images=limits.max_images_per_item)
             self._store(row)
         except ItemError as error:
-            source, key = names_of(record.data, key=record.name, source=self.source)
+            source, key = source_and_key(source_row.record, key=source_row.name, source=self.source)
             self.rejected.append(
                 {
                     "id": schema.row_id(source, key),
                     "source": source,
                     "key": key,
-                    "stage": "prepare",
+                    "stage": JobKind.PREPARE.value,
                     "reason": error.reason,
                     "detail": error.detail,
                 }
             )
 
-    def ledger(self) -> dict[str, Any]:
-        """What was staged, as numbers: the input of ``prepare.decide``."""
-        refs = np.array(self.refs, np.int64).reshape(-1, 2)
-        return {
-            "rows_in": self.rows_in,
-            "rejected": self.rows_in - len(self.row_ids),
-            "row_ids": np.array(self.row_ids, np.int64).tobytes(),
-            "image_ids": np.array(list(self.image_ids), np.int64).tobytes(),
-            "ref_rows": refs[:, 0].tobytes(),
-            "ref_images": refs[:, 1].tobytes(),
-        }
-
     def _store(self, row: RawRow) -> None:
         query = self._item(row.query)
         target = None if row.target.is_empty else self._item(row.target)
         negatives = [self._item(negative) for negative in row.negatives]
-        identity = schema.row_id(row.source, row.key)
+        row_id = schema.row_id(row.source, row.key)
         self.rows.append(
             {
-                "id": identity,
+                "id": row_id,
                 "source": row.source,
                 "key": row.key,
                 "task": row.task,
@@ -109,9 +157,10 @@ class Stage:
         )
         sides = [query, *([target] if target else []), *negatives]
         self.refs += [(len(self.row_ids), image) for side in sides for image in side["images"]]
-        self.row_ids.append(identity)
+        self.row_ids.append(row_id)
 
-    def _item(self, item: RawItem) -> dict[str, Any]:
+    def _item(self, item: RawItem) -> schema.ArrowRow:
+        """A value of ``schema.ITEM``."""
         return {
             "text": item.text,
             "instruction": item.instruction,
@@ -122,37 +171,37 @@ class Stage:
         """Id of an image, decoded at its first use in this task; a bad one is bad for every row that names it."""
         if isinstance(source, bytes) or source.startswith("data:"):
             return self._encode(source)
-        known = self._seen.get(source)
+        known = self._known.get(source)
         if known is None:
             try:
                 known = self._encode(source)
             except ItemError as error:
                 known = ItemError(error.reason, error.detail)  # without the traceback, which holds the image
-            self._seen[source] = known
+            self._known[source] = known
         if isinstance(known, ItemError):
             raise ItemError(known.reason, known.detail)
         return known
 
     def _encode(self, source: str | bytes) -> int:
-        bounds = self.reader.limits
+        limits = self.reader.limits
         try:
-            image = load_image(self.reader.read(source), bounds)
+            image = load_image(self.reader.read(source), limits)
         except ItemError as error:
             if isinstance(source, bytes) or source[:60] in error.detail:
                 raise
             raise ItemError(error.reason, f"{source[:200]!r}: {error.detail}") from error
-        data, width, height = encode_image(image, bounds.max_pixels)
-        identity = schema.content_id(data)
-        if identity not in self.image_ids:
-            self.image_ids[identity] = None
+        data, width, height = encode_image(image, limits.max_pixels)
+        image_id = schema.content_id(data)
+        if image_id not in self.image_ids:
+            self.image_ids[image_id] = None
             uri = None if isinstance(source, bytes) or source.startswith("data:") else source
             self.images.append(
-                {"id": identity, "bytes": data, "width": width, "height": height, "uri": uri}, size=len(data)
+                {"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, size=len(data)
             )
-        return identity
+        return image_id
 
 
-class _Part:
+class _StagedFile:
     """A Parquet file written a row group at a time; it exists only if something was appended."""
 
     def __init__(self, folder: Folder, name: str, table: pa.Schema, compression: str):
@@ -160,12 +209,12 @@ class _Part:
         self.name = name
         self.schema = table
         self.compression = compression
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[schema.ArrowRow] = []
         self._bytes = 0
         self._file: Any = None
         self._writer: pq.ParquetWriter | None = None
 
-    def append(self, row: dict[str, Any], size: int = 0) -> None:
+    def append(self, row: schema.ArrowRow, size: int = 0) -> None:
         self._rows.append(row)
         self._bytes += size
         if self._bytes >= _FLUSH_BYTES or len(self._rows) >= _FLUSH_ROWS:

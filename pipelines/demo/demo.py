@@ -36,10 +36,10 @@ from pipelines.emoji import corpus_path
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluation_result import EvaluationResult
 from pipelines.evaluation.evaluation_text import evaluation_table
-from pipelines.search import index as vector_index
+from pipelines.search.index import build
 from pipelines.tables import session
 from pipelines.tables.prepared import PreparedRows, read_rows, texts_of
-from pipelines.tables.storage import Folder
+from pipelines.tables.storage import Folder, JobKind
 from pipelines.training.metrics_log import read_metrics
 from pipelines.training.train import train
 
@@ -69,7 +69,7 @@ def demo(out: str, config: RunConfig) -> str:
     folder = Folder.at(out)
     if not folder.is_local:
         raise ConfigError(f"crem demo writes to a folder on this machine, not to {out!r}; give --out a path")
-    folder.claim("demo")
+    folder.claim(JobKind.DEMO)
     report = _run(Path(folder.uri), config)
     folder.write_json(report.to_json(), "report.json")
     rows = read_rows(folder.child("prepared").uri, split_prefix="test")
@@ -96,7 +96,7 @@ def _run(out: Path, config: RunConfig) -> DemoReport:
         with timer.stage("embed"):
             embedded = embed(model, prepared, embeddings, config, fresh=True)
         with timer.stage("index"):
-            indexed = vector_index.build(embeddings, index, config)
+            indexed = build(embeddings, index, config)
         with timer.stage("evaluate"):
             evaluation = evaluate(model, prepared, str(out / "evaluation"), config)
         with timer.stage("evaluate the short training"):
@@ -111,11 +111,11 @@ def _run(out: Path, config: RunConfig) -> DemoReport:
     return DemoReport(
         config=config,
         checks=_checks(evaluation),
-        prepare={k: counts[k] for k in ("rows_in", "rows_out", "rejected", "filtered", "images")},
+        prepare=counts.model_dump(include={"rows_in", "rows_out", "rejected", "filtered", "images"}),
         train={k: v for k, v in asdict(trained).items() if k != "model"},
         curves=list(read_metrics(Folder.at(run))),
-        embed={k: v for k, v in embedded.items() if k != "model"},
-        index={k: v for k, v in indexed.items() if k != "model"},
+        embed=embedded.model_dump(mode="json", exclude={"format", "model"}),
+        index=indexed.model_dump(mode="json", exclude={"format", "model"}),
         evaluation=evaluation,
         short=short,
         untrained=untrained,

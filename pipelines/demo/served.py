@@ -20,7 +20,7 @@ import numpy as np
 
 from crem.errors import CremError
 from pipelines.demo.demo_report import Chat, Search, SearchHit, ServeReport
-from pipelines.search.search import Index
+from pipelines.search.search import VectorIndex
 from pipelines.tables.prepared import PreparedRows, read_rows
 
 __all__ = ["serve_and_query"]
@@ -44,7 +44,7 @@ def serve_and_query(model: str, index: str, prepared: str, log_file: Path) -> Se
     with _server(model, log_file) as url:
         seconds_until_ready = round(time.monotonic() - began, 1)
         log.info("server ready at %s", url)
-        searches, seconds = _search(url, Index(index))
+        searches, seconds = _search(url, VectorIndex(index))
         return ServeReport(
             seconds_until_ready=seconds_until_ready,
             searches=searches,
@@ -85,7 +85,7 @@ def _address(server: subprocess.Popen[bytes], log_file: Path) -> str:
     )
 
 
-def _search(url: str, index: Index) -> tuple[list[Search], list[float]]:
+def _search(url: str, index: VectorIndex) -> tuple[list[Search], list[float]]:
     """The searches, and the seconds of each embedding request."""
     searches, seconds = [], []
     for text in _QUERIES:

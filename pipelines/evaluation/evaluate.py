@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import ray
+import ray.data
 
 from crem.config import RunConfig
 from pipelines.evaluation.answers import answer_examples, answer_figures, cache_figures, chosen_questions
@@ -30,10 +29,11 @@ from pipelines.evaluation.retrieval import (
     target_ranks,
 )
 from pipelines.evaluation.workload import TaskResults, compute, evaluation_tasks
-from pipelines.tables import session
-from pipelines.tables.models import load_model
+from pipelines.tables import ray_tasks, session
+from pipelines.tables.models import describe_model, load_model
 from pipelines.tables.prepared import PreparedRows, read_rows
-from pipelines.tables.storage import Folder
+from pipelines.tables.shared_folders import require_readable_model, require_readable_tables
+from pipelines.tables.storage import Folder, JobKind
 
 if TYPE_CHECKING:
     import crem
@@ -42,7 +42,6 @@ __all__ = ["evaluate", "evaluate_loaded"]
 
 log = logging.getLogger(__name__)
 
-KIND = "evaluate"
 RESULT = "evaluation.json"
 _BATCHES_PER_CHUNK = 4
 _LOG_EVERY_S = 5.0
@@ -57,17 +56,23 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> Evaluati
     """
     rows = read_rows(prepared, split_prefix="test")
     target = Folder.at(out)
-    target.claim(KIND)
+    target.claim(JobKind.EVALUATE)
     session.connect()
-    session.require_readable(Folder.at(prepared), "manifest.json")
+    require_readable_tables(prepared)
+    require_readable_model(model)
     session.require(
         f"evaluating with {config.embed.min_actors} actors",
         cpus=config.embed.min_actors * config.embed.cpus_per_actor,
         gpus=config.embed.min_actors * config.embed.gpus_per_actor,
         remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
     )
-    with session.remote_errors():
-        chorus_tokens = _checked_chorus_tokens(model, config)
+    with ray_tasks.remote_errors():
+        chorus_tokens = describe_model(  # a wrong count fails before any work
+            model,
+            cpus=config.embed.cpus_per_actor,
+            gpus=config.embed.gpus_per_actor,
+            chorus_tokens=config.evaluate.chorus_tokens,
+        ).chorus_tokens
     tasks = evaluation_tasks(rows, config.evaluate)
     log.info("%d contents to embed and questions to answer with %d chorus tokens", len(tasks), chorus_tokens)
     results = _compute_on_actors(model, prepared, len(tasks), config)
@@ -80,15 +85,6 @@ def evaluate_loaded(model: crem.Crem, rows: PreparedRows, config: RunConfig) -> 
     """As ``evaluate``, of a loaded model on rows already read, in this process; nothing is written."""
     results = compute(model, rows, evaluation_tasks(rows, config.evaluate), config.evaluate)
     return _figures(rows, config, results, model=None, chorus_tokens=model.chorus_tokens)
-
-
-def _checked_chorus_tokens(model: str, config: RunConfig) -> int:
-    """The chorus count of the evaluation, checked where the model will run: a wrong one fails before any work."""
-    from crem.checkpoint import CheckpointInfo, describe
-
-    task = ray.remote(num_cpus=config.embed.cpus_per_actor, num_gpus=config.embed.gpus_per_actor)(describe)
-    info: CheckpointInfo = ray.get(task.remote(model, config.evaluate.chorus_tokens))
-    return info.chorus_tokens
 
 
 def _figures(
@@ -117,9 +113,9 @@ def _figures(
 def _compute_on_actors(model: str, prepared: str, count: int, config: RunConfig) -> TaskResults:
     """Results of all ``count`` tasks, from the actor pool."""
     settings, size = config.embed, _BATCHES_PER_CHUNK * config.evaluate.batch_size
-    chunks = [{"start": start} for start in range(0, count, size)]
-    actors = min(settings.max_actors, len(chunks))
-    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+    starts = range(0, count, size)
+    actors = min(settings.max_actors, len(starts))
+    dataset = ray_tasks.task_dataset(starts).map_batches(
         _Evaluator,
         batch_size=1,
         batch_format="pyarrow",
@@ -130,8 +126,8 @@ def _compute_on_actors(model: str, prepared: str, count: int, config: RunConfig)
     )
     by_start: dict[int, TaskResults] = {}
     done, logged = 0, time.monotonic()
-    with session.remote_errors():
-        for start, results in session.results(dataset):
+    with ray_tasks.remote_errors():
+        for start, results in ray_tasks.results(dataset):
             by_start[start] = results
             done += len(results.embeddings) + len(results.answers)
             if done == count or time.monotonic() - logged > _LOG_EVERY_S:
@@ -151,8 +147,8 @@ class _Evaluator:
         self._config = config.evaluate
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        starts = batch.column("start").to_pylist()
-        return pa.Table.from_pylist([session.attempt(partial(self._chunk, start)) for start in starts])
+        starts = batch[ray_tasks.TASK].to_pylist()
+        return pa.Table.from_pylist([ray_tasks.attempt(self._chunk, start) for start in starts])
 
     def _chunk(self, start: int) -> tuple[int, TaskResults]:
         return start, compute(self._model, self._rows, self._tasks[start : start + self._size], self._config)

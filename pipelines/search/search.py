@@ -1,4 +1,4 @@
-"""``crem search``: an index opened for queries."""
+"""``crem search``: an index opened for queries. A query by another model than the index was made by is refused."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from crem.errors import CheckpointError, ConfigError
-from pipelines.search.index import ITEMS, KIND, SUMMARY, VECTORS
+from pipelines.search.index import ITEMS, VECTORS, IndexSummary
+from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
 
-__all__ = ["Hit", "Index", "search"]
+if TYPE_CHECKING:
+    import crem
+
+__all__ = ["Hit", "VectorIndex", "search"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,19 @@ class Hit:
     text: str | None
 
 
-class Index:
-    """An index opened for search. Remote ones are copied to a temporary folder first."""
+class VectorIndex:
+    """An index opened for search. A remote one is first copied to a temporary folder.
+
+    Raises:
+        ConfigError: there is no complete index, or it is damaged.
+    """
 
     def __init__(self, place: str):
-        """Raises ``ConfigError`` where there is no complete index."""
         folder = Folder.at(place)
-        summary = folder.read_json(SUMMARY)
-        if not isinstance(summary, dict) or summary.get("kind") != KIND:
-            raise ConfigError(f"{place!r} is not an index (no {SUMMARY}); run crem index into it first")
-        self.summary: dict[str, Any] = summary
+        summary = IndexSummary.read(folder)
+        if summary is None:
+            raise ConfigError(f"{place!r} is not an index (no {IndexSummary.FILE}); run crem index into it first")
+        self.summary = summary
         self._scratch = None if folder.is_local else tempfile.TemporaryDirectory(prefix="crem-index-")
         self._place = place
         with self._damage_explained():
@@ -50,11 +58,15 @@ class Index:
             root = Path(self._scratch.name if self._scratch else folder.uri)
             self._vectors = faiss.read_index(str(root / VECTORS))
             self._items = pq.ParquetFile(root / ITEMS)
-            counts = {SUMMARY: summary["count"], VECTORS: self._vectors.ntotal, ITEMS: self._items.metadata.num_rows}
+            counts = {
+                IndexSummary.FILE: summary.count,
+                VECTORS: self._vectors.ntotal,
+                ITEMS: self._items.metadata.num_rows,
+            }
             if len(set(counts.values())) > 1:
-                raise ValueError(f"it holds {counts} items")
+                raise ValueError(f"the numbers of items differ: {counts}")
             if isinstance(self._vectors, faiss.IndexIVF):
-                self._vectors.nprobe = summary["probes"]
+                self._vectors.nprobe = summary.probes
         groups = (self._items.metadata.row_group(i).num_rows for i in range(self._items.num_row_groups))
         self._starts = np.cumsum([0, *groups])
 
@@ -62,33 +74,31 @@ class Index:
     def _damage_explained(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, OSError, pa.ArrowException, KeyError, ValueError) as error:
+        except (RuntimeError, OSError, pa.ArrowException, ValueError) as error:
             raise ConfigError(
                 f"the index {self._place!r} is damaged: {type(error).__name__}: {error}; run crem index into it again"
             ) from error
 
     @property
     def fingerprint(self) -> str:
-        return str(self.summary["fingerprint"])
+        return self.summary.fingerprint
 
-    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """The ``k`` best hits of each query vector [N, dim], fewer if the index holds fewer."""
+    def search(self, vectors: NDArray[np.float32], k: int) -> list[list[Hit]]:
+        """The ``k`` best hits of each of the query vectors [N, dim], fewer if the index holds fewer."""
         if k < 1:
             raise ConfigError(f"k={k} asks for no result; give 1 or more")
-        scores, positions = self._vectors.search(
-            np.ascontiguousarray(vectors, np.float32), min(k, self.summary["count"])
-        )
+        scores, positions = self._vectors.search(np.ascontiguousarray(vectors, np.float32), min(k, self.summary.count))
         rows = self._rows(positions)
         return [
             [Hit(score=float(s), **rows[int(p)]) for s, p in zip(of_scores, of_query, strict=True) if p >= 0]
             for of_scores, of_query in zip(scores, positions, strict=True)
         ]
 
-    def _rows(self, positions: np.ndarray) -> dict[int, dict[str, Any]]:
+    def _rows(self, positions: NDArray[np.int64]) -> dict[int, ArrowRow]:
         """Item rows by position, reading each row group at most once."""
         wanted = np.unique(positions[positions >= 0])
         groups = np.searchsorted(self._starts, wanted, side="right") - 1
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, ArrowRow] = {}
         for group in np.unique(groups):
             of_group = wanted[groups == group]
             with self._damage_explained():
@@ -97,7 +107,7 @@ class Index:
         return found
 
 
-def search(index: str, model: str, query: Any, k: int) -> list[Hit]:
+def search(index: str, model: str | Path | crem.Crem, query: Any, k: int) -> list[Hit]:
     """The ``k`` items of ``index`` nearest to ``query``, embedded by ``model``.
 
     Args:
@@ -106,18 +116,18 @@ def search(index: str, model: str, query: Any, k: int) -> list[Hit]:
         query: a ``crem.Item``, or its shorthands.
 
     Raises:
-        ConfigError: no index there.
-        CheckpointError: the index was made by another model.
+        ConfigError: there is no index.
+        CheckpointError: another model made the index.
         ItemError: the query cannot be embedded.
     """
     import crem
 
-    opened = Index(index)
-    count = opened.summary.get("chorus_tokens")
+    opened = VectorIndex(index)
+    count = opened.summary.chorus_tokens
     loaded = crem.load(model, chorus_tokens=count) if isinstance(model, str | Path) else model
     if loaded.fingerprint != opened.fingerprint:
         raise CheckpointError(
-            f"the index {index} was made by model {opened.fingerprint} ({opened.summary['model']}), and this model is "
+            f"the index {index} was made by model {opened.fingerprint} ({opened.summary.model}), and this model is "
             f"{loaded.fingerprint}; search with that model, or embed and index again with this one"
         )
     return opened.search(loaded.embed([query]), k)[0]

@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import ClassVar, Literal
+
+from pydantic import JsonValue
 
 from crem.errors import ConfigError
-from pipelines.tables.storage import Folder
+from pipelines.tables import schema
+from pipelines.tables.json_file import JsonFile
+from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["read_manifest"]
-
-KIND = "prepare"
-MANIFEST = "manifest.json"
+__all__ = ["PrepareManifest", "read_manifest"]
 
 
-def read_manifest(prepared: Folder) -> dict[str, Any]:
+class PrepareManifest(JsonFile):
+    """What ``crem prepare`` made of a corpus; ``rows_in == rows_out + rejected + filtered``."""
+
+    FILE: ClassVar[str] = "manifest.json"
+
+    kind: Literal[JobKind.PREPARE] = JobKind.PREPARE
+    rows_in: int
+    rows_out: int
+    rejected: int
+    filtered: int = 0
+    images: int
+    """Distinct images in the image table."""
+    by_reason: dict[str, int]
+    """Rejected rows by reason."""
+    by_split_task: dict[str, int]
+    """Rows out by ``<split>/<task>``."""
+    source_uri: str
+    created_with: dict[str, str]
+    """Versions of Python and of the packages that decide the stored bytes."""
+    config: dict[str, JsonValue]
+    """The settings ``prepare`` and ``model.image`` of the run."""
+
+    @property
+    def content_id(self) -> int:
+        """Identifies these tables, so that a resumed run can tell whether they are still the same.
+
+        ``format`` is left out: tables from before that key keep their id.
+        """
+        return schema.content_id(json.dumps(self.model_dump(mode="json", exclude={"format"})).encode())
+
+
+def read_manifest(prepared: Folder) -> PrepareManifest:
     """The manifest of prepared tables.
 
     Raises:
-        ConfigError: nothing there, or a run that was not completed.
+        ConfigError: there are none, or the run that makes them did not complete.
     """
-    manifest = prepared.read_json(MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("kind") == KIND:
-        return manifest
-    raise ConfigError(f"{prepared.uri} holds no completed prepared tables (no {MANIFEST}); run crem prepare into it")
+    manifest = PrepareManifest.read(prepared)
+    if manifest is None:
+        raise ConfigError(
+            f"{prepared.uri} holds no completed prepared tables (no {PrepareManifest.FILE}); run crem prepare into it"
+        )
+    return manifest

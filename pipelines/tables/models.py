@@ -1,20 +1,39 @@
-"""Loading a checkpoint in a worker of a batch job."""
+"""Checkpoints in the workers of a batch job: described before the job starts, loaded once per actor."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
-__all__ = []
+if TYPE_CHECKING:
+    import crem
+    from crem.checkpoint import CheckpointInfo
+
+__all__ = ["describe_model", "load_model"]
 
 
-def load_model(model: str, threads: int, chorus_tokens: int | None = None) -> Any:
+def describe_model(model: str, *, cpus: float, gpus: float, chorus_tokens: int | None) -> CheckpointInfo:
+    """Fingerprint, dimension and chorus tokens of a checkpoint, read where an actor of ``cpus`` and ``gpus`` can run.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read there. ConfigError: it was not trained with so many chorus
+            tokens. Both arrive wrapped by Ray: call this inside ``ray_tasks.remote_errors``.
+    """
+    from crem.checkpoint import describe
+
+    description: CheckpointInfo = ray.get(
+        ray.remote(num_cpus=cpus, num_gpus=gpus)(describe).remote(model, chorus_tokens)
+    )
+    return description
+
+
+def load_model(model: str, threads: int, chorus_tokens: int | None = None) -> crem.Crem:
     """The checkpoint, with ``threads`` torch threads in this process, at ``chorus_tokens`` (its K where None)."""
     import torch
 
     import crem
 
     torch.set_num_threads(threads)
-    # a worker without a reserved GPU sees all of them, and must not crowd onto the first
+    # a worker without a reserved GPU sees all of them, and must not use the first one that others reserved
     return crem.load(model, device="cuda" if ray.get_gpu_ids() else "cpu", chorus_tokens=chorus_tokens)

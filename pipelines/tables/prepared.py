@@ -1,11 +1,7 @@
-"""The training rows of prepared tables, and the stream of them that one worker reads.
+"""Prepared tables opened for use: the rows of some splits, and the images that they name.
 
-The order of a run is ``crem.data.mixing.MixingPlan``: a pure function of seed and step. Each worker therefore has a Ray
-Data shard of its own, over *steps*: Ray Data gathers the rows of its steps from the object store, which spills to disk,
-a window ahead of the device. ``ray.train.get_dataset_shard`` is not used, because its split depends on which block
-arrives first, and a resumed run would have to read again what it has seen. A window is materialised rather than
-streamed: Ray Data's streaming executor polls as long as it is held back by its consumer, and on a CPU machine that cost
-as much as the training. Images are decoded in the worker, in a thread beside the device.
+``read_rows`` reads both into this process. ``share_rows`` leaves the images in Ray's object store, which spills to
+disk, so that all workers of a node map one copy.
 """
 
 from __future__ import annotations
@@ -13,33 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import ray.data
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
 from crem.data.items import Item, TrainingExample
 from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
-from pipelines.tables import schema, session
+from pipelines.tables import schema
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.storage import Folder
-
-if TYPE_CHECKING:  # data workers carry rows and need neither torch nor transformers
-    pass
 
 __all__ = ["ImageTable", "PreparedRows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
 
 
 @dataclass
 class ImageTable:
-    """Encoded images by id, in parts; a part is a table (id, bytes) or the reference of one in the object store."""
+    """Encoded images by id, in parts; a part is a table (id, bytes) or its reference in Ray's object store."""
 
     ids: NDArray[np.int64]
     """sorted"""
@@ -50,7 +42,7 @@ class ImageTable:
 
     @classmethod
     def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> ImageTable:
-        """Images of parts, whose ids are given in the order of their rows."""
+        """The table over ``parts``; ``ids_of_parts`` has the ids of each in the order of its rows."""
         counts = [len(ids) for ids in ids_of_parts]
         ids = np.concatenate([np.empty(0, np.int64), *ids_of_parts])
         places = np.stack(
@@ -63,8 +55,8 @@ class ImageTable:
         order = np.argsort(ids, kind="stable")
         return cls(ids[order], places[order], parts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"ids": self.ids, "places": self.places, "parts": self.parts, "_opened": {}}
+    def __reduce__(self) -> tuple[type[ImageTable], tuple[Any, ...]]:
+        return ImageTable, (self.ids, self.places, self.parts)  # without the parts that this process has opened
 
     def read(self, image_id: int) -> bytes:
         """Encoded bytes of an image."""
@@ -72,8 +64,8 @@ class ImageTable:
         assert at < len(self.ids) and self.ids[at] == image_id, f"image {image_id} is not in the image table"
         part, row = self.places[at].tolist()
         if part not in self._opened:
-            held = self.parts[part]
-            self._opened[part] = ray.get(held) if isinstance(held, ray.ObjectRef) else held  # mapped, not copied
+            stored = self.parts[part]
+            self._opened[part] = ray.get(stored) if isinstance(stored, ray.ObjectRef) else stored  # mapped, not copied
         data: bytes = self._opened[part].column("bytes")[row].as_py()
         return data
 
@@ -99,9 +91,14 @@ class PreparedRows:
         retrieval: bool = True,
         generation: bool = True,
     ) -> list[TrainingExample]:
-        """Training rows by number, each with its compression bit; ``seed`` is that of the run and step.
+        """Training examples of the rows with these numbers.
 
-        Without ``retrieval`` they have no targets, without ``generation`` no questions and answers.
+        Args:
+            numbers: [N] positions in ``table``.
+            z: [N] compression bits.
+            seed: of the run and step; the row number is appended to it.
+            retrieval: whether to include targets and negatives.
+            generation: whether to include questions and answers.
         """
         return [
             TrainingExample(
@@ -120,8 +117,11 @@ class PreparedRows:
         ]
 
     def plan(self, config: RunConfig) -> MixingPlan:
-        """The order of a training run over these rows. A loss that weighs nothing takes no rows of its own: without
-        L_r, pairs count for their questions alone; without L_g, only pairs count."""
+        """The order of a training run over these rows.
+
+        A loss of weight 0 gets no rows of its own: without L_r, pairs count only where they have a question; without
+        L_g, only pairs count.
+        """
         paired = self.table.column("target").is_valid().to_numpy()
         answered = self.table.column("answer").is_valid().to_numpy()
         if config.loss.alpha_r == 0:
@@ -141,19 +141,19 @@ class PreparedRows:
         )
 
 
-def item_of(side: dict[str, Any], image: Callable[[int], bytes]) -> Item:
+def item_of(side: schema.ArrowRow, image: Callable[[int], bytes]) -> Item:
     """The ``Item`` of one side of a row; ``image`` maps an id to encoded bytes."""
     return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
 
 
 def texts_of(rows: PreparedRows) -> list[str]:
-    """Every text of the rows, for training a tokenizer."""
-    out: list[str] = []
+    """All texts of the rows, for training a tokenizer."""
+    texts: list[str] = []
     for side in ("query", "target"):
-        out += [t for t in pc.struct_field(rows.table.column(side), "text").to_pylist() if t]
+        texts += [t for t in pc.struct_field(rows.table.column(side), "text").to_pylist() if t]
     for column in ("question", "answer"):
-        out += [t for t in rows.table.column(column).to_pylist() if t]
-    return out
+        texts += [t for t in rows.table.column(column).to_pylist() if t]
+    return texts
 
 
 def read_rows(prepared: str, *, split_prefix: str) -> PreparedRows:
@@ -169,20 +169,13 @@ def read_rows(prepared: str, *, split_prefix: str) -> PreparedRows:
 
 
 def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> PreparedRows:
-    """As ``read_rows``, for one prefix or several, with the images in Ray's object store: here are their ids."""
+    """``read_rows`` for one prefix or several; the images stay in Ray's object store, only their ids come here."""
     table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)
     read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
     parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
     return PreparedRows(table, ImageTable.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
-
-
-def require_readable_tables(prepared: str) -> None:
-    """``session.require_readable`` of prepared tables."""
-    for table in ("rows", "images"):
-        folder = Folder.at(prepared).child(table)
-        session.require_readable(folder, *folder.files(".parquet"))
 
 
 def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
@@ -196,7 +189,7 @@ def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.T
     if not table.num_rows:
         raise ConfigError(
             f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
-            f"{sorted(manifest.get('by_split_task', {}))}"
+            f"{sorted(manifest.by_split_task)}"
         )
     table = table.sort_by("id").combine_chunks()
     named = [pc.list_flatten(pc.struct_field(table.column(s).combine_chunks(), "images")) for s in ("query", "target")]
@@ -215,6 +208,6 @@ def _negative_images(table: pa.Table) -> pa.Array:
     return pc.list_flatten(pc.struct_field(flat, "images"))
 
 
-def _content_key(side: dict[str, Any] | None) -> int:
-    """Equal for sides of equal content; never negative but for no side at all, because negative keys match nothing."""
+def _content_key(side: schema.ArrowRow | None) -> int:
+    """Equal for sides of equal content. Negative only for an absent side, because negative keys match nothing."""
     return -1 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)

@@ -1,17 +1,22 @@
 """Arrow schemas of every table that passes between jobs, and the identifiers in them.
 
-Identifiers are content, not position: a row is the hash of its source and source key, an image is the hash of its
-stored bytes, so that a corpus prepared twice, or in another order, has the same ones.
+Identifiers come from content, not from position: the id of a row is the hash of its source and key, that of an image
+the hash of its stored bytes. A corpus prepared twice, or in another order, has the same ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-__all__ = ["IMAGES", "ITEM", "REJECTED", "ROWS", "content_id", "embeddings", "row_id"]
+__all__ = ["IMAGES", "ITEM", "REJECTED", "ROWS", "ArrowRow", "EmbeddingStamp", "content_id", "embeddings", "row_id"]
+
+ArrowRow: TypeAlias = dict[str, Any]
+"""A row of one of these tables, or a value of ``ITEM``, as PyArrow converts it to and from Python."""
 
 ITEM = pa.struct(
     [
@@ -20,7 +25,7 @@ ITEM = pa.struct(
         ("images", pa.list_(pa.int64())),
     ]
 )
-"""One side of a row; ``images`` are ids in the image table."""
+"""One side of a row; ``images`` holds ids of the image table."""
 
 ROWS = pa.schema(
     [
@@ -43,7 +48,7 @@ IMAGES = pa.schema(
         ("bytes", pa.binary()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("uri", pa.string()),  # the first name that it was found under
+        ("uri", pa.string()),  # the name under which it was first found
     ]
 )
 
@@ -59,22 +64,44 @@ REJECTED = pa.schema(
 )
 
 
-def embeddings(dim: int, *, fingerprint: str, model: str, chorus_tokens: int | None = None) -> pa.Schema:
-    """Schema of an embedding file; its metadata names the model that made the vectors, and with how many chorus tokens.
+_STAMP_KEY = b"crem"
 
-    ``embedding`` is a plain fixed-size list of float32 (unit length, or null beside an ``error``), which is what
-    vector stores read.
+
+@dataclass(frozen=True)
+class EmbeddingStamp:
+    """The model that made the vectors of an embedding file: JSON in the metadata of the file's schema."""
+
+    fingerprint: str
+    dim: int
+    model: str
+    """Folder, URI or name of the checkpoint."""
+    chorus_tokens: int | None = None
+    """The number in use; ``None`` in files from before nested checkpoints."""
+
+    @classmethod
+    def of(cls, found: pa.Schema) -> EmbeddingStamp | None:
+        """The stamp of an embedding file's schema, or ``None`` where it has no valid one."""
+        try:
+            return cls(**json.loads((found.metadata or {})[_STAMP_KEY]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def embeddings(stamp: EmbeddingStamp) -> pa.Schema:
+    """Schema of an embedding file.
+
+    ``embedding`` is a plain fixed-size list of float32, which is what vector stores read: of unit length, or null
+    beside an ``error``.
     """
-    stamp = {"fingerprint": fingerprint, "dim": dim, "model": model, "chorus_tokens": chorus_tokens}
     return pa.schema(
         [
             ("id", pa.int64()),
-            ("embedding", pa.list_(pa.float32(), dim)),
+            ("embedding", pa.list_(pa.float32(), stamp.dim)),
             ("error", pa.string()),
             ("uri", pa.string()),
             ("text", pa.string()),
         ],
-        metadata={"crem": json.dumps(stamp)},
+        metadata={_STAMP_KEY: json.dumps(asdict(stamp))},
     )
 
 

@@ -1,10 +1,10 @@
-"""Folders of results on any file system that fsspec knows: a path here, ``s3://`` by s3fs.
+"""Output folders on any file system that fsspec knows: local paths, and ``s3://`` through s3fs.
 
 Credentials come from the environment alone (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL``).
-Every job writes into a folder of its own. The folder is *claimed* first: an empty one, or one that an earlier run of
-the same kind of job left, may be used; anything else is refused, so that no job ever deletes what it did not write.
-Object stores have no rename and no folders, so completeness is never a matter of either: ``manifest.json`` (or the
-kind's own summary) is written last, in one piece, and its presence means complete.
+Every job writes into a folder of its own and *claims* it first. It may use an empty folder, or one that an earlier run
+of the same kind of job left; anything else is refused, so that no job ever deletes what it did not write. Object stores
+have no rename and no folders, so neither tells whether an output is complete: ``manifest.json`` (or another summary) is
+written last, in one piece, and its presence means complete.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import IO, Any
 
@@ -23,14 +24,26 @@ from fsspec.implementations.local import LocalFileSystem
 
 from crem.errors import ConfigError
 
-__all__ = ["CLAIM", "Folder"]
+__all__ = ["CLAIM", "Folder", "JobKind"]
 
 CLAIM = "_crem.json"
-"""Written first into every output folder: which kind of job owns it. Removed by nobody."""
+"""Written first into every output folder: the kind of job that owns it. No job removes it."""
 _CREDENTIALS = (
     "for s3:// set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION "
     "and, for another S3 than Amazon's, AWS_ENDPOINT_URL"
 )
+
+
+class JobKind(StrEnum):
+    """The kinds of job that own an output folder, each named after its sub-command."""
+
+    PREPARE = "prepare"
+    TRAIN = "train"
+    EMBED = "embed"
+    INDEX = "index"
+    EVALUATE = "evaluate"
+    ABLATE = "ablate"
+    DEMO = "demo"
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Folder:
 
     @classmethod
     def at(cls, place: str | os.PathLike[str]) -> Folder:
-        """The folder at a path or URI; local paths become absolute, because workers run elsewhere."""
+        """The folder at a path or URI. Local paths become absolute, because workers have other working directories."""
         text = os.fspath(place)
         if "://" not in text:
             return cls(os.path.abspath(os.path.expanduser(text)))
@@ -49,7 +62,7 @@ class Folder:
 
     @cached_property
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        # listings are never cached: other processes write into these folders
+        # never cache listings: other processes write into these folders
         options = {} if "://" not in self.uri else {"use_listings_cache": False}
         try:
             return fsspec.core.url_to_fs(self.uri, **options)
@@ -75,7 +88,7 @@ class Folder:
         return self.uri.rstrip("/").rpartition("/")[2]
 
     def path(self, *parts: str) -> str:
-        """The path of a file in this folder, as its file system wants it."""
+        """The path of a file in this folder, in the form that ``fs`` takes."""
         return "/".join([self._opened[1].rstrip("/"), *parts])
 
     def child(self, name: str) -> Folder:
@@ -85,9 +98,9 @@ class Folder:
         """Whether the file or folder is there.
 
         Raises:
-            ConfigError: it may not be looked at.
+            ConfigError: access is denied.
         """
-        with self._refusal_explained():
+        with self._denial_explained():
             return bool(self.fs.exists(self.path(*parts)))
 
     def files(self, *suffixes: str) -> list[str]:
@@ -109,16 +122,16 @@ class Folder:
         return sorted(n for n in names if n)
 
     def upload(self, local: str, *parts: str) -> None:
-        """Copy a local file here; on an object store it appears when all of it is there."""
+        """Copy a local file into this folder; on an object store it appears only when complete."""
         self._make_parents(self.path(*parts))
         self.fs.put_file(local, self.path(*parts))
 
     def download(self, local: str, *parts: str) -> None:
-        """Copy a file from here to a local path."""
+        """Copy a file of this folder to a local path."""
         self.fs.get_file(self.path(*parts), local)
 
     def open(self, *parts: str, mode: str = "rb") -> IO[bytes]:
-        """Open a file; writing creates the folders above it."""
+        """Open a file; mode ``wb`` creates the folders above it."""
         path = self.path(*parts)
         if "w" in mode:
             self._make_parents(path)
@@ -126,11 +139,11 @@ class Folder:
 
     def read_bytes(self, *parts: str) -> bytes:
         """The content of a file."""
-        with self._refusal_explained():
+        with self._denial_explained():
             return bytes(self.fs.cat_file(self.path(*parts)))
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
-        """Write a whole file so that a reader sees all of it or nothing."""
+        """Write a file atomically: a reader sees all of it or nothing."""
         path = self.path(*parts)
         self._make_parents(path)
         if not self.is_local:
@@ -149,13 +162,13 @@ class Folder:
         self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
 
     def read_json(self, *parts: str) -> Any | None:
-        """The parsed file, or ``None`` where there is none or it is not JSON.
+        """The parsed file, or ``None`` where it is missing or not JSON.
 
         Raises:
-            ConfigError: it may not be read.
+            ConfigError: access is denied.
         """
         try:
-            with self._refusal_explained():
+            with self._denial_explained():
                 return json.loads(self.fs.cat_file(self.path(*parts)))
         except FileNotFoundError:
             return None
@@ -163,26 +176,26 @@ class Folder:
             return None
 
     def remove(self, *parts: str) -> None:
-        """Remove a file or a folder in this folder, if it is there."""
+        """Remove a file or a folder in this folder, if it exists."""
         path = self.path(*parts)
         if self.fs.exists(path):
             self.fs.rm(path, recursive=True)
 
     def move(self, source: str, target: str) -> None:
-        """Rename within this folder (a server-side copy on an object store); done twice, it is still done."""
+        """Rename within this folder (a server-side copy on an object store). A retried task may call it again."""
         if not self.exists(source) and self.exists(target):
             return
         self._make_parents(self.path(target))
         self.fs.mv(self.path(source), self.path(target))
 
     def _make_parents(self, path: str) -> None:
-        """Folders above a local file; an object store needs none, and s3fs would make a missing bucket."""
+        """Create the folders above a local file. An object store needs none, and s3fs would create a missing bucket."""
         if isinstance(self.fs, LocalFileSystem):
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     @contextmanager
-    def _refusal_explained(self) -> Iterator[None]:
-        """Turn missing or refused credentials, of whichever store, into an error with the remedy."""
+    def _denial_explained(self) -> Iterator[None]:
+        """Turn missing or rejected credentials, of whichever store, into an error with the remedy."""
         try:
             yield
         except Exception as error:
@@ -190,7 +203,7 @@ class Folder:
                 raise
             raise ConfigError(f"{self.uri} may not be read: {error}; {_CREDENTIALS}") from error
 
-    def claim(self, kind: str) -> None:
+    def claim(self, kind: JobKind) -> None:
         """Make this folder the output of a job of ``kind``.
 
         Raises:
@@ -202,20 +215,20 @@ class Folder:
             owner = self.read_json(CLAIM)
             if isinstance(owner, dict) and owner.get("kind") == kind:
                 return
-            held = [e.rpartition("/")[2] for e in self.fs.ls(self.path(), detail=False)] if self.exists() else []
+            existing = [e.rpartition("/")[2] for e in self.fs.ls(self.path(), detail=False)] if self.exists() else []
         except FileNotFoundError:
-            owner, held = None, []
+            owner, existing = None, []
         except ConfigError:
             raise
-        except Exception as error:  # botocore's and the operating system's alike
+        except Exception as error:  # of botocore or of the operating system
             raise ConfigError(
                 f"{self.uri} cannot be read: {error}; choose an output folder of yours, and {_CREDENTIALS}"
             ) from error
-        held = [name for name in held if name]
-        if held:
-            what = f"output of crem {owner['kind']}" if isinstance(owner, dict) and "kind" in owner else "files"
+        existing = [name for name in existing if name]
+        if existing:
+            content = f"output of crem {owner['kind']}" if isinstance(owner, dict) and "kind" in owner else "files"
             raise ConfigError(
-                f"{self.uri} holds {what} that crem {kind} did not write ({', '.join(sorted(held)[:4])}); "
+                f"{self.uri} holds {content} that crem {kind} did not write ({', '.join(sorted(existing)[:4])}); "
                 "choose an empty or new folder, or remove it yourself"
             )
         try:

@@ -15,7 +15,7 @@ from crem.config import RunConfig
 from crem.errors import ConfigError
 from pipelines.tables import schema
 from pipelines.tables.manifest import read_manifest
-from pipelines.tables.storage import Folder
+from pipelines.tables.storage import Folder, JobKind
 from pipelines.training.checkpoints import CHECKPOINTS
 
 if TYPE_CHECKING:  # it draws charts
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # it draws charts
 
 __all__ = ["RunStamp", "TrainResult", "begin", "claim", "read_result", "run_identity", "write_result"]
 
-KIND = "train"
 _DONE = "done.json"
 _DATA = "data.json"
 _CONFIG = "config.yaml"
@@ -63,7 +62,7 @@ class RunStamp:
         Raises:
             ConfigError: there are no complete ones.
         """
-        return cls(prepared.uri, schema.content_id(json.dumps(read_manifest(prepared)).encode()))
+        return cls(prepared.uri, read_manifest(prepared).content_id)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def claim(run: Folder, config: RunConfig, stamp: RunStamp, *, resume: bool, fres
         ConfigError: it holds a run and neither ``resume`` nor ``fresh`` is given, or a resumed run's data or
             configuration differs.
     """
-    run.claim(KIND)
+    run.claim(JobKind.TRAIN)
     holds_run = run.exists(_CONFIG)
     if holds_run and not (resume or fresh):
         raise ConfigError(

@@ -26,7 +26,9 @@ from crem.data.mixing import MixingPlan
 from crem.errors import DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines.tables import session
-from pipelines.tables.prepared import PreparedRows, require_readable_tables, share_rows
+from pipelines.tables.prepared import PreparedRows, share_rows
+from pipelines.tables.ray_tasks import remote_errors
+from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder
 from pipelines.training import run_folder
 from pipelines.training.failed_step import FAILED_STEP, save_failed_step
@@ -71,10 +73,10 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     session.connect()
     require_readable_tables(prepared)
     if config.model.backbone is not None:
-        session.require_readable_model(config.model.backbone)
-    session.require_shared(run)
+        require_readable_model(config.model.backbone)
+    require_shared(run)
     _require_devices(config)
-    with session.remote_errors():
+    with remote_errors():
         if config.model.backbone is not None:
             ray.get(ray.remote(num_cpus=_DATA_CPUS)(local_copy).remote(config.model.backbone))  # a wrong one fails here
         rows = share_rows(prepared, split_prefix=("train", "validation"))
@@ -100,7 +102,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         run=run_folder.run_identity(config, stamp),
     )
     follower = Follower(queue, run, config, mix=data_mix(training, held_out), fresh=not resume, tracker=tracker)
-    with session.remote_errors(), follower, watch:
+    with remote_errors(), follower, watch:
         try:
             fit(spec)
         except DivergenceError as error:

@@ -12,7 +12,7 @@ from ray.train.torch import TorchTrainer
 
 from crem.config.training import TrainConfig
 from crem.errors import CremError, TrainingError
-from pipelines.tables import session
+from pipelines.tables.ray_tasks import root_cause
 from pipelines.training.messages import WorkerSpec
 
 __all__ = ["fit", "run_worker"]
@@ -39,7 +39,7 @@ def fit(spec: WorkerSpec) -> None:
             failures = getattr(error, "worker_failures", None)
             failures = failures or {"controller": getattr(error, "controller_failure", error)}
             for failure in failures.values():
-                if isinstance(root := session.root_cause(failure), CremError):
+                if isinstance(root := root_cause(failure), CremError):
                     raise root from error
             rank, failure = next(iter(failures.items()))
             raise TrainingError(
@@ -54,7 +54,7 @@ class _NoRetryOfOurErrors(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
-            if isinstance(root := session.root_cause(error), CremError):
+            if isinstance(root := root_cause(error), CremError):
                 raise root
 
 

@@ -160,7 +160,7 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
     texts = ["a red apple", "a green square", "animals"]
     table = pa.table(
         {"id": [1, 2, 3], "embedding": list(model.embed(texts)), "error": [None] * 3, "uri": [None] * 3, "text": texts},
-        schema=schema.embeddings(model.dim, fingerprint=model.fingerprint, model=tiny_model_dir),
+        schema=schema.embeddings(schema.EmbeddingStamp(model.fingerprint, model.dim, tiny_model_dir)),
     )
     (tmp_path / "vectors").mkdir()
     pq.write_table(table, tmp_path / "vectors" / "part.parquet")

@@ -26,9 +26,12 @@ from crem.errors import ConfigError
 from crem.train.step import retrieval_of
 from pipelines.corpus import prepare as job
 from pipelines.corpus import sources
+from pipelines.corpus.commit import resolve_duplicates
 from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.prepare import decide, prepare
-from pipelines.tables import schema, session
+from pipelines.corpus.prepare import prepare
+from pipelines.corpus.staging import StagedLedger
+from pipelines.tables import ray_tasks, schema
+from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.prepared import read_rows
 from pipelines.tables.storage import Folder
 from tests.pipelines.conftest import (
@@ -56,21 +59,21 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[3, 1000], ids=["many tasks", "one task"])
 def prepared(
     request: pytest.FixtureRequest, nasty: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, PrepareManifest]:
     out = tmp_path_factory.mktemp("prepared") / "out"
     return out, prepare(str(nasty), str(out), config(request.param))
 
 
 @pytest.mark.ray
-def test_every_row_is_accounted_for_with_its_reason(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_every_row_is_accounted_for_with_its_reason(prepared: tuple[Path, PrepareManifest]) -> None:
     out, manifest = prepared
     expected = Counter(reason for _, _, reason in JSON_ROWS if reason)
-    assert manifest["by_reason"] == dict(expected)
-    assert manifest["rows_in"] == len(JSON_ROWS)
-    assert manifest["rejected"] == expected.total()
-    assert manifest["rows_out"] == len(JSON_ROWS) - expected.total()
-    assert manifest["filtered"] == 0
-    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert manifest.by_reason == dict(expected)
+    assert manifest.rows_in == len(JSON_ROWS)
+    assert manifest.rejected == expected.total()
+    assert manifest.rows_out == len(JSON_ROWS) - expected.total()
+    assert manifest.filtered == 0
+    assert json.loads((out / "manifest.json").read_text()) == manifest.model_dump(mode="json")
     rejected = table(out / "rejected")
     assert sorted((r["key"], r["reason"]) for r in rejected) == sorted(
         (k, reason) for k, _, reason in JSON_ROWS if reason
@@ -80,7 +83,7 @@ def test_every_row_is_accounted_for_with_its_reason(prepared: tuple[Path, dict[s
 
 
 @pytest.mark.ray
-def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, PrepareManifest]) -> None:
     out, manifest = prepared
     for name, expected in (("rows", schema.ROWS), ("images", schema.IMAGES), ("rejected", schema.REJECTED)):
         for file in (out / name).glob("*.parquet"):
@@ -92,7 +95,7 @@ def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, dict[str,
     assert rows["pair"]["query"]["text"] == "a"  # the first of the two rows with this key
     assert (rows["pair"]["task"], rows["pair"]["split"]) == ("nasty", "train")
     assert (rows["jpeg"]["task"], rows["jpeg"]["split"]) == ("t2i", "test_x")
-    assert manifest["by_split_task"] == {"test_x/t2i": 1, "train/nasty": len(rows) - 1}
+    assert manifest.by_split_task == {"test_x/t2i": 1, "train/nasty": len(rows) - 1}
     assert (rows["three"]["target"], rows["three"]["question"], rows["three"]["answer"]) == (None, "how many?", "3")
     assert rows["numbers"]["query"] == {"text": "5", "instruction": None, "images": []}
     assert rows["numbers"]["target"]["text"] == "2.5"
@@ -101,10 +104,10 @@ def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, dict[str,
 
 
 @pytest.mark.ray
-def test_each_image_is_stored_once_and_every_reference_resolves(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_each_image_is_stored_once_and_every_reference_resolves(prepared: tuple[Path, PrepareManifest]) -> None:
     out, manifest = prepared
     images = table(out / "images")
-    assert manifest["images"] == len(images) == len({i["id"] for i in images}) == STORED_IMAGES
+    assert manifest.images == len(images) == len({i["id"] for i in images}) == STORED_IMAGES
     rows = {row["key"]: row for row in table(out / "rows")}
     referenced = {i for r in rows.values() for side in (r["query"], r["target"]) if side for i in side["images"]}
     assert referenced == {i["id"] for i in images}
@@ -132,7 +135,7 @@ def test_parquet_jsonl_and_gzip_of_the_same_rows_agree(tmp_path: Path, local_ray
         corpus = tmp_path / name.replace("/", "_").replace(".", "_") / "same"
         write_rows(corpus / name, rows)
         manifest = prepare(str(corpus), str(corpus.parent / "out"), config(5))
-        assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (23, 23, 0)
+        assert (manifest.rows_in, manifest.rows_out, manifest.images) == (23, 23, 0)
         results.append(table(corpus.parent / "out" / "rows"))
     assert results[0] == results[1] == results[2]
 
@@ -163,8 +166,8 @@ def test_images_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, loca
         archive.writestr("huge.png", bytes(2**20 + 1))
     limits = load_config("micro", ["model.image.max_source_bytes=1048576"])
     manifest = prepare(str(corpus), str(tmp_path / "out"), limits)
-    assert manifest["by_reason"] == {"image_corrupt": 1, "image_missing": 1, "image_too_large": 1}
-    assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (7, 4, 3)
+    assert manifest.by_reason == {"image_corrupt": 1, "image_missing": 1, "image_too_large": 1}
+    assert (manifest.rows_in, manifest.rows_out, manifest.images) == (7, 4, 3)
     uris = {row["uri"] for row in table(tmp_path / "out" / "images")}
     assert uris == {"in.png", str(outside), None}
 
@@ -186,7 +189,7 @@ def test_a_second_run_replaces_the_first_and_never_mixes(tmp_path: Path, local_r
     out = tmp_path / "out"
     prepare(str(tmp_path / "big"), str(out), config(2))
     manifest = prepare(str(tmp_path / "small"), str(out), config(2))
-    assert manifest["rows_out"] == 2
+    assert manifest.rows_out == 2
     assert [row["key"] for row in table(out / "rows")] == ["small0", "small1"]
     assert sorted(p.name for p in out.iterdir()) == ["_crem.json", "images", "manifest.json", "rejected", "rows"]
 
@@ -204,7 +207,7 @@ def test_a_run_that_fails_leaves_no_manifest_and_the_next_starts_clean(tmp_path:
     (out / "_staging").mkdir(exist_ok=True)
     (out / "_staging" / "rows-000000-dead.parquet").write_bytes(b"from a task that died")
     write_rows(corpus / "rows" / "a.parquet", [{"key": "c", "query_text": "q", "target_text": "t"}])
-    assert prepare(str(corpus), str(out), config())["rows_out"] == 1
+    assert prepare(str(corpus), str(out), config()).rows_out == 1
     assert [row["key"] for row in table(out / "rows")] == ["c"]
     assert table(out / "rejected") == []
     assert not (out / "_staging").exists()
@@ -258,17 +261,12 @@ def test_a_table_that_would_be_overlooked_is_named(tmp_path: Path, caplog: pytes
     assert "b.csv" in caplog.text
 
 
-def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
-    def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> dict[str, bytes]:
-        columns = {
-            "row_ids": rows,
-            "image_ids": images,
-            "ref_rows": [r for r, _ in refs],
-            "ref_images": [i for _, i in refs],
-        }
-        return {name: np.array(values, np.int64).tobytes() for name, values in columns.items()}
+def test_the_resolution_of_duplicates_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
+    def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> StagedLedger:
+        columns = rows, images, [r for r, _ in refs], [i for _, i in refs]
+        return StagedLedger(0, "", len(rows), 0, *(np.array(values, np.int64) for values in columns))
 
-    decided = decide(
+    commits = resolve_duplicates(
         [
             ledger([1, 2], [10, 11], [(0, 10), (1, 11)]),
             ledger([], [], []),
@@ -276,33 +274,33 @@ def test_decide_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
             ledger([4], [12], [(0, 12)]),
         ]
     )
-    assert [rows.tolist() for rows, _ in decided] == [[True, True], [], [False, True, False], [True]]
+    assert [task.keep_rows.tolist() for task in commits] == [[True, True], [], [False, True, False], [True]]
     # image 12 is wanted by row 4, and its first holder keeps it
-    assert [images.tolist() for _, images in decided] == [[True, True], [], [True, False, False], [False]]
+    assert [task.keep_images.tolist() for task in commits] == [[True, True], [], [True, False, False], [False]]
 
 
 def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"query_text": [str(i) for i in range(50)]}), path, row_group_size=20)
-    pieces = sources.split(sources.find(str(tmp_path)), ["query_text"], 8)
-    assert [(p.first, p.rows, p.skip) for p in pieces] == [
+    ranges = sources.split(sources.find(str(tmp_path)), ["query_text"], 8)
+    assert [(p.first, p.rows, p.skip) for p in ranges] == [
         (0, 8, 0), (8, 8, 8), (16, 4, 16), (20, 8, 0), (28, 8, 8), (36, 4, 16), (40, 8, 0), (48, 2, 8),
     ]  # fmt: skip
-    texts = [r.data["query_text"] for p in pieces for r in sources.read(p, ["query_text"]) if r.data]
+    texts = [r.record["query_text"] for p in ranges for r in sources.read(p, ["query_text"]) if r.record]
     assert texts == [str(i) for i in range(50)]
     assert [p.rows for p in sources.split(sources.find(str(tmp_path)), ["query_text"], 45)] == [40, 10]
-    assert [[p.rows for p in g] for g in sources.group(pieces, 16)] == [[8, 8], [4, 8], [8, 4], [8, 2]]
+    assert [[p.rows for p in g] for g in sources.group(ranges, 16)] == [[8, 8], [4, 8], [8, 4], [8, 2]]
 
 
 @pytest.mark.ray
 def test_an_error_in_a_worker_arrives_as_itself(tmp_path: Path, local_ray: None) -> None:
     file = write_rows(tmp_path / "c" / "a.jsonl", [{"query_text": "q", "target_text": "t"}] * 5)
     corpus = sources.find(str(tmp_path / "c"))
-    pieces = sources.split(corpus, ["query_text"], 5)
+    ranges = sources.split(corpus, ["query_text"], 5)
     write_rows(file, [{"query_text": "q", "target_text": "t"}] * 4)  # someone else writes to it
     reader = ImageReader.of(corpus.root, config().model.image)
-    with pytest.raises(ConfigError, match=r"a\.jsonl has 4 rows where it had 5"), session.remote_errors():
-        job._stage(Folder.at(tmp_path / "out"), "c", reader, pieces, 5, config())
+    with pytest.raises(ConfigError, match=r"a\.jsonl has 4 rows where it had 5"), ray_tasks.remote_errors():
+        job._stage(Folder.at(tmp_path / "out"), "c", reader, ranges, 5, config())
 
 
 @pytest.mark.ray
@@ -311,14 +309,14 @@ def test_a_killed_run_is_replaced(tmp_path: Path, nasty: Path, local_ray: None) 
     out = tmp_path / "out"
     program = (
         "import sys, os, pipelines.corpus.prepare as p; from crem.config import load_config;"
-        "p._settle = lambda *a: os._exit(9);"  # the process dies between the two passes
+        "p._commit = lambda *a: os._exit(9);"  # the process dies between the two passes
         f"p.prepare({str(nasty)!r}, {str(out)!r}, load_config('micro'))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 9
     assert (out / "_staging").is_dir()
     assert not (out / "manifest.json").exists()
     manifest = prepare(str(nasty), str(out), config())
-    assert manifest["rows_in"] == len(JSON_ROWS)
+    assert manifest.rows_in == len(JSON_ROWS)
     assert not (out / "_staging").exists()
 
 

@@ -18,7 +18,7 @@ from pipelines.corpus.prepare import prepare
 from pipelines.embedding.embed import embed
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluation_result import EvaluationResult
-from pipelines.search import index
+from pipelines.search.index import build
 from pipelines.search.search import search
 from tests.conftest import TEXTS, TINY, lively, tiny_config
 from tests.pipelines.conftest import table, write_rows
@@ -42,11 +42,11 @@ def test_vectors_and_index_of_a_smaller_count(nested_dir: str, tmp_path: Path, l
     write_rows(tmp_path / "items.jsonl", [{"text": text} for text in texts])
     two, config = crem.load(nested_dir, chorus_tokens=2), load_config("micro", [*SMALL, "embed.chorus_tokens=2"])
     made = embed(nested_dir, str(tmp_path / "items.jsonl"), str(tmp_path / "vectors"), config)
-    assert made["fingerprint"] == two.fingerprint != crem.load(nested_dir).fingerprint
+    assert made.fingerprint == two.fingerprint != crem.load(nested_dir).fingerprint
     vectors = np.array([row["embedding"] for row in table(tmp_path / "vectors")])
     np.testing.assert_allclose(vectors, two.embed(texts), atol=1e-5)
 
-    index.build(str(tmp_path / "vectors"), str(tmp_path / "index"), config)
+    build(str(tmp_path / "vectors"), str(tmp_path / "index"), config)
     hit = search(str(tmp_path / "index"), nested_dir, texts[2], 1)[0]  # the index knows its count
     assert hit.text == texts[2] and hit.score > 0.9999
     wrong = load_config("micro", ["embed.chorus_tokens=3"])

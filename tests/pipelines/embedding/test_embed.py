@@ -18,6 +18,7 @@ from crem.errors import CheckpointError, ConfigError, ResourceError
 from pipelines.corpus.prepare import prepare
 from pipelines.embedding import embed as job
 from pipelines.embedding.embed import embed
+from pipelines.embedding.output import EmbedManifest
 from tests.pipelines.conftest import bomb, encoded, random_image, table, write_nasty_corpus, write_rows
 
 pytestmark = pytest.mark.ray
@@ -71,14 +72,14 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def embedded(items: Path, tiny_model_dir: str, local_ray: None) -> tuple[Path, dict[str, Any]]:
+def embedded(items: Path, tiny_model_dir: str, local_ray: None) -> tuple[Path, EmbedManifest]:
     return items / "out", embed(tiny_model_dir, str(items / "a.jsonl"), str(items / "out"), config())
 
 
-def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Path, dict[str, Any]]) -> None:
+def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Path, EmbedManifest]) -> None:
     out, counts = embedded
     rows = table(out)
-    assert (counts["rows_in"], counts["rows_out"], counts["embedded"], counts["errors"]) == (11, 11, 5, 6)
+    assert (counts.rows_in, counts.rows_out, counts.embedded, counts.errors) == (11, 11, 5, 6)
     assert [(row["error"] or "").partition(":")[0] for row in rows] == [
         *[""] * 5,
         "empty_item",
@@ -91,11 +92,11 @@ def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Pa
     assert [row["embedding"] is None for row in rows] == [False] * 5 + [True] * 6
     assert [row["id"] for row in rows[:3] + rows[5:10]] == [1, 2, 3, 11, 12, 13, 14, 15]
     assert (rows[0]["text"], rows[1]["uri"], rows[6]["uri"]) == ("a red apple", "shop/a", "kept")
-    assert json.loads((out / "manifest.json").read_text()) == counts
+    assert json.loads((out / "manifest.json").read_text()) == counts.model_dump(mode="json")
 
 
 def test_vectors_are_those_of_the_model_itself(
-    embedded: tuple[Path, dict[str, Any]], items: Path, tiny_model_dir: str
+    embedded: tuple[Path, EmbedManifest], items: Path, tiny_model_dir: str
 ) -> None:
     model = crem.load(tiny_model_dir)
     image = encoded(random_image(1))
@@ -115,7 +116,7 @@ def test_vectors_are_those_of_the_model_itself(
 
 
 def test_files_carry_the_fingerprint_and_plain_vectors(
-    embedded: tuple[Path, dict[str, Any]], tiny_model_dir: str
+    embedded: tuple[Path, EmbedManifest], tiny_model_dir: str
 ) -> None:
     out, counts = embedded
     model = crem.load(tiny_model_dir)
@@ -128,7 +129,7 @@ def test_files_carry_the_fingerprint_and_plain_vectors(
             "model": tiny_model_dir,
             "chorus_tokens": 4,
         }
-    assert (counts["fingerprint"], counts["dim"]) == (model.fingerprint, model.dim)
+    assert (counts.fingerprint, counts.dim) == (model.fingerprint, model.dim)
 
 
 def test_images_of_prepared_tables_and_resuming(
@@ -138,7 +139,7 @@ def test_images_of_prepared_tables_and_resuming(
     prepared, out = tmp_path / "prepared", tmp_path / "out"
     manifest = prepare(str(write_nasty_corpus(tmp_path / "nasty")), str(prepared), config("prepare.rows_per_task=8"))
     first = embed(tiny_model_dir, str(prepared), str(out), config())
-    assert (first["rows_in"], first["embedded"], first["errors"], first["resumed"]) == (manifest["images"], 8, 0, 0)
+    assert (first.rows_in, first.embedded, first.errors, first.resumed) == (manifest.images, 8, 0, 0)
     images = {row["id"]: row["uri"] for row in table(prepared / "images")}
     assert {row["id"]: row["uri"] for row in table(out)} == images
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
@@ -151,10 +152,10 @@ def test_images_of_prepared_tables_and_resuming(
     again = embed(tiny_model_dir, str(prepared), str(out), config())
     after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert {n for n in before if before[n] == after[n]} == set(before) - {"part-000000.parquet", "part-000001.parquet"}
-    assert (again["rows_out"], again["resumed"]) == (8, 8 - pq.read_metadata(out / "part-000001.parquet").num_rows)
+    assert (again.rows_out, again.resumed) == (8, 8 - pq.read_metadata(out / "part-000001.parquet").num_rows)
     assert [row["id"] for row in table(out)] == [row["id"] for row in complete]
     assert np.allclose(vectors(table(out)), vectors(complete), atol=1e-5)
-    assert embed(tiny_model_dir, str(prepared), str(out), config())["resumed"] == 8
+    assert embed(tiny_model_dir, str(prepared), str(out), config()).resumed == 8
 
     mine, theirs = crem.load(tiny_model_dir).fingerprint, crem.load(other_model_dir).fingerprint
     assert mine != theirs
@@ -165,7 +166,7 @@ def test_images_of_prepared_tables_and_resuming(
         embed(tiny_model_dir, str(tmp_path / "else.jsonl"), str(out), config())
     assert [row["id"] for row in table(out)] == [row["id"] for row in complete]  # the refusals changed nothing
     fresh = embed(other_model_dir, str(tmp_path / "else.jsonl"), str(out), config(), fresh=True)
-    assert (fresh["rows_out"], fresh["fingerprint"]) == (1, theirs)
+    assert (fresh.rows_out, fresh.fingerprint) == (1, theirs)
     assert [row["text"] for row in table(out)] == ["t"]
 
 

@@ -16,7 +16,7 @@ from crem.config import load_config
 from crem.errors import CheckpointError, ConfigError
 from pipelines.embedding.embed import embed
 from pipelines.search.index import build
-from pipelines.search.search import Index, search
+from pipelines.search.search import VectorIndex, search
 from pipelines.tables import schema
 from tests.pipelines.conftest import encoded, random_image, write_rows
 
@@ -40,7 +40,8 @@ def write_embeddings(file: Path, values: np.ndarray, *, bad: int = 0, first: int
         "uri": [f"{file.stem}/{i}" for i in range(len(vectors))],
         "text": [None] * len(vectors),
     }
-    pq.write_table(pa.table(columns, schema=schema.embeddings(DIM, fingerprint=model, model=f"m/{model}")), file)
+    stamp = schema.EmbeddingStamp(model, DIM, f"m/{model}")
+    pq.write_table(pa.table(columns, schema=schema.embeddings(stamp)), file)
     return file.parent
 
 
@@ -49,11 +50,11 @@ def test_exact_search_is_the_brute_force_order(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e" / "a.parquet", values[:100], bad=3)
     write_embeddings(tmp_path / "e" / "b.parquet", values[100:], bad=2, first=1000)
     summary = build(str(tmp_path / "e"), str(tmp_path / "i"), CONFIG)
-    assert summary == json.loads((tmp_path / "i" / "index.json").read_text())
-    assert (summary["count"], summary["skipped"], summary["index"]) == (300, 5, "Flat")
-    assert (summary["fingerprint"], summary["dim"], summary["model"]) == ("aaaa", DIM, "m/aaaa")
+    assert summary.model_dump(mode="json") == json.loads((tmp_path / "i" / "index.json").read_text())
+    assert (summary.count, summary.skipped, summary.index) == (300, 5, "Flat")
+    assert (summary.fingerprint, summary.dim, summary.model) == ("aaaa", DIM, "m/aaaa")
     queries = unit(5, seed=1)
-    for hits, scores in zip(Index(str(tmp_path / "i")).search(queries, 7), queries @ values.T, strict=True):
+    for hits, scores in zip(VectorIndex(str(tmp_path / "i")).search(queries, 7), queries @ values.T, strict=True):
         best = np.argsort(-scores)[:7]
         assert [hit.id for hit in hits] == [int(i) + 3 if i < 100 else int(i) - 100 + 1002 for i in best]
         assert np.allclose([hit.score for hit in hits], scores[best], atol=1e-6)
@@ -63,9 +64,9 @@ def test_exact_search_is_the_brute_force_order(tmp_path: Path) -> None:
 def test_more_asked_for_than_there_is(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e" / "a.parquet", unit(3))
     build(str(tmp_path / "e"), str(tmp_path / "i"), CONFIG)
-    assert len(Index(str(tmp_path / "i")).search(unit(1), 10)[0]) == 3
+    assert len(VectorIndex(str(tmp_path / "i")).search(unit(1), 10)[0]) == 3
     with pytest.raises(ConfigError, match="k=0 asks for no result"):
-        Index(str(tmp_path / "i")).search(unit(1), 0)
+        VectorIndex(str(tmp_path / "i")).search(unit(1), 0)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "IVF253,SQ8"), (32, "IVF253,Flat")])
@@ -75,8 +76,8 @@ def test_above_the_threshold_the_index_is_quantised_and_still_right(tmp_path: Pa
     write_embeddings(tmp_path / "e" / "b.parquet", values[2500:], first=2501)
     config = load_config("micro", ["index.exact_below=4001", f"index.bits={bits}", "index.probes=253"])
     summary = build(str(tmp_path / "e"), str(tmp_path / "i"), config)
-    assert (summary["index"], summary["count"]) == (kind, 4000)
-    index = Index(str(tmp_path / "i"))
+    assert (summary.index, summary.count) == (kind, 4000)
+    index = VectorIndex(str(tmp_path / "i"))
     queries = values[::40]
     exact = np.argsort(-(queries @ values.T), axis=1)[:, :10] + 1
     found = [[hit.id for hit in hits] for hits in index.search(queries, 10)]
@@ -106,13 +107,13 @@ def test_what_cannot_be_indexed_is_refused_with_the_remedy(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="was not finished; run crem embed"):
         build(str(half), out, CONFIG)
     with pytest.raises(ConfigError, match="is not an index"):
-        Index(out)
+        VectorIndex(out)
 
 
 def test_a_new_index_replaces_the_old_and_nothing_else(tmp_path: Path) -> None:
     for count in (5, 2):
         build(str(write_embeddings(tmp_path / "e" / "a.parquet", unit(count))), str(tmp_path / "i"), CONFIG)
-    assert len(Index(str(tmp_path / "i")).search(unit(1), 10)[0]) == 2
+    assert len(VectorIndex(str(tmp_path / "i")).search(unit(1), 10)[0]) == 2
     with pytest.raises(ConfigError, match="that crem index did not write"):
         build(str(tmp_path / "e"), str(tmp_path / "e"), CONFIG)
 
@@ -147,7 +148,7 @@ def test_an_index_on_object_storage(tmp_path: Path, s3_env: Any) -> None:
     place = f"s3://{s3_env.bucket}/index"
     for _ in range(2):
         build(str(tmp_path / "e"), place, CONFIG)
-    hits = Index(place).search(values[7:8], 2)[0]
+    hits = VectorIndex(place).search(values[7:8], 2)[0]
     assert (hits[0].id, hits[0].uri) == (7, "a/7")
     with pytest.raises(ConfigError, match="is not an index"):
-        Index(f"s3://{s3_env.bucket}/nothing")
+        VectorIndex(f"s3://{s3_env.bucket}/nothing")

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 
 from crem.doctor import examine
 from crem.errors import ConfigError
-from pipelines.tables.storage import Folder
+from pipelines.tables.storage import Folder, JobKind
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_missing_bucket_is_not_made(s3_env: Any, made: list[str]) -> None:
     with pytest.raises(FileNotFoundError), folder.open("deep", "file", mode="wb") as file:
         file.write(b"x")
     with pytest.raises(ConfigError, match=r"s3://no-such-bucket/out cannot be written.*AWS_ENDPOINT_URL"):
-        folder.claim("prepare")
+        folder.claim(JobKind.PREPARE)
     report = examine(["s3://no-such-bucket/out"])
     assert any("s3://no-such-bucket/out cannot be used" in problem for problem in report.problems)
     assert made == []

@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     folder = tmp_path_factory.mktemp("shapes")
     source = write_corpus(folder / "corpus")
     manifest = prepare(source, str(folder / "prepared"), load_config("micro", RUN))
-    assert (manifest["rows_in"], manifest["rows_out"], manifest["images"]) == (96, 96, 36)
+    assert (manifest.rows_in, manifest.rows_out, manifest.images) == (96, 96, 36)
     return str(folder / "prepared")
 
 

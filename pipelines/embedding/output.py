@@ -1,0 +1,145 @@
+"""What ``crem embed`` leaves in its output folder: the plan, a part per shard, and the manifest.
+
+``plan.json`` is written first and says what the parts are of: the model and the input. A run into a folder with another
+plan is refused. A part is written in one piece and carries the stamp of its model, so the parts themselves tell what an
+interrupted run has finished. ``manifest.json`` is written last.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import IO, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crem.errors import ConfigError
+from pipelines.corpus.records import RowRange
+from pipelines.corpus.sources import FileStamp
+from pipelines.tables.json_file import JsonFile
+from pipelines.tables.schema import EmbeddingStamp
+from pipelines.tables.storage import Folder, JobKind
+
+__all__ = ["EmbedManifest", "EmbedPlan", "EmbedShard", "ShardCounts", "finished_part", "part_name", "start_or_resume"]
+
+log = logging.getLogger(__name__)
+
+
+class EmbedPlan(JsonFile):
+    """What the parts in an output folder are of."""
+
+    FILE: ClassVar[str] = "plan.json"
+
+    fingerprint: str
+    dim: int
+    chorus_tokens: int | None = None
+    model: str
+    """Folder, URI or name of the checkpoint."""
+    files: tuple[FileStamp, ...]
+    """The input."""
+    shards: tuple[int, ...]
+    """Rows of each shard."""
+
+
+class EmbedManifest(JsonFile):
+    """The result of a completed run; ``rows_in == rows_out == embedded + errors``."""
+
+    FILE: ClassVar[str] = "manifest.json"
+
+    kind: Literal[JobKind.EMBED] = JobKind.EMBED
+    fingerprint: str
+    dim: int
+    model: str
+    rows_in: int
+    rows_out: int
+    embedded: int
+    errors: int
+    """Rows with an error in place of an embedding."""
+    resumed: int
+    """Rows that an earlier run had finished."""
+    items_per_s: float
+    """Of the rows that this run embedded."""
+
+
+@dataclass(frozen=True)
+class EmbedShard:
+    """The rows that become one part."""
+
+    number: int
+    ranges: tuple[RowRange, ...]
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """Rows of one part."""
+
+    embedded: int
+    errors: int
+
+
+def part_name(shard: int) -> str:
+    """File name of a shard's part."""
+    return f"part-{shard:06d}.parquet"
+
+
+def start_or_resume(target: Folder, plan: EmbedPlan, *, fresh: bool) -> None:
+    """Write the plan into an output folder that is new or has the same plan.
+
+    Args:
+        fresh: remove what an earlier run left, whatever its plan.
+
+    Raises:
+        ConfigError: the parts there are of another model or other input, or the plan there is damaged.
+    """
+    earlier = None if fresh else EmbedPlan.read(target)
+    if earlier is None:
+        if not fresh and target.exists(EmbedPlan.FILE):
+            raise ConfigError(
+                f"{target.uri}/{EmbedPlan.FILE} is damaged; give --fresh to embed all anew, or choose another --out"
+            )
+        target.remove(EmbedManifest.FILE)
+        for name in target.files(".parquet"):
+            target.remove(name)
+    elif earlier.fingerprint != plan.fingerprint:
+        raise ConfigError(
+            f"{target.uri} holds embeddings of model {earlier.fingerprint} ({earlier.model}), and this model is "
+            f"{plan.fingerprint} ({plan.model}); choose another --out, or remove that folder"
+        )
+    elif (earlier.files, earlier.shards) != (plan.files, plan.shards):
+        raise ConfigError(
+            f"{target.uri} was begun from other input: {_difference(earlier.files, plan.files)}; "
+            "choose another --out, or remove that folder"
+        )
+    plan.write(target)
+
+
+def _difference(before: tuple[FileStamp, ...], now: tuple[FileStamp, ...]) -> str:
+    changed = [f for f in now if f not in before] or [f for f in before if f not in now]
+    return ", ".join(f"{f.file} ({f.size} bytes)" for f in changed[:3]) or "split into other shards"
+
+
+def finished_part(target: Folder, shard: int, plan: EmbedPlan) -> ShardCounts | None:
+    """Counts of a part that an earlier run wrote, or ``None`` where the shard has to be embedded."""
+    name = part_name(shard)
+    if not target.exists(name):
+        return None
+    try:
+        with target.open(name) as file:
+            stamp, errors = _stamp_and_errors(file)
+    except (pa.ArrowException, OSError):
+        data = target.read_bytes(name)  # raises again if the storage failed, so that below only the file is to blame
+        try:
+            stamp, errors = _stamp_and_errors(pa.BufferReader(data))
+        except (pa.ArrowException, OSError) as error:
+            log.warning("%s is damaged (%s) and is embedded again", target.path(name), error)
+            return None
+    if stamp is None or stamp.fingerprint != plan.fingerprint or len(errors) != plan.shards[shard]:
+        return None
+    return ShardCounts(embedded=errors.null_count, errors=len(errors) - errors.null_count)
+
+
+def _stamp_and_errors(file: IO[bytes] | pa.BufferReader) -> tuple[EmbeddingStamp | None, pa.ChunkedArray]:
+    """The stamp of a part and its column of errors; reads the whole part, to verify the checksums of its pages."""
+    part = pq.ParquetFile(file, page_checksum_verification=True)
+    return EmbeddingStamp.of(part.schema_arrow), part.read()["error"]

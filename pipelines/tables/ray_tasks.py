@@ -1,0 +1,85 @@
+"""Typed tasks through Ray Data, and a worker's error in the driver as itself.
+
+Ray Data moves columns rather than objects, and it reduces an exception of a worker to its text after printing internal
+traces. A task therefore travels as a pickled column, and so does its result or the error that is meant for the user:
+the driver calls ``task_dataset`` and ``results``, the worker calls ``attempt``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+
+from crem.errors import CremError, ResourceError
+
+__all__ = ["TASK", "attempt", "remote_errors", "results", "root_cause", "task_dataset"]
+
+log = logging.getLogger(__name__)
+
+TASK = "task"
+"""Column of ``task_dataset``: one pickled task a row."""
+
+
+def task_dataset(tasks: Sequence[Any]) -> ray.data.Dataset:
+    """In the driver: a dataset of ``tasks``, one row and one block each."""
+    return ray.data.from_items([{TASK: pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+
+
+def attempt(function: Callable[[Any], Any], task: bytes) -> dict[str, bytes]:
+    """In a worker: the pickled value of ``function(task)``, or the pickled error that the user should see."""
+    try:
+        return {"value": pickle.dumps(function(pickle.loads(task))), "error": b""}
+    except CremError as error:
+        log.debug("sent to the driver", exc_info=True)
+        return {"value": b"", "error": pickle.dumps(error)}
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        full = ResourceError(f"no space left for {error.filename}; free some or choose another --out")
+        return {"value": b"", "error": pickle.dumps(full)}
+
+
+def results(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """In the driver: the value of each ``attempt``, as it arrives; raises the first error."""
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        yield pickle.loads(row["value"])
+
+
+@contextmanager
+def remote_errors() -> Iterator[None]:
+    """Raise the ``CremError`` at the root of a failed Ray call instead of Ray's wrapping of it."""
+    try:
+        yield
+    except CremError:
+        raise
+    except Exception as error:
+        root = root_cause(error)
+        if isinstance(root, CremError):
+            raise root from None
+        if isinstance(root, MemoryError | ray.exceptions.OutOfMemoryError):
+            raise ResourceError(
+                f"a worker ran out of memory: {root}; lower the batch size or the number of actors"
+            ) from error
+        raise
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first ``CremError`` in the chain of causes, else the last error of the chain."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        cause = getattr(error, "cause", None)  # ray.exceptions.RayTaskError keeps the user's exception here
+        below = cause if isinstance(cause, BaseException) else error.__cause__ or error.__context__
+        if isinstance(error, CremError) or below is None:
+            return error
+        error = below
+    return error
