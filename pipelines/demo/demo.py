@@ -17,7 +17,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -111,11 +110,11 @@ def _run(out: Path, config: RunConfig) -> DemoReport:
     return DemoReport(
         config=config,
         checks=_checks(evaluation),
-        prepare=counts.model_dump(include={"rows_in", "rows_out", "rejected", "filtered", "images"}),
-        train={k: v for k, v in asdict(trained).items() if k != "model"},
+        prepare=counts,
+        train=trained,
         curves=list(read_metrics(Folder.at(run))),
-        embed=embedded.model_dump(mode="json", exclude={"format", "model"}),
-        index=indexed.model_dump(mode="json", exclude={"format", "model"}),
+        embed=embedded,
+        index=indexed,
         evaluation=evaluation,
         short=short,
         untrained=untrained,
@@ -196,7 +195,7 @@ def _summary(report: DemoReport, out: str) -> str:
     return "\n".join(
         [
             evaluation_table(report.evaluation),
-            f"text_to_image P@1 of the training just now, {report.train['steps']} steps: {short:.2%}; "
+            f"text_to_image P@1 of the training just now, {report.train.steps} steps: {short:.2%}; "
             f"untrained: {untrained:.2%}",
             "",
             *(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from crem.config import RunConfig
+from pipelines.embedding.output import EmbedManifest
 from pipelines.evaluation.evaluation_result import EvaluationResult
 from pipelines.reports.training_page import MetricEntry
+from pipelines.search.index import IndexSummary
+from pipelines.tables.manifest import PrepareManifest
+from pipelines.training.run_folder import TrainResult
 
-__all__ = ["Chat", "Check", "DemoReport", "JobResult", "Search", "SearchHit", "ServeReport"]
+__all__ = ["Chat", "Check", "DemoReport", "Search", "SearchHit", "ServeReport"]
 
 FORMAT = 1
-
-JobResult = Mapping[str, object]
-"""What a job returned, as its own file has it."""
+_COUNTS = {"rows_in", "rows_out", "rejected", "filtered", "images"}
+"""Of the manifest of prepared tables."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ class DemoReport:
 
     config: RunConfig
     checks: dict[str, Check]
-    prepare: JobResult
-    train: JobResult
+    prepare: PrepareManifest
+    train: TrainResult
     curves: list[MetricEntry]
     """entries of ``metrics.jsonl`` of the short training"""
-    embed: JobResult
-    index: JobResult
+    embed: EmbedManifest
+    index: IndexSummary
     evaluation: EvaluationResult
     """of the shipped model"""
     short: EvaluationResult
@@ -93,6 +95,10 @@ class DemoReport:
     def to_json(self) -> dict[str, object]:
         tree = {"format": FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
         tree["config"] = self.config.model_dump(mode="json")
+        tree["prepare"] = self.prepare.model_dump(include=_COUNTS)
+        tree["train"] = {key: value for key, value in asdict(self.train).items() if key != "model"}
+        tree["embed"] = self.embed.model_dump(mode="json", exclude={"format", "model"})
+        tree["index"] = self.index.model_dump(mode="json", exclude={"format", "model"})
         tree["checks"] = {name: asdict(check) for name, check in self.checks.items()}
         tree["evaluation"] = replace(self.evaluation, model=None).to_json()
         for name in ("short", "untrained"):
