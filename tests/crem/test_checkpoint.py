@@ -191,7 +191,7 @@ def test_a_missing_folder_is_no_hub_name_where_its_parent_is_here(
 ) -> None:
     (tmp_path / "out" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("crem.fetch._hub_copy", lambda name: pytest.fail(f"the hub was asked for {name}"))
+    monkeypatch.setattr("crem.fetch._hub_copy", lambda name: pytest.fail(f"the hub was queried for {name}"))
     for named, meant in (("out/modle", "out/model"), ("./out/modle", "./out/model"), ("./uot", "./out")):
         with pytest.raises(CheckpointError, match=f"no checkpoint at '{named}'.* did you mean '{meant}'"):
             local_copy(named)

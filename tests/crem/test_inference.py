@@ -52,12 +52,14 @@ def test_shorthand(model: crem.Crem, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     NOISE.save(buffer, "PNG")
     path = tmp_path / "noise.png"
-    ways = model.embed([NOISE, buffer.getvalue(), path, Item(images=[str(path)]), Item(images=[f"file://{path}"])])
-    assert np.abs(ways - ways[0]).max() < 1e-6
+    embeddings = model.embed(
+        [NOISE, buffer.getvalue(), path, Item(images=[str(path)]), Item(images=[f"file://{path}"])]
+    )
+    assert np.abs(embeddings - embeddings[0]).max() < 1e-6
     for one in (NOISE, buffer.getvalue(), str(path), path):
         assert Item(images=one) == Item(images=[one]), "one image without the list around it"  # type: ignore[arg-type]
     assert np.abs(np.diff(model.embed(["food", Item("food"), Item(text="food", images=[])]), axis=0)).max() < 1e-6
-    assert np.abs(model.embed([str(path)]) - ways[:1]).max() > 1e-3, "a plain string is a text, also one that is a path"
+    assert np.abs(model.embed([str(path)]) - embeddings[:1]).max() > 1e-3, "a plain string is a text, even a path"
 
 
 def test_embeddings_are_in_order_unit_length_and_independent_of_the_batch(model: crem.Crem) -> None:

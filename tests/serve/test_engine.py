@@ -150,7 +150,7 @@ def test_a_bad_item_raises_from_the_first_step(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stops", "pieces", "shown", "stopped"),
+    ("stops", "pieces", "sent", "stopped"),
     [
         (("END",), ["abEN", "Dcd"], ["ab", ""], True),
         (("END",), ["abE", "Ncd"], ["ab", "ENcd"], False),
@@ -159,9 +159,9 @@ def test_a_bad_item_raises_from_the_first_step(engine: Engine) -> None:
         ((), ["ab", ""], ["ab", ""], False),
     ],
 )
-def test_stop_cutter(stops: tuple[str, ...], pieces: list[str], shown: list[str], stopped: bool) -> None:
+def test_stop_cutter(stops: tuple[str, ...], pieces: list[str], sent: list[str], stopped: bool) -> None:
     cutter = StopCutter(stops)
-    assert [cutter.push(piece) for piece in pieces] == shown
+    assert [cutter.push(piece) for piece in pieces] == sent
     assert cutter.stopped == stopped
 
 

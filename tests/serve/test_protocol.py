@@ -107,34 +107,34 @@ def test_too_many_inputs() -> None:
 
 
 def test_the_last_text_is_the_instruction_and_the_rest_is_the_item() -> None:
-    asked = question({"role": "system", "content": "A shop."}, user("Red."), user(image(), text("What is it?")))
-    assert asked.prompt == "What is it?"
-    assert (asked.item.text, asked.item.images) == ("A shop.\nRed.", (PNG,))
+    request = question({"role": "system", "content": "A shop."}, user("Red."), user(image(), text("What is it?")))
+    assert request.prompt == "What is it?"
+    assert (request.item.text, request.item.images) == ("A shop.\nRed.", (PNG,))
 
 
 def test_a_image_alone_is_the_item() -> None:
-    asked = question(user(image(), text("What is it?")))
-    assert (asked.item.text, asked.item.images, asked.prompt) == (None, (PNG,), "What is it?")
+    request = question(user(image(), text("What is it?")))
+    assert (request.item.text, request.item.images, request.prompt) == (None, (PNG,), "What is it?")
 
 
 def test_a_lone_text_is_item_and_instruction() -> None:
-    asked = question(user("What is red?"))
-    assert asked.item.text == asked.prompt == "What is red?"
+    request = question(user("What is red?"))
+    assert request.item.text == request.prompt == "What is red?"
 
 
 def test_a_dialogue_keeps_its_roles_and_all_images() -> None:
-    asked = question(user(image(), text("What?")), {"role": "assistant", "content": "A cat."}, user("Its colour?"))
-    assert asked.item.text == "user: What?\nassistant: A cat."
-    assert asked.item.images == (PNG,)
+    request = question(user(image(), text("What?")), {"role": "assistant", "content": "A cat."}, user("Its colour?"))
+    assert request.item.text == "user: What?\nassistant: A cat."
+    assert request.item.images == (PNG,)
 
 
 def test_sampling_fields_reach_the_model() -> None:
-    asked = question(
+    request = question(
         user("a"), mode="compressed", max_tokens=7, temperature=0.5, top_p=0.9, seed=3, stop="END", stream=True
     )
-    assert asked.compressed
-    assert (asked.max_new_tokens, asked.temperature, asked.top_p, asked.seed) == (7, 0.5, 0.9, 3)
-    assert asked.stop == ("END",)
+    assert request.compressed
+    assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (7, 0.5, 0.9, 3)
+    assert request.stop == ("END",)
     plain = question(user("a"))
     assert (plain.compressed, plain.max_new_tokens, plain.temperature, plain.stop) == (False, 100, 0.0, ())
 

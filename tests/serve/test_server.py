@@ -1,4 +1,4 @@
-"""The real application on Ray Serve over a tiny real checkpoint, asked with the real ``openai`` client."""
+"""The real application on Ray Serve over a tiny real checkpoint, called with the real ``openai`` client."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def text(value: str) -> dict[str, Any]:
     return {"type": "text", "text": value}
 
 
-def asked(*parts: dict[str, Any]) -> list[Any]:
+def user_message(*parts: dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": list(parts)}]
 
 
-GREEN = asked(image("green"), text("name the colour"))
+GREEN = user_message(image("green"), text("name the colour"))
 LIVELY: dict[str, Any] = {"temperature": 1.0, "seed": 3}
 """A random model's greedy answer soon repeats itself; a seeded sample does not, broken characters included."""
 
@@ -92,7 +92,7 @@ def test_embeddings_are_the_librarys(client: openai.OpenAI, model: crem.Crem, op
 
 
 def test_an_image_with_text_is_one_item(client: openai.OpenAI, model: crem.Crem) -> None:
-    body = {"model": "model", "messages": asked(image("red"), text("an apple")), "instruction": "Find it."}
+    body = {"model": "model", "messages": user_message(image("red"), text("an apple")), "instruction": "Find it."}
     response = client.post("/embeddings", body=body, cast_to=httpx.Response).json()
     expected = model.embed([crem.Item(text="an apple", images=[png("red")], instruction="Find it.")])
     np.testing.assert_allclose([d["embedding"] for d in response["data"]], expected, atol=1e-5)
@@ -203,7 +203,7 @@ def test_hanging_up_stops_decoding_and_embeddings_do_not_wait_for_it(
     stopped_at = activity().deltas
     time.sleep(0.5)
     assert activity().deltas == stopped_at
-    assert 0 < stopped_at - before < 750, "decoding went on after the caller had gone"
+    assert 0 < stopped_at - before < 750, "decoding continued after the client disconnected"
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -244,7 +244,7 @@ def test_errors_have_the_clients_own_types(client: openai.OpenAI) -> None:
 def test_a_corrupt_image_is_a_400_in_a_stream_too(client: openai.OpenAI, stream: bool) -> None:
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="model", messages=asked(broken, text("what?")), stream=stream)
+        client.chat.completions.create(model="model", messages=user_message(broken, text("what?")), stream=stream)
     assert caught.value.code == "image_corrupt"
 
 
@@ -329,8 +329,8 @@ def test_a_model_that_does_not_load_is_not_ready(url: str, tmp_path: Path) -> No
         failing = pool.submit(serve.run, broken, name="broken", route_prefix="/broken")
         wait_for(lambda: "broken" in serve.status().applications)
         health = httpx.get(f"{url}/broken/health", timeout=60)  # waits for the ingress, not for the model
-        asked = httpx.post(f"{url}/broken/v1/embeddings", json={"input": "a"}, timeout=5)
+        response = httpx.post(f"{url}/broken/v1/embeddings", json={"input": "a"}, timeout=5)
         assert failing.exception(timeout=120) is not None
     serve.delete("broken")
-    assert (health.status_code, asked.status_code) == (503, 503)
-    assert asked.json()["error"]["code"] == "not_ready"
+    assert (health.status_code, response.status_code) == (503, 503)
+    assert response.json()["error"]["code"] == "not_ready"

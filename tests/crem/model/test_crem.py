@@ -59,7 +59,7 @@ def test_mask_is_the_formula_of_the_paper() -> None:
                 si, sj = segments[0, i].item(), segments[0, j].item()
                 blocked = z and si in (4, 5) and (sj in (1, 2) or (sj == 0 and not template))
                 assert bool(mask[i, j]) == (j <= i and not blocked), (z, template, i, j)
-        assert not mask[:8, 8].any() and mask[8].any(), "padding is seen by nobody and sees something"
+        assert not mask[:8, 8].any() and mask[8].any(), "nothing attends to padding, and padding attends to something"
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -72,19 +72,19 @@ def test_packed_sequences_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("z", [True, False])
 def test_no_leak_past_the_chorus_tokens(tiny: tuple[CremModel, Collator], z: bool) -> None:
-    """With the chorus states held, changing a V or T token must not move Q/A logits when z = 1, and must when z = 0."""
+    """With fixed chorus states, changing a V or T token must not move Q/A logits when z = 1, and must when z = 0."""
     model, collator = tiny
     batch = collator.pad([sequences(collator, z)[2]])
     segments = batch.segments[0]
-    held: dict[int, torch.Tensor] = {}
+    fixed: dict[int, torch.Tensor] = {}
 
     def hold(layer: int):  # type: ignore[no-untyped-def]
         def hook(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
             output = output[0] if isinstance(output, tuple) else output
-            if layer not in held:
-                held[layer] = output[:, segments == Segment.U].clone()
+            if layer not in fixed:
+                fixed[layer] = output[:, segments == Segment.U].clone()
             output = output.clone()
-            output[:, segments == Segment.U] = held[layer]
+            output[:, segments == Segment.U] = fixed[layer]
             return output
 
         return hook

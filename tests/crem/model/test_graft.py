@@ -1,4 +1,4 @@
-"""A grafted language model says of text what it said before, and is a backbone that trains."""
+"""A grafted language model answers text as before, and trains as a backbone."""
 
 from __future__ import annotations
 
