@@ -60,7 +60,7 @@ lint: $(STAMP)  ## ruff: rules and format; deptry: declared dependencies are tho
 	$(BIN)/ruff format --check
 	$(BIN)/deptry .
 
-format: $(STAMP)  ## let ruff mend what it can
+format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

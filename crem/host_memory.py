@@ -35,7 +35,7 @@ def available_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
 def give_back_memory() -> None:
     """Hand freed memory back to the system; does nothing where the C library is not glibc.
 
-    Tensors whose sizes change with every batch leave glibc's heaps full of holes: a training of 1.5 M parameters on CPU
+    Tensors whose sizes change with every batch fragment glibc's heaps: a training run of 1.5 M parameters on CPU
     grew to 10 GB within 600 steps, and stays between 1 and 3 with this.
     """
     try:

@@ -1,4 +1,4 @@
-"""CREM's losses as pure functions (method.md section 4); none touches a process group.
+"""CREM's losses as pure functions (method.md §4); none touches a process group.
 
     L = alpha_r * L_r + alpha_g * L_g
 

@@ -1,4 +1,8 @@
-"""Imports run one way, and nothing reaches into the private parts of Ray.
+"""Imports run one way, between packages and between the rooms of each; nothing reaches into the private parts of Ray.
+
+A room is a folder of a package, or a module beside the folders. ``ROWS`` orders the rooms; a room imports only rooms of
+rows above its own, so there is no circle. CONTRIBUTING.md shows the rows as a picture, which this test keeps true:
+``python -m tests.test_imports`` prints it.
 
 Every module is parsed, so that an import inside a function, behind a condition or by ``importlib`` counts like any
 other. ``crem/cli/`` is the composition root and may import the jobs.
@@ -32,6 +36,30 @@ FORBIDDEN = {
 }
 
 
+ROWS = {
+    "crem": (
+        ("errors",),
+        ("config", "distributed", "fetch", "host_memory", "metrics"),
+        ("data", "losses"),
+        ("model",),
+        ("checkpoint", "forecast"),
+        ("doctor", "inference", "train"),
+        ("cli",),
+    ),
+    "pipelines": (
+        ("tables",),
+        ("corpus", "emoji", "evaluation", "reports"),
+        ("embedding", "training"),
+        ("search",),
+        ("ablation",),
+        ("demo",),
+    ),
+    "serve": (("engine", "protocol"), ("deployments", "translation"), ("routes",), ("app",)),
+    "cluster": (("local", "submit"),),
+}
+"""Rooms of each package, from those that import no other to those that may import all."""
+
+
 def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
     """Line and dotted name of every import; ``from a import b`` gives ``a.b``, since b may be a module."""
     for node in ast.walk(ast.parse(source)):
@@ -61,6 +89,51 @@ def violations(source: str, path: str) -> list[str]:
     return found
 
 
+def room_of(name: str) -> tuple[str, str] | None:
+    """(package, room) of a dotted module name; None where it is of no room of ours."""
+    package, _, below = name.partition(".")
+    return (package, below.split(".")[0]) if package in ROWS and below else None
+
+
+def arrows() -> set[tuple[str, str, str]]:
+    """(package, room, room that it imports), within each package."""
+    found = set()
+    for path in modules():
+        here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if here is None or here[1] == "__init__":
+            continue
+        for _, name in imported(path.read_text(encoding="utf-8"), here[0]):
+            there = room_of(name)
+            known = there is not None and there[1] in {room for row in ROWS[here[0]] for room in row}
+            if there is not None and there[0] == here[0] and there != here and known:
+                found.add((here[0], here[1], there[1]))
+    return found
+
+
+def picture() -> str:
+    """The rooms of ``crem`` and ``pipelines`` as a Mermaid chart: rows of rooms, an arrow for each import.
+
+    An arrow that a longer way implies is left out.
+    """
+    lines = ["```mermaid", "flowchart BT"]
+    every = arrows()
+    for package in ("crem", "pipelines"):
+        lines.append(f"  subgraph {package}")
+        direct = {(a, b) for p, a, b in every if p == package}
+        lines += [f"    {package}_{room}[{room}]" for row in ROWS[package] for room in row]
+        for a, b in sorted(direct):
+            if not any(
+                (a, via) in direct and reaches(direct, via, b) for via in {y for x, y in direct if x == a} - {b}
+            ):
+                lines.append(f"    {package}_{a} --> {package}_{b}")
+        lines.append("  end")
+    return "\n".join([*lines, "```"])
+
+
+def reaches(direct: set[tuple[str, str]], start: str, goal: str) -> bool:
+    return start == goal or any(reaches(direct, b, goal) for a, b in direct if a == start)
+
+
 def modules() -> list[Path]:
     return sorted(path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py"))
 
@@ -72,6 +145,23 @@ def test_imports_run_one_way() -> None:
         for violation in violations(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     ]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_every_room_has_a_row() -> None:
+    for package, rows in ROWS.items():
+        names = {p.stem for p in (ROOT / package).iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+        assert names - {"__init__", "checkpoints"} == {room for row in rows for room in row}, package
+
+
+def test_no_room_imports_one_of_its_own_row_or_of_a_later_one() -> None:
+    row_of = {(package, room): i for package, rows in ROWS.items() for i, row in enumerate(rows) for room in row}
+    backwards = [f"{p}.{a} imports {p}.{b}" for p, a, b in sorted(arrows()) if row_of[p, a] <= row_of[p, b]]
+    assert not backwards, "\n" + "\n".join(backwards)
+
+
+def test_the_picture_of_the_rooms_is_true() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert picture() in contributing, "run python -m tests.test_imports and put what it prints into CONTRIBUTING.md"
 
 
 def test_every_package_was_looked_at() -> None:
@@ -131,3 +221,7 @@ def test_the_checker_finds(path: str, source: str) -> None:
 )
 def test_the_checker_allows(path: str, source: str) -> None:
     assert violations(source, path) == []
+
+
+if __name__ == "__main__":
+    print(picture())  # noqa: T201

@@ -16,7 +16,7 @@ __all__ = ["BackboneShape", "ImageConfig", "LoraSettings", "ModelConfig", "Promp
 
 
 class PromptConfig(Section):
-    """The compression-based prompt (method.md section 2)."""
+    """The compression-based prompt (method.md §2)."""
 
     system: str = "You are a helpful assistant."
     """System turn; source: paper. An empty string drops the turn."""

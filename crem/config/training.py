@@ -28,7 +28,7 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """L = alpha_r * L_r + alpha_g * L_g (method.md section 4)."""
+    """L = alpha_r * L_r + alpha_g * L_g (method.md §4)."""
 
     temperature: float = Field(0.02, gt=0)
     """tau of InfoNCE. Source: VLM2Vec-V2."""

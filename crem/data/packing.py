@@ -1,4 +1,4 @@
-"""Compression-aware attention without a mask, for sequences packed into one row (method.md section 3).
+"""Compression-aware attention without a mask, for sequences packed into one row (method.md §3).
 
 The sequences follow each other without padding. ``two_part`` plans the calls; ``crem.model.attention`` runs them.
 
@@ -76,7 +76,7 @@ def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, templat
     """The calls for sequences that follow each other in a single row.
 
     Args:
-        segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md section 2).
+        segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md §2).
         z: for each sequence, whether its answer must come from the chorus tokens alone.
     """
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []

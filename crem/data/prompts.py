@@ -1,4 +1,4 @@
-"""The compression-based prompt, token by token (method.md section 2).
+"""The compression-based prompt, token by token (method.md §2).
 
     system:    You are a helpful assistant.                                                  S
     user:      <image> [text] [embedding instruction] <chorus_0> … <chorus_{K-1}>            V, T, U

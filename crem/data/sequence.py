@@ -93,7 +93,7 @@ class PixelTable:
 
 
 def rope_positions(is_image_T: NDArray[np.bool_], grids: Sequence[Grid], merge_size: int) -> NDArray[np.int64]:
-    """M-RoPE positions (time, height, width) of one sequence; int64 [3, T] (method.md section 3).
+    """M-RoPE positions (time, height, width) of one sequence; int64 [3, T] (method.md §3).
 
     Text advances all three by one; an image of h x w merged patches fills a plane and advances by max(h, w).
 

@@ -4,8 +4,8 @@ Activations are what autograd keeps of one chunk from the forward to the backwar
 manner of Korthikanti et al. (arXiv 2205.05198), for this model: grouped key-value heads, SwiGLU, RMSNorm in float32,
 fused attention (no T x T matrix), a vision tower with quick-GELU, and only answer positions at the LM head. The test
 compares the count with what PyTorch really keeps. Optimizer states follow ZeRO (arXiv 1910.02054) as DeepSpeed 0.19
-lays them out with float32 weights and autocast. Not measured, and named so where they are shown: what the backward pass
-holds beside (``workspace``), the CUDA context with NCCL, and the allocator's fragmentation.
+lays them out with float32 weights and autocast. Three parts are estimates, and the report says so: what the backward
+pass allocates (``workspace``), the CUDA context with NCCL, and the allocator's fragmentation.
 
 Letters: T text-model tokens of a chunk, P patches, A answer tokens, D and E widths of text model and vision tower, F
 feed-forward width, V vocabulary, r bytes of the residual stream, c bytes of products.
@@ -253,7 +253,7 @@ def device_memory(
         moments, master, gradients = 0, 0, 4 * weights.largest
     if offload == "all":
         host, resident = host + resident, 0
-    # torch's AdamW works on all tensors at once and holds as much as two of its own beside; the chunk is gone by then
+    # torch's AdamW updates all tensors at once and needs twice their size; the activations are freed by then
     update = 0 if offload != "none" else 2 * part
     working = max(chunk.peak, update)
     overhead = (CONTEXT_BYTES if cuda else PROCESS_BYTES) + int(

@@ -107,11 +107,11 @@ def meta_model(config: ModelConfig) -> Any:
     """The backbone of a run on the meta device, with the adapters and the dtypes that training gives it."""
     shape = shape_of(config)
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT tells of adapters on tied embeddings, as in training
+        warnings.simplefilter("ignore")  # PEFT warns about adapters on tied embeddings, as in training
         backbone = Qwen2VLForConditionalGeneration(
             config_from_shape(shape, {name: number for number, name in enumerate(SPECIAL_TOKENS)})
         )
-        # the places of the chorus rows do not matter here, only that they are as many
+        # only the number of the chorus rows matters here, not their ids
         chorus_ids = list(range(shape.vocab_size - config.chorus_tokens, shape.vocab_size))
         frozen = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         if config.lora is None:

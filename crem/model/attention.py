@@ -1,4 +1,4 @@
-"""Compression-aware attention (method.md section 3), as a dense mask and without any mask.
+"""Compression-aware attention (method.md §3), as a dense mask and without any mask.
 
 For query position i and key position j of one sequence, with the per-sample bit z:
 

@@ -1,4 +1,4 @@
-"""Chorus tokens: K distinct ids of the vocabulary into which the model compresses its input (method.md section 2).
+"""Chorus tokens: K distinct ids of the vocabulary into which the model compresses its input (method.md §2).
 
 They are ordinary rows of the input embedding. Qwen2-VL's matrix has spare rows beyond its tokenizer, which are used
 before the matrix grows, so a CREM checkpoint stays a stock checkpoint of its backbone.
@@ -58,7 +58,7 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
 
 
 def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
-    """The embedding: L2-normalised mean of the last-layer chorus states (method.md section 4).
+    """The embedding: L2-normalised mean of the last-layer chorus states (method.md §4).
 
     Every sequence has exactly ``count`` chorus tokens, consecutive and in order of the sequences.
 

@@ -8,7 +8,7 @@ the chorus tokens alone. Both losses read the same forward of ``[S V T U Q A]``:
     embedding = normalise(mean(hidden at U))             retrieval: L_r
     logits = lm_head(hidden before each A)               generation: L_g; only these positions enter the LM head
 
-Three ways to use the model after one prefill of ``[S V T U]`` (method.md section 5): the embedding; native generation,
+Three ways to use the model after one prefill of ``[S V T U]`` (method.md §5): the embedding; native generation,
 which keeps the keys and values of the entire prefix; compressed generation, which keeps those of the chorus tokens
 only, at their original positions (``crem.model.generation``).
 

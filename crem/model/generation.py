@@ -1,4 +1,4 @@
-"""Prefill once, keep the keys and values that the mode needs, decode (method.md section 5).
+"""Prefill once, keep the keys and values that the mode needs, decode (method.md §5).
 
 ``prefill`` runs ``[S V T U]`` and returns a ``Context``: keys and values, which of them are padding, and the next
 position. ``Context.compressed`` drops all but the chorus tokens (and the template before the sample, which is the

@@ -1,4 +1,4 @@
-"""The training step: both losses, one update (method.md section 4), over a batch that may be far larger than memory.
+"""The training step: both losses, one update (method.md §4), over a batch that may be far larger than memory.
 
 Scale. Every rank computes the same InfoNCE over the gathered global batch, with gradient through its own embeddings
 only, and its own share of the LM loss, divided by the *global* number of answer tokens. The sum of the ranks' gradients

@@ -352,7 +352,7 @@ def test_fast_vision_is_the_backbones(tiny: tuple[CremModel, Collator]) -> None:
 
 
 def test_cache_size_of_the_paper() -> None:
-    """Qwen2-VL-2B: 448 KiB for K = 16 in bf16 (method.md section 5), computed by the code that reports it."""
+    """Qwen2-VL-2B: 448 KiB for K = 16 in bf16 (method.md §5), computed by the code that reports it."""
     from transformers import DynamicCache
 
     from crem.model.generation import Context
