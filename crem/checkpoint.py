@@ -62,7 +62,7 @@ _NOT_COPIED = (
     ".py",
     ".pyc",
 )
-"""Suffixes of weights, which are written anew, and of code, which is never run."""
+"""Suffixes of weights, which are written again, and of code, which is never run."""
 _NOT_COPIED_NAMES = (".", CREM_FILE, "optimizer", "scheduler", "trainer_state", "training_args", "rng_state", "latest")
 """Prefixes of hidden files, of our own file, and of files that another training run left."""
 _COPIED_UP_TO_BYTES = 64 * 2**20

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-import crem.cli.jobs  # registers the jobs, in the order of crem --help
+import crem.cli.commands  # registers the jobs, in the order of crem --help
 import crem.cli.operations  # noqa: F401
 from crem.cli.command_line import CommandLine, parse
 from crem.config import load_config
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the output has closed it
         return 1
     except Exception as error:
         traceback.print_exc()

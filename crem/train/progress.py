@@ -1,4 +1,4 @@
-"""The figures of a run at each log interval, as plain values that travel from the workers to whoever reads them.
+"""The figures of a run at each log interval: plain values that travel from the workers to the driver.
 
 Rates, waiting and padding are those of the interval since the last line, summed over all ranks. Losses, learning rate,
 gradient norm, uniformity and alignment are those of the interval's last step, whose value does not depend on where the

@@ -23,6 +23,6 @@ def corpus_path() -> str:
     if not os.path.isfile(os.path.join(path, "images.zip")):
         raise CremError(
             f"the embedded corpus is missing from {path}: reinstall the package, or rebuild it with "
-            f"`python -m pipelines.emoji.build --out {path}`"
+            f"`python -m pipelines.emoji.draw_corpus --out {path}`"
         )
     return path

@@ -110,7 +110,7 @@ def claim(run: Folder, config: RunConfig, stamp: RunStamp, *, resume: bool, fres
     if (trained_on := run.read_json(_DATA)) != asdict(stamp):
         raise ConfigError(
             f"the run in {run.uri} began with the data {trained_on}, and now it is {asdict(stamp)}: rows, their order "
-            "and the tokenizer would change; resume with the same prepared tables, or start anew"
+            "and the tokenizer would change; resume with the same prepared tables, or start a new run"
         )
     _require_same_settings(run, _read_config(run), config)
     return True
@@ -152,5 +152,5 @@ def _require_same_settings(run: Folder, before: RunConfig, now: RunConfig) -> No
             if getattr(old, key) != getattr(new, key) and f"{section}.{key}" not in _MAY_CHANGE:
                 raise ConfigError(
                     f"the run in {run.uri} has {section}.{key}={getattr(old, key)!r}, and now it is "
-                    f"{getattr(new, key)!r}; resume with the same settings ({run.uri}/{_CONFIG}) or start anew"
+                    f"{getattr(new, key)!r}; resume with the same settings ({run.uri}/{_CONFIG}) or start a new run"
                 )

@@ -8,7 +8,7 @@ places, and candidates are ranked by the cosine. Queries, candidates and ties co
 candidates are the distinct targets of both splits, and one that scores as high as the target counts against it.
 
 The network reads 224 x 224 pixels. The corpus' drawings are enlarged to that; with ``--npm-dir`` (the vendors'
-packages, unpacked as ``pipelines/emoji/build.py`` wants them) they are also drawn at that size from the SVG files.
+packages, unpacked as ``pipelines.emoji.draw_corpus`` needs them) they are also drawn at that size from the SVG files.
 Both ways of scaling pixels that are in use for it are tried: that of its authors (TensorFlow's ``efficientnet/lite``)
 and that in the package's own example. Compare with the best of the four.
 """
@@ -30,8 +30,8 @@ from PIL import Image
 from torch import nn
 
 from pipelines.emoji import corpus_path
-from pipelines.emoji.build import draw
 from pipelines.emoji.concepts import read_drawings
+from pipelines.emoji.draw_corpus import draw
 from tests.bench.timing import environment, table
 
 SIDE_PIXELS = 224

@@ -1,4 +1,4 @@
-"""What a run is said to need: true shapes, activation memory against what PyTorch keeps, ZeRO's layout."""
+"""The forecast of a run: true shapes, activation memory against what PyTorch keeps, ZeRO's layout."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_activations_are_what_autograd_keeps(
 
 
 def test_a_frozen_vision_tower_has_no_backward_pass(tmp_path: Path) -> None:
-    """Gradient checkpointing makes embeddings ask for gradients, patch embeddings too, unless it is told not to."""
+    """Gradient checkpointing makes embeddings ask for gradients, patch embeddings too, unless that is switched off."""
     model, collator = build_model(
         ModelConfig.model_validate(
             {

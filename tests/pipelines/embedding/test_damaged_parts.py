@@ -1,4 +1,4 @@
-"""An embedding output with a damaged part: said by name, and mended by embedding again; through the command."""
+"""An embedding output with a damaged part: named, and repaired by embedding again; through the command."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from crem.errors import CremError
 from pipelines.emoji import corpus_path
-from pipelines.emoji.build import SEED, SHA256, SIDE_PIXELS, build, main, render
 from pipelines.emoji.concepts import (
     ADDED_VENDORS,
     CORE_VENDORS,
@@ -35,6 +34,7 @@ from pipelines.emoji.corpus_rows import (
     evaluation_rows,
     training_rows,
 )
+from pipelines.emoji.draw_corpus import SEED, SHA256, SIDE_PIXELS, build, main, render
 
 MAX_CORPUS_BYTES = 15_000_000
 MAX_TRAIN_ROWS = 150_000

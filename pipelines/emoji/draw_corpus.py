@@ -1,6 +1,6 @@
 """Build the embedded corpus, the content of ``corpus/``, from eight npm packages.
 
-    python -m pipelines.emoji.build --out pipelines/emoji/corpus [--npm-dir DIR]
+    python -m pipelines.emoji.draw_corpus --out pipelines/emoji/corpus [--npm-dir DIR]
 
 Drawings are rendered by resvg on white and stored as WebP in one zip; rows are Parquet. The same packages and library
 versions give the same bytes. Needs ``resvg-py``, and without ``--npm-dir`` also ``npm`` and a connection.
