@@ -53,7 +53,7 @@ class LossGuard(Callback):
             if result.loss > max(self._factor * median, _FLOOR):
                 raise DivergenceError(
                     f"{message}, over train.explosion_factor={self._factor:g} times {median:.3g}, the median of the "
-                    f"last {len(self._losses)} steps; start again with a lower optim.lr or a longer optim.warmup_steps, "
+                    f"last {len(self._losses)} steps; start again with a lower optim.lr or longer optim.warmup_steps, "
                     "or continue with --resume and a higher train.explosion_factor (null lets every loss pass)",
                     *(step, world_size(), terms),
                 )
