@@ -64,7 +64,7 @@ format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-types: $(STAMP)  ## mypy
+types: $(STAMP)  ## mypy, strict, on all packages
 	$(BIN)/mypy
 
 lock: $(STAMP)  ## write constraints.txt from the virtual environment
