@@ -19,7 +19,9 @@ from crem.forecast.shapes import PUBLISHED, image_patches
 from crem.forecast.summary import summary
 from crem.model.build import build_model
 from pipelines.tables import schema
+from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.prepared import read_rows, texts_of
+from pipelines.tables.storage import Folder
 from pipelines.training import dry_run as dryrun
 from pipelines.training.dry_run import dry_run
 from tests.conftest import TINY
@@ -28,6 +30,21 @@ from tests.pipelines.shapes import COLOURS, SHAPES, draw
 
 SIZES = {"i2t": 60, "t2i": 15, "caption": 20}
 RUN = [*TINY, "train.global_batch=32", "train.steps=40", "train.workers=2", "data.retrieval_share=0.75"]
+
+
+def write_manifest(folder: Path, rows: int, images: int) -> None:
+    """What makes tables written by hand complete."""
+    PrepareManifest(
+        rows_in=rows,
+        rows_out=rows,
+        rejected=0,
+        images=images,
+        by_reason={},
+        by_split_task={},
+        source_uri="by hand",
+        created_with={},
+        config={},
+    ).write(Folder.at(folder))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, held, kind in (("rows", rows, schema.ROWS), ("images", unique, schema.IMAGES)):
         (folder / name).mkdir()
         pq.write_table(pa.Table.from_pylist(held, schema=kind), folder / name / "part-0.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"kind": "prepare", "by_split_task": {}}))
+    write_manifest(folder, len(rows), len(unique))
     return str(folder)
 
 
@@ -115,7 +132,7 @@ def test_configured_bounds_hold_on_a_published_backbone(
     for name, held, kind in (("rows", rows, schema.ROWS), ("images", [image], schema.IMAGES)):
         (tmp_path / name).mkdir()
         pq.write_table(pa.Table.from_pylist(held, schema=kind), tmp_path / name / "part-0.parquet")
-    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "prepare", "by_split_task": {}}))
+    write_manifest(tmp_path, len(rows), 1)
     backbone = published_backbone(tmp_path / "backbone")
     settings = [f"model.backbone={backbone}", "train.global_batch=8", "train.chunk_rows=1", "train.steps=1"]
     assert dry_run(str(tmp_path), load_config("2b", settings)).row.patches == 4 * 1230
