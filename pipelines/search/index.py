@@ -97,8 +97,12 @@ def _survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
     names = source.files(".parquet")
     if not names:
         raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
-    if source.exists(EmbedPlan.FILE) and not source.exists(EmbedManifest.FILE):
-        raise ConfigError(f"{source.uri} is an embedding run that was not finished; run crem embed into it again")
+    manifest = EmbedManifest.read(source)
+    if manifest is None and source.exists(EmbedPlan.FILE):
+        state = (
+            f"whose {EmbedManifest.FILE} is damaged" if source.exists(EmbedManifest.FILE) else "that was not finished"
+        )
+        raise ConfigError(f"{source.uri} is an embedding run {state}; run crem embed into it again")
     stamps: dict[str, tuple[str, EmbeddingStamp]] = {}
     rows = 0
     for name in names:
@@ -115,7 +119,6 @@ def _survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
     if len(stamps) > 1:
         both = " and ".join(f"{fingerprint} ({name})" for fingerprint, (name, _) in sorted(stamps.items())[:3])
         raise ConfigError(f"{source.uri} mixes embeddings of the models {both}; index them apart")
-    manifest = EmbedManifest.read(source)
     if manifest is not None and rows != manifest.rows_out:
         raise ConfigError(
             f"{source.uri} has {rows} rows and its {manifest.FILE} says {manifest.rows_out}: parts are missing or "

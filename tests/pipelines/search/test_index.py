@@ -106,6 +106,9 @@ def test_what_cannot_be_indexed_is_refused_with_the_remedy(tmp_path: Path) -> No
     (half / "plan.json").write_text("{}")
     with pytest.raises(ConfigError, match="was not finished; run crem embed"):
         build(str(half), out, CONFIG)
+    (half / "manifest.json").write_text("{")  # it says how many rows there must be
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged; run crem embed"):
+        build(str(half), out, CONFIG)
     with pytest.raises(ConfigError, match="is not an index"):
         VectorIndex(out)
 
