@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_order_depends_on_seed_and_step_alone(sub_batch: int) -> None:
     resumed = plan(config=config)
     assert [(s.rows.tolist(), s.z.tolist()) for s in map(resumed.step, (39, 3, 17))] == [first[39], first[3], first[17]]
     assert order(plan(config=config, seed=6), 40) != first
+
+
+@pytest.mark.parametrize(("temperature", "digest"), [(1.0, "872dbfe877c67f5f"), (2.0, "4b1762b0b844427e")])
+def test_the_order_of_a_seed_does_not_change_between_versions(temperature: float, digest: str) -> None:
+    """A checkpoint is resumed by whatever version is installed. The digests are those of version 0.1.0 before its rooms were redesigned."""
+    mixing = plan(
+        retrieval=np.arange(30),
+        heterogeneous=np.arange(30, 40),
+        tasks=np.arange(40) % 3,
+        config=DataConfig(retrieval_share=0.75, sub_batch=4, source_temperature=temperature),
+        chorus_counts=(1, 4, 8),
+    )
+    found = hashlib.sha256()
+    for step in map(mixing.step, range(6)):
+        found.update(step.rows.astype(np.int64).tobytes() + step.z.tobytes() + str(step.chorus_tokens).encode())
+    assert found.hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("sub_batch", [0, 4])
