@@ -44,7 +44,7 @@ def test_order_depends_on_seed_and_step_alone(sub_batch: int) -> None:
 
 @pytest.mark.parametrize(("temperature", "digest"), [(1.0, "872dbfe877c67f5f"), (2.0, "4b1762b0b844427e")])
 def test_the_order_of_a_seed_does_not_change_between_versions(temperature: float, digest: str) -> None:
-    """A checkpoint is resumed by whatever version is installed. The digests are those of version 0.1.0 before its rooms were redesigned."""
+    """A newer version may resume a run. Source of the digests: version 0.1.0 before its rooms were redesigned."""
     mixing = plan(
         retrieval=np.arange(30),
         heterogeneous=np.arange(30, 40),
