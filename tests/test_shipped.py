@@ -13,8 +13,8 @@ import crem
 from crem.checkpoint import describe
 from crem.errors import ConfigError
 from crem.fetch import SHIPPED
-from pipelines.corpus.image_reader import ImageReader
 from pipelines.emoji import corpus_path
+from pipelines.sources.image_reader import ImageReader
 from pipelines.tables.storage import Folder
 from tests.conftest import tiny_config
 

@@ -28,11 +28,13 @@ class Item:
         text: may be None where there are images.
         images: in the order in which the model reads them; they precede the text.
         instruction: embedding instruction; the checkpoint's own where None.
+        image_at: how many characters of the text precede each image, ascending; empty where all images precede it.
     """
 
     text: str | None = None
     images: tuple[ImageSource, ...] = field(default=())
     instruction: str | None = None
+    image_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.images, ImageSource):  # a single image without a list around it

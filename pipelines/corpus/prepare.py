@@ -20,12 +20,12 @@ from importlib import metadata
 
 from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
-from pipelines.corpus import sources
 from pipelines.corpus.commit import TABLES, CommitCounts, commit, fill_empty_tables, resolve_duplicates
-from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.raw_rows import COLUMNS
-from pipelines.corpus.records import RowRange
 from pipelines.corpus.staging import STAGING, StagedLedger, StagingTask, stage
+from pipelines.formats.raw_rows import COLUMNS
+from pipelines.sources import sources
+from pipelines.sources.image_reader import ImageReader
+from pipelines.sources.records import RowRange
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.shared_folders import require_readable, require_shared

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from crem.config import RunConfig
 from crem.data.images import encode_image, load_image
 from crem.errors import ItemError
-from pipelines.corpus import sources
-from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.raw_rows import COLUMNS, RawItem, RawRow, check_row, parse_row, source_and_key
-from pipelines.corpus.records import RowRange, SourceRow
+from pipelines.formats.format import RowContext
+from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, check_row, source_and_key
+from pipelines.formats.registry import format_named
+from pipelines.sources import sources
+from pipelines.sources.image_reader import ImageReader
+from pipelines.sources.records import RowRange, SourceRow
 from pipelines.tables import schema
 from pipelines.tables.storage import Folder, JobKind
 
@@ -93,6 +95,7 @@ class _StagingWriter:
 
     def __init__(self, out: Folder, token: str, source: str, reader: ImageReader, config: RunConfig):
         self.source = source
+        self.format = format_named("crem")
         self.reader = reader
         self.config = config
         self.rows = _StagedFile(out, staged_file("rows", token), schema.ROWS, "zstd")
@@ -119,10 +122,11 @@ class _StagingWriter:
         try:
             if source_row.record is None:
                 raise ItemError("bad_row", source_row.parse_error)
-            row = parse_row(source_row.record, key=source_row.name, source=self.source)
+            context = RowContext(source=self.source, key=source_row.name)
             limits = self.config.model.image
-            check_row(row, max_text_chars=self.config.prepare.max_text_chars, max_images=limits.max_images_per_item)
-            self._store(row)
+            for row in self.format.rows(source_row.record, context):
+                check_row(row, max_text_chars=self.config.prepare.max_text_chars, max_images=limits.max_images_per_item)
+                self._store(row)
         except ItemError as error:
             source, key = source_and_key(source_row.record, key=source_row.name, source=self.source)
             self.rejected.append(
@@ -165,6 +169,7 @@ class _StagingWriter:
             "text": item.text,
             "instruction": item.instruction,
             "images": [self._image(image) for image in item.images],
+            "image_at": list(item.image_at),
         }
 
     def _image(self, source: str | bytes) -> int:

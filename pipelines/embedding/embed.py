@@ -24,10 +24,6 @@ from numpy.typing import NDArray
 from crem.config import EmbedConfig, RunConfig
 from crem.data.sequence import PreparedSequence
 from crem.errors import CheckpointError, ConfigError, ResourceError
-from pipelines.corpus import sources
-from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.records import RowRange
-from pipelines.corpus.sources import SourceFiles
 from pipelines.embedding import item_table as items
 from pipelines.embedding.item_table import LoadedItem
 from pipelines.embedding.output import (
@@ -39,6 +35,10 @@ from pipelines.embedding.output import (
     part_name,
     start_or_resume,
 )
+from pipelines.sources import sources
+from pipelines.sources.image_reader import ImageReader
+from pipelines.sources.records import RowRange
+from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.models import describe_model, load_model

@@ -9,9 +9,9 @@ from crem.config import ImageConfig
 from crem.data.items import ImageSource, Item
 from crem.data.sequence import PreparedSequence
 from crem.errors import ItemError
-from pipelines.corpus.image_reader import ImageReader
-from pipelines.corpus.raw_rows import parse_images, parse_text
-from pipelines.corpus.records import RawRecord, SourceRow
+from pipelines.formats.raw_rows import parse_images, parse_text
+from pipelines.sources.image_reader import ImageReader
+from pipelines.sources.records import RawRecord, SourceRow
 from pipelines.tables import schema
 
 __all__ = ["COLUMNS", "LoadedItem", "load_item"]

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
-from pipelines.corpus.records import RowRange
-from pipelines.corpus.sources import FileStamp
+from pipelines.sources.records import RowRange
+from pipelines.sources.sources import FileStamp
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder, JobKind

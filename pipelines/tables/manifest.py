@@ -12,7 +12,7 @@ from pipelines.tables import schema
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["PrepareManifest", "read_manifest"]
+__all__ = ["PrepareManifest", "read_manifest", "table_parts"]
 
 
 class PrepareManifest(JsonFile):
@@ -58,3 +58,8 @@ def read_manifest(prepared: Folder) -> PrepareManifest:
             f"{prepared.uri} holds no completed prepared tables (no {PrepareManifest.FILE}); run crem prepare into it"
         )
     return manifest
+
+
+def table_parts(prepared: Folder, table: str) -> list[str]:
+    """File names of the parts of a prepared table (``rows``, ``images`` or ``rejected``), in order."""
+    return prepared.child(table).files(".parquet")

@@ -23,7 +23,7 @@ from crem.data.items import Item, TrainingExample
 from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
 from pipelines.tables import schema
-from pipelines.tables.manifest import read_manifest
+from pipelines.tables.manifest import read_manifest, table_parts
 from pipelines.tables.storage import Folder
 
 __all__ = ["ImageTable", "PreparedRows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
@@ -143,7 +143,8 @@ class PreparedRows:
 
 def item_of(side: schema.ArrowRow, image: Callable[[int], bytes]) -> Item:
     """The ``Item`` of one side of a row; ``image`` maps an id to encoded bytes."""
-    return Item(side["text"], tuple(image(i) for i in side["images"] or ()), side["instruction"])
+    images = tuple(image(i) for i in side["images"] or ())
+    return Item(side["text"], images, side["instruction"], tuple(side["image_at"] or ()))
 
 
 def texts_of(rows: PreparedRows) -> list[str]:
@@ -164,7 +165,7 @@ def read_rows(prepared: str, *, split_prefix: str) -> PreparedRows:
     """
     table, wanted = read_table(prepared, split_prefix)
     images = Folder.at(prepared).child("images")
-    parts = [read_part(images, name, wanted) for name in images.files(".parquet")]
+    parts = [read_part(images, name, wanted) for name in table_parts(Folder.at(prepared), "images")]
     return PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
 
 
@@ -174,7 +175,7 @@ def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> Prepare
     images = Folder.at(prepared).child("images")
     reference = ray.put(wanted)
     read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
-    parts = [read.remote(images, name, reference) for name in images.files(".parquet")]
+    parts = [read.remote(images, name, reference) for name in table_parts(Folder.at(prepared), "images")]
     return PreparedRows(table, ImageTable.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
 
 
@@ -183,7 +184,9 @@ def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.T
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
     rows = folder.child("rows")
-    tables = [pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in rows.files(".parquet")]
+    tables = [
+        pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in table_parts(folder, "rows")
+    ]
     wanted = "^(" + "|".join(map(re.escape, [split_prefix] if isinstance(split_prefix, str) else split_prefix)) + ")"
     table = pa.concat_tables([t.filter(pc.match_substring_regex(t.column("split"), wanted)) for t in tables])
     if not table.num_rows:

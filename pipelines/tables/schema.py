@@ -23,9 +23,10 @@ ITEM = pa.struct(
         ("text", pa.string()),
         ("instruction", pa.string()),
         ("images", pa.list_(pa.int64())),
+        ("image_at", pa.list_(pa.int32())),
     ]
 )
-"""One side of a row; ``images`` holds ids of the image table."""
+"""One side of a row; ``images`` holds ids of the image table, and ``image_at`` is that of ``crem.data.items.Item``."""
 
 ROWS = pa.schema(
     [

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crem.errors import ConfigError
+from pipelines.tables.manifest import table_parts
 from pipelines.tables.session import cluster_address
 from pipelines.tables.storage import Folder
 
@@ -72,8 +73,7 @@ def require_readable_model(model: str) -> None:
 def require_readable_tables(prepared: str) -> None:
     """``require_readable`` of prepared tables."""
     for table in ("rows", "images"):
-        folder = Folder.at(prepared).child(table)
-        require_readable(folder, *folder.files(".parquet"))
+        require_readable(Folder.at(prepared).child(table), *table_parts(Folder.at(prepared), table))
 
 
 def _nodes() -> dict[str, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from crem.errors import CheckpointError
 from crem.train.state import convert, files_needed, manifest_if_complete, verify
+from pipelines.tables.storage_retry import retry_storage
 from pipelines.training.checkpoints import Checkpoints, StoredCheckpoint
-from pipelines.training.storage_retry import retry_storage
 
 __all__ = ["LocalCheckpoint", "RankPlace", "fetch_newest"]
 

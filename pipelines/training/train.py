@@ -30,6 +30,7 @@ from pipelines.tables.prepared import PreparedRows, share_rows
 from pipelines.tables.ray_tasks import remote_errors
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import retry_storage
 from pipelines.training import run_folder
 from pipelines.training.failed_step import FAILED_STEP, save_failed_step
 from pipelines.training.follow import Follower
@@ -37,7 +38,6 @@ from pipelines.training.held_out import data_mix, split_rows, training_texts
 from pipelines.training.messages import WorkerSpec
 from pipelines.training.metrics_log import read_metrics
 from pipelines.training.run_folder import RunStamp, TrainResult
-from pipelines.training.storage_retry import retry_storage
 from pipelines.training.trackers import check_tracker, open_tracker
 from pipelines.training.trainer import fit
 from pipelines.training.watch import HangWatch

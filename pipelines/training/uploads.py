@@ -17,8 +17,8 @@ from pathlib import Path
 
 from crem.checkpoint import CREM_FILE
 from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import LONGEST_PAUSE_S, TIMEOUT_S
 from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.storage_retry import LONGEST_PAUSE_S, TIMEOUT_S
 
 __all__ = ["Uploads", "upload_model"]
 

@@ -29,13 +29,13 @@ from crem.train.optim import initialise
 from crem.train.phases import Phase
 from crem.train.state import load_state
 from crem.train.validate import Validation
+from pipelines.tables.storage_retry import retry_storage
 from pipelines.training.best import BestModel
 from pipelines.training.checkpoints import CHECKPOINTS, Checkpoints
 from pipelines.training.feed import step_batches
 from pipelines.training.held_out import validation_batches
 from pipelines.training.messages import Exported, Message, Resumed, WorkerSpec, WorkerWarning
 from pipelines.training.restore import RankPlace, fetch_newest
-from pipelines.training.storage_retry import retry_storage
 from pipelines.training.uploads import Uploads, upload_model
 from pipelines.training.watch import HeartbeatSender
 from pipelines.training.workspace import close_workspace, is_node_leader, open_workspace

@@ -25,11 +25,11 @@ from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
 from crem.train.step import retrieval_of
 from pipelines.corpus import prepare as job
-from pipelines.corpus import sources
 from pipelines.corpus.commit import resolve_duplicates
-from pipelines.corpus.image_reader import ImageReader
 from pipelines.corpus.prepare import prepare
 from pipelines.corpus.staging import StagedLedger
+from pipelines.sources import sources
+from pipelines.sources.image_reader import ImageReader
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.prepared import read_rows
@@ -97,7 +97,7 @@ def test_rows_have_the_documented_schema_and_ids(prepared: tuple[Path, PrepareMa
     assert (rows["jpeg"]["task"], rows["jpeg"]["split"]) == ("t2i", "test_x")
     assert manifest.by_split_task == {"test_x/t2i": 1, "train/nasty": len(rows) - 1}
     assert (rows["three"]["target"], rows["three"]["question"], rows["three"]["answer"]) == (None, "how many?", "3")
-    assert rows["numbers"]["query"] == {"text": "5", "instruction": None, "images": []}
+    assert rows["numbers"]["query"] == {"text": "5", "instruction": None, "images": [], "image_at": []}
     assert rows["numbers"]["target"]["text"] == "2.5"
     assert [n["text"] for n in rows["negatives"]["negatives"]] == ["n"]
     assert rows["blank target"]["target"] is None

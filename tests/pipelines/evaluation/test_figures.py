@@ -19,7 +19,7 @@ from pipelines.tables.prepared import ImageTable, PreparedRows
 
 
 def side(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else {"text": text, "images": [], "instruction": None}
+    return None if text is None else {"text": text, "images": [], "instruction": None, "image_at": []}
 
 
 def rows_of(*rows: dict[str, Any]) -> PreparedRows:

@@ -14,9 +14,9 @@ import s3fs
 
 from crem.train.state import FileRecord, RankManifest, read_manifests, verify
 from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import retry_storage
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.restore import LocalCheckpoint, RankPlace, fetch_newest
-from pipelines.training.storage_retry import retry_storage
 from pipelines.training.uploads import Uploads
 from pipelines.training.workspace import is_node_leader
 

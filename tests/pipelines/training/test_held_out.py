@@ -25,7 +25,7 @@ def rows_of(*splits: str) -> PreparedRows:
     """A row for each name: every third one has no target, every other one an answer; ids are in order of the source."""
 
     def side(text: str) -> dict[str, object]:
-        return {"text": text, "instruction": None, "images": []}
+        return {"text": text, "instruction": None, "images": [], "image_at": []}
 
     rows = [
         {

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
-from pipelines.corpus.records import ParsedRow, RowRange, unreadable_file
+from pipelines.sources.records import ParsedRow, RowRange, unreadable_file
 from pipelines.tables.storage import Folder
 
 __all__ = ["read_parquet", "split_parquet"]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from crem.errors import ConfigError
-from pipelines.corpus.jsonl_rows import read_lines, split_lines
-from pipelines.corpus.parquet_rows import read_parquet, split_parquet
-from pipelines.corpus.records import RowRange, SourceRow, unreadable_file
+from pipelines.sources.jsonl_rows import read_lines, split_lines
+from pipelines.sources.parquet_rows import read_parquet, split_parquet
+from pipelines.sources.records import RowRange, SourceRow, unreadable_file
 from pipelines.tables.storage import CLAIM, Folder
 
 __all__ = ["FileStamp", "SourceFiles", "find", "group", "read", "split", "stamps"]

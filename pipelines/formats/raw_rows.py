@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crem.errors import ItemError
-from pipelines.corpus.records import RawRecord
+from pipelines.sources.records import RawRecord
 
 __all__ = ["COLUMNS", "RawItem", "RawRow", "check_row", "parse_images", "parse_row", "parse_text", "source_and_key"]
 
@@ -40,6 +40,8 @@ class RawItem:
     text: str | None
     images: tuple[str | bytes, ...]
     instruction: str | None
+    image_at: tuple[int, ...] = ()
+    """Of ``crem.data.items.Item``."""
 
     @property
     def is_empty(self) -> bool:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import IO
 
-from pipelines.corpus.records import ParsedRow, RowRange, unreadable_file
+from pipelines.sources.records import ParsedRow, RowRange, unreadable_file
 from pipelines.tables.storage import Folder
 
 __all__ = ["read_lines", "split_lines"]
