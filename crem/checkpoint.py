@@ -172,6 +172,8 @@ class CheckpointInfo:
     """length of an embedding"""
     chorus_tokens: int
     """number in use: K, or K' of a nested checkpoint"""
+    max_pixels: int
+    """larger images are reduced to this area before the model reads them"""
 
 
 def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> CheckpointInfo:
@@ -187,6 +189,7 @@ def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> Check
         fingerprint=fingerprint(folder, description["model"]["dtype"], chorus_tokens),
         dim=int(config.get("text_config", config)["hidden_size"]),
         chorus_tokens=description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
+        max_pixels=ModelConfig.model_validate(description["model"]).image.max_pixels,
     )
 
 

@@ -54,10 +54,15 @@ def prepare(
         out: folder or URI for the tables
     """
     from pipelines.corpus.prepare import prepare
+    from pipelines.tables.richness import shrunk_images
 
     made = prepare(source, out, config)
     print(f"rows in {made.rows_in} = out {made.rows_out} + rejected {made.rejected} + filtered {made.filtered}")
     print(f"images  {made.images}")
+    if (shrunk := shrunk_images(made)) is not None:
+        print(f"  {shrunk}")
+    for split, count in made.unread_splits.items():
+        print(f"  no job reads split {split!r}, {count} rows: name it train…, validation… or test…")
     for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
         print(f"  rejected {count:>8}  {reason}")
 

@@ -36,7 +36,8 @@ class PrepareConfig(Section):
     """From a raw corpus to prepared tables (``crem prepare``)."""
 
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
-    """Stored images are reduced to this area in pixels, the largest that the model reads. Source: VLM2Vec-V2."""
+    """Stored images are reduced to this area in pixels, whatever the preset's own model reads: a later one may read
+    more. Source: VLM2Vec-V2 (1280 x 28^2, the largest that its backbone reads)."""
     max_text_chars: int = Field(100_000, ge=1)
     """A row with a longer text is rejected. Source: ours."""
     rows_per_task: int = Field(512, ge=1)

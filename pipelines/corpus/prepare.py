@@ -18,6 +18,9 @@ import time
 from functools import partial
 from importlib import metadata
 
+import numpy as np
+from numpy.typing import NDArray
+
 from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.commit import TABLES, CommitCounts, commit, fill_empty_tables, resolve_duplicates
@@ -28,6 +31,7 @@ from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RowRange
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.manifest import PrepareManifest
+from pipelines.tables.richness import shrunk_images
 from pipelines.tables.shared_folders import require_readable, require_shared
 from pipelines.tables.storage import Folder, JobKind
 
@@ -65,12 +69,21 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
     log.info("preparing %d rows of %d files from %s", rows_in, len(corpus.names), corpus.root.uri)
     with ray_tasks.remote_errors():
         ledgers = _stage(target, corpus.root.name, reader, ranges, rows_in, config)
-        counts = _commit(target, ledgers)
-    manifest = _manifest(corpus.root.uri, rows_in, counts, config)
+        counts, shrunk_from = _commit(target, ledgers)
+    manifest = _manifest(corpus.root.uri, rows_in, counts, shrunk_from, config)
     _check(manifest, target)
     fill_empty_tables(target)
     target.remove(STAGING)
     manifest.write(target)
+    for split, rows in manifest.unread_splits.items():
+        log.warning(
+            "%d rows are of split %r, which no job reads: training reads train…, validation validation…, evaluation "
+            "test…; name the split so that it begins with one of them",
+            rows,
+            split,
+        )
+    if (line := shrunk_images(manifest)) is not None:
+        log.info("%s", line)
     seconds = time.monotonic() - began
     log.info(
         "prepared %d rows in = %d out + %d rejected + %d filtered; %d images; %.1f s, %.0f rows/s",
@@ -114,23 +127,28 @@ def _stage(
     return sorted(ledgers, key=lambda ledger: ledger.task)
 
 
-def _commit(target: Folder, ledgers: list[StagedLedger]) -> CommitCounts:
-    """The second pass: what the final tables hold."""
+def _commit(target: Folder, ledgers: list[StagedLedger]) -> tuple[CommitCounts, NDArray[np.int64]]:
+    """The second pass: what the final tables hold, and the ``shrunk_from`` of their images."""
     commits = resolve_duplicates(ledgers)
     run = partial(commit, out=target)
     committed = ray_tasks.task_dataset(commits).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
     counts = list(ray_tasks.results(committed))
     if len(counts) != len(commits):
         raise RuntimeError(f"{len(counts)} of {len(commits)} tasks committed their files")
-    return CommitCounts.total(counts)
+    shrunk_from = [ledger.shrunk_from[task.keep_images] for ledger, task in zip(ledgers, commits, strict=True)]
+    return CommitCounts.total(counts), np.concatenate(shrunk_from)
 
 
-def _manifest(source_uri: str, rows_in: int, counts: CommitCounts, config: RunConfig) -> PrepareManifest:
+def _manifest(
+    source_uri: str, rows_in: int, counts: CommitCounts, shrunk_from: NDArray[np.int64], config: RunConfig
+) -> PrepareManifest:
     return PrepareManifest(
         rows_in=rows_in,
         rows_out=counts.rows_out,
         rejected=counts.rejected,
         images=counts.images,
+        images_shrunk=int((shrunk_from > 0).sum()),
+        largest_source_pixels=int(shrunk_from.max(initial=0)),
         by_reason=dict(sorted(counts.by_reason.items())),
         by_split_task=dict(sorted(counts.by_split_task.items())),
         source_uri=source_uri,

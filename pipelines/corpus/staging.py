@@ -6,7 +6,9 @@ stores an image once, however many of its rows name it.
 
 from __future__ import annotations
 
+import io
 import uuid
+import warnings
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
 
 from crem.config import RunConfig
 from crem.data.images import encode_image, load_image
@@ -63,6 +66,8 @@ class StagedLedger:
     """[references] position in ``row_ids`` of the row that refers to an image."""
     ref_images: NDArray[np.int64]
     """[references] id of that image."""
+    shrunk_from: NDArray[np.int64]
+    """[images] area in pixels of the source of a shrunk image, 0 of one that was stored at its size."""
 
 
 def staged_file(table: str, token: str) -> str:
@@ -87,6 +92,7 @@ def stage(task: StagingTask, *, out: Folder, source: str, reader: ImageReader, c
         image_ids=np.array(list(writer.image_ids), np.int64),
         ref_rows=refs[:, 0],
         ref_images=refs[:, 1],
+        shrunk_from=np.array(list(writer.image_ids.values()), np.int64),
     )
 
 
@@ -103,7 +109,7 @@ class _StagingWriter:
         self.rejected = _StagedFile(out, staged_file("rejected", token), schema.REJECTED, "zstd")
         self.rows_in = 0
         self.row_ids: list[int] = []
-        self.image_ids: dict[int, None] = {}  # in the order in which they were stored
+        self.image_ids: dict[int, int] = {}  # with ``shrunk_from``, in the order in which they were stored
         self.refs: list[tuple[int, int]] = []
         self._known: dict[str, int | ItemError] = {}
 
@@ -190,7 +196,8 @@ class _StagingWriter:
     def _encode(self, source: str | bytes) -> int:
         limits = self.reader.limits
         try:
-            image = load_image(self.reader.read(source), limits)
+            encoded = self.reader.read(source)
+            image = load_image(encoded, limits)
         except ItemError as error:
             if isinstance(source, bytes) or source[:60] in error.detail:
                 raise
@@ -198,12 +205,21 @@ class _StagingWriter:
         data, width, height = encode_image(image, limits.max_pixels)
         image_id = schema.content_id(data)
         if image_id not in self.image_ids:
-            self.image_ids[image_id] = None
+            shrunk = image.width * image.height > width * height
+            self.image_ids[image_id] = _source_pixels(encoded) if shrunk else 0
             uri = None if isinstance(source, bytes) or source.startswith("data:") else source
             self.images.append(
                 {"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, size=len(data)
             )
         return image_id
+
+
+def _source_pixels(encoded: bytes) -> int:
+    """Area of an image by its header: a large JPEG is not decoded at its full size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ``load_image`` has checked the area
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.width * image.height
 
 
 class _StagedFile:

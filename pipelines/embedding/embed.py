@@ -42,6 +42,7 @@ from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.models import describe_model, load_model
+from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
 
@@ -91,6 +92,8 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
             gpus=settings.gpus_per_actor,
             chorus_tokens=settings.chorus_tokens,
         )
+        if Folder.at(source).exists("rejected"):
+            warn_of_small_images(source, description.max_pixels)
         plan = EmbedPlan(
             fingerprint=description.fingerprint,
             dim=description.dim,

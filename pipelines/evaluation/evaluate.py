@@ -32,6 +32,7 @@ from pipelines.evaluation.workload import TaskResults, compute, evaluation_tasks
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.models import describe_model, load_model
 from pipelines.tables.prepared import PreparedRows, read_rows
+from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables
 from pipelines.tables.storage import Folder, JobKind
 
@@ -67,12 +68,14 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> Evaluati
         remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
     )
     with ray_tasks.remote_errors():
-        chorus_tokens = describe_model(  # a wrong count fails before any work
+        description = describe_model(  # a wrong count fails before any work
             model,
             cpus=config.embed.cpus_per_actor,
             gpus=config.embed.gpus_per_actor,
             chorus_tokens=config.evaluate.chorus_tokens,
-        ).chorus_tokens
+        )
+    chorus_tokens = description.chorus_tokens
+    warn_of_small_images(prepared, description.max_pixels)
     tasks = evaluation_tasks(rows, config.evaluate)
     log.info("%d contents to embed and questions to answer with %d chorus tokens", len(tasks), chorus_tokens)
     results = _compute_on_actors(model, prepared, len(tasks), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import ClassVar, Literal
 
 from pydantic import JsonValue
@@ -12,7 +13,11 @@ from pipelines.tables import schema
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["PrepareManifest", "read_manifest", "table_parts"]
+__all__ = ["READ_SPLITS", "PrepareManifest", "read_manifest", "table_parts"]
+
+READ_SPLITS = ("train", "validation", "test")
+"""How the names of the splits begin that jobs read: training, validation while it runs, evaluation."""
+_LATER_KEYS = {"format", "images_shrunk", "largest_source_pixels"}
 
 
 class PrepareManifest(JsonFile):
@@ -27,6 +32,10 @@ class PrepareManifest(JsonFile):
     filtered: int = 0
     images: int
     """Distinct images in the image table."""
+    images_shrunk: int = 0
+    """Those of them that were larger than ``prepare.encode_max_pixels`` and are stored smaller."""
+    largest_source_pixels: int = 0
+    """Area of the largest of these before; 0 where none was shrunk."""
     by_reason: dict[str, int]
     """Rejected rows by reason."""
     by_split_task: dict[str, int]
@@ -41,9 +50,18 @@ class PrepareManifest(JsonFile):
     def content_id(self) -> int:
         """Identifies these tables, so that a resumed run can tell whether they are still the same.
 
-        ``format`` is left out: tables from before that key keep their id.
+        Keys that came later are left out: tables from before them keep their id.
         """
-        return schema.content_id(json.dumps(self.model_dump(mode="json", exclude={"format"})).encode())
+        return schema.content_id(json.dumps(self.model_dump(mode="json", exclude=_LATER_KEYS)).encode())
+
+    @property
+    def unread_splits(self) -> dict[str, int]:
+        """Rows out by split, of the splits that no job reads."""
+        unread: Counter[str] = Counter()
+        for name, count in self.by_split_task.items():
+            if not name.startswith(READ_SPLITS):
+                unread[name.partition("/")[0]] += count
+        return dict(unread)
 
 
 def read_manifest(prepared: Folder) -> PrepareManifest:

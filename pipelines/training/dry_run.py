@@ -22,7 +22,9 @@ from crem.fetch import shipped
 from crem.forecast.estimate import Forecast, TaskShare, forecast, rows_of_chunk
 from crem.forecast.flops import Load
 from crem.forecast.shapes import image_patches, shape_of
+from pipelines.tables.manifest import read_manifest
 from pipelines.tables.prepared import ImageTable, PreparedRows, item_of, read_part, read_table, texts_of
+from pipelines.tables.richness import too_small_images
 from pipelines.tables.storage import Folder
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def dry_run(prepared: str | None, config: RunConfig) -> Forecast:
     plan = PreparedRows(table, ImageTable.of([], [])).plan(config)
     tasks, epochs = _task_shares(table, plan, config)
     row, chunk, notes = _sample(prepared, table, plan, config, shape)
+    poor = too_small_images(read_manifest(Folder.at(prepared)), config.model.image.max_pixels)
+    notes = ([f"WARNING: {poor}."] if poor else []) + notes
     return forecast(config, row, chunk, tasks=tasks, epochs=epochs, notes=notes)
 
 

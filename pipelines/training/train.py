@@ -28,6 +28,7 @@ from crem.fetch import local_copy
 from pipelines.tables import session
 from pipelines.tables.prepared import PreparedRows, share_rows
 from pipelines.tables.ray_tasks import remote_errors
+from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import retry_storage
@@ -72,6 +73,7 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         return finished
     session.connect()
     require_readable_tables(prepared)
+    warn_of_small_images(prepared, config.model.image.max_pixels)
     if config.model.backbone is not None:
         require_readable_model(config.model.backbone)
     require_shared(run)

@@ -264,7 +264,7 @@ def test_a_table_that_would_be_overlooked_is_named(tmp_path: Path, caplog: pytes
 def test_the_resolution_of_duplicates_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
     def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> StagedLedger:
         columns = rows, images, [r for r, _ in refs], [i for _, i in refs]
-        return StagedLedger(0, "", len(rows), 0, *(np.array(values, np.int64) for values in columns))
+        return StagedLedger(0, "", len(rows), 0, *(np.array(v, np.int64) for v in (*columns, [0] * len(images))))
 
     commits = resolve_duplicates(
         [
@@ -373,3 +373,31 @@ def test_a_hard_negative_that_is_a_target_is_masked(tmp_path: Path, tiny_model_d
 
     expected = (term(queries[0], targets[0], targets[1], copy, n) + term(queries[1], targets[1], targets[0], n)) / 2
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.ray
+def test_shrunk_images_and_unread_splits_are_counted_and_said(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A photo keeps its size without a preset; with a lower limit the manifest has what was lost, each image once."""
+    corpus = tmp_path / "photos"
+    (corpus / "images").mkdir(parents=True)
+    for name, size in (("photo.jpg", (1024, 768)), ("poster.jpg", (4000, 3000)), ("icon.png", (64, 64))):
+        (corpus / "images" / name).write_bytes(
+            encoded(random_image(1, size), Path(name).suffix[1:].replace("jpg", "jpeg"))
+        )
+    names = ["photo.jpg", "poster.jpg", "icon.png", "photo.jpg", "poster.jpg", "photo.jpg"]
+    rows = [{"query_images": [name], "target_text": str(i), "split": "dev"} for i, name in enumerate(names)]
+    write_rows(corpus / "r.jsonl", rows)
+    found = {}
+    for limit in (None, 4096):
+        settings = ["prepare.rows_per_task=2", *([f"prepare.encode_max_pixels={limit}"] if limit else [])]
+        out = tmp_path / f"out {limit}"
+        with caplog.at_level(logging.WARNING):
+            manifest = prepare(str(corpus), str(out), load_config("micro", settings))
+        sizes = sorted((i["width"], i["height"]) for i in table(out / "images"))
+        found[limit] = (sizes, manifest.images_shrunk, manifest.largest_source_pixels)
+        assert manifest.unread_splits == {"dev": 6}
+    assert found[None] == ([(64, 64), (1024, 768), (1156, 867)], 1, 12_000_000)
+    assert found[4096] == ([(64, 64), (73, 55), (73, 55)], 2, 12_000_000)
+    assert "6 rows are of split 'dev', which no job reads" in caplog.text
