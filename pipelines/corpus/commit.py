@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.corpus.staging import StagedLedger, staged_file
 from pipelines.tables import schema
+from pipelines.tables.image_parts import ImagePartWriter
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["TABLES", "CommitCounts", "CommitTask", "commit", "fill_empty_tables", "resolve_duplicates"]
@@ -143,7 +144,7 @@ def _read(out: Folder, name: str, table: pa.Schema) -> pa.Table:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=schema.ROWS_ROW_GROUP_ROWS)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -153,10 +154,10 @@ def _rewrite(out: Folder, staged: str, final: str, keep: NDArray[np.bool_]) -> N
     start = 0
     with out.open(staged) as source, out.open(final, mode="wb") as sink:
         reader = pq.ParquetFile(source)
-        with pq.ParquetWriter(sink, schema.IMAGES, compression="none") as writer:
+        with ImagePartWriter(sink) as writer:
             for index in range(reader.num_row_groups):
                 group = reader.read_row_group(index)
                 mask = keep[start : start + group.num_rows]
                 start += group.num_rows
                 if mask.any():
-                    writer.write_table(group.filter(pa.array(mask)))
+                    writer.write(group.filter(pa.array(mask)))

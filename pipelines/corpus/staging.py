@@ -1,6 +1,6 @@
 """One task of ``crem prepare``: it writes its rows, images and rejections as they come, and keeps a ledger of them.
 
-A task flushes images to their file by size, so it holds about 32 MB of them however many rows it has. It decodes and
+A task flushes images to their file by size, so it holds about 4 MB of them however many rows it has. It decodes and
 stores an image once, however many of its rows name it.
 """
 
@@ -29,13 +29,14 @@ from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RowRange, SourceRow
 from pipelines.tables import schema
+from pipelines.tables.image_parts import ImagePartWriter
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["STAGING", "StagedLedger", "StagingTask", "stage", "staged_file"]
 
 STAGING = "_staging"
 """Folder of staged files in the output of ``crem prepare``; gone once the run is complete."""
-_FLUSH_BYTES = 32 * 2**20
+_FLUSH_BYTES = schema.IMAGE_ROW_GROUP_BYTES
 _FLUSH_ROWS = 4096
 
 
@@ -233,7 +234,7 @@ class _StagedFile:
         self._rows: list[schema.ArrowRow] = []
         self._bytes = 0
         self._file: Any = None
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: pq.ParquetWriter | ImagePartWriter | None = None
 
     def append(self, row: schema.ArrowRow, size: int = 0) -> None:
         self._rows.append(row)
@@ -252,6 +253,10 @@ class _StagedFile:
             return
         if self._writer is None:
             self._file = self.folder.open(self.name, mode="wb")
-            self._writer = pq.ParquetWriter(self._file, self.schema, compression=self.compression)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.schema))
+            self._writer = (
+                ImagePartWriter(self._file)
+                if self.schema is schema.IMAGES
+                else pq.ParquetWriter(self._file, self.schema, compression=self.compression)
+            )
+        self._writer.write(pa.Table.from_pylist(self._rows, schema=self.schema))
         self._rows, self._bytes = [], 0

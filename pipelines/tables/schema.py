@@ -13,7 +13,26 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-__all__ = ["IMAGES", "ITEM", "REJECTED", "ROWS", "ArrowRow", "EmbeddingStamp", "content_id", "embeddings", "row_id"]
+__all__ = [
+    "IMAGES",
+    "IMAGE_ROW_GROUP_BYTES",
+    "ITEM",
+    "REJECTED",
+    "ROWS",
+    "ROWS_ROW_GROUP_ROWS",
+    "ArrowRow",
+    "EmbeddingStamp",
+    "content_id",
+    "embeddings",
+    "row_id",
+]
+
+IMAGE_ROW_GROUP_BYTES = 4 * 2**20
+"""Encoded images of one row group of the image table. Training reads single images by their places in the file
+(``image_parts``), so this only bounds the memory of those who write and scan the table. Source: ``bench_reads``."""
+ROWS_ROW_GROUP_ROWS = 128
+"""Rows of one row group of the row table. Training reads the row groups that hold the rows of its next steps: in a
+large corpus about one for each row. Source: ``bench_reads``."""
 
 ArrowRow: TypeAlias = dict[str, Any]
 """A row of one of these tables, or a value of ``ITEM``, as PyArrow converts it to and from Python."""
