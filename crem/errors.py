@@ -14,6 +14,7 @@ __all__ = [
     "DivergenceError",
     "ItemError",
     "ResourceError",
+    "StorageError",
     "TrainingError",
 ]
 
@@ -32,6 +33,10 @@ class CheckpointError(CremError):
 
 class ResourceError(CremError):
     """Too little memory, disk or too few devices for the job."""
+
+
+class StorageError(CremError):
+    """Storage that did not answer for as long as the job may wait. The job continues when it is run again."""
 
 
 class TrainingError(CremError):

@@ -5,33 +5,35 @@ Every job writes into a folder of its own and *claims* it first. It may use an e
 of the same kind of job left; anything else is refused, so that no job ever deletes what it did not write. Object stores
 have no rename and no folders, so neither tells whether an output is complete: ``manifest.json`` (or another summary) is
 written last, in one piece, and its presence means complete.
+
+A folder made by ``patient`` waits for storage that fails for a while (``storage_retry``). Writing is atomic, so each
+operation can be tried again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from crem.errors import ConfigError
+from pipelines.tables.storage_retry import CREDENTIALS, require_storage
 
 __all__ = ["CLAIM", "Folder", "JobKind"]
 
 CLAIM = "_crem.json"
 """Written first into every output folder: the kind of job that owns it. No job removes it."""
-_CREDENTIALS = (
-    "for s3:// set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION "
-    "and, for another S3 than Amazon's, AWS_ENDPOINT_URL"
-)
+_T = TypeVar("_T")
 
 
 class JobKind(StrEnum):
@@ -48,9 +50,11 @@ class JobKind(StrEnum):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder at a path or URI. Pickles as its URI; each process opens its own connection."""
+    """A folder at a path or URI. Pickles as its fields; each process opens its own connection."""
 
     uri: str
+    patience_s: float = 0.0
+    """How long an operation is tried again while the storage fails."""
 
     @classmethod
     def at(cls, place: str | os.PathLike[str]) -> Folder:
@@ -63,7 +67,9 @@ class Folder:
     @cached_property
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # never cache listings: other processes write into these folders
-        options = {} if "://" not in self.uri else {"use_listings_cache": False}
+        options: dict[str, Any] = {} if "://" not in self.uri else {"use_listings_cache": False}
+        if self.patience_s and self.uri.startswith(("s3://", "s3a://")):  # the folder's own attempts, not botocore's
+            options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
         try:
             return fsspec.core.url_to_fs(self.uri, **options)
         except (ValueError, ImportError) as error:
@@ -73,11 +79,20 @@ class Folder:
     def fs(self) -> fsspec.AbstractFileSystem:
         return self._opened[0]
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "patience_s": self.patience_s}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        object.__setattr__(self, "uri", state["uri"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def patient(self, patience_s: float) -> Folder:
+        """This folder, whose operations wait so long for storage that fails.
+
+        Raises, in each operation:
+            StorageError: the storage did not answer in all that time. ConfigError: access is denied.
+        """
+        return Folder(self.uri, patience_s)
 
     @property
     def is_local(self) -> bool:
@@ -92,7 +107,13 @@ class Folder:
         return "/".join([self._opened[1].rstrip("/"), *parts])
 
     def child(self, name: str) -> Folder:
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        return Folder(f"{self.uri.rstrip('/')}/{name}", self.patience_s)
+
+    def _call(self, doing: str, call: Callable[[], _T], *parts: str) -> _T:
+        """The result of an operation on a file of this folder, with the folder's patience."""
+        if not self.patience_s:
+            return call()
+        return require_storage(f"{doing} {'/'.join([self.uri, *parts])}", call, timeout_s=self.patience_s)
 
     def exists(self, *parts: str) -> bool:
         """Whether the file or folder is there.
@@ -101,58 +122,93 @@ class Folder:
             ConfigError: access is denied.
         """
         with self._denial_explained():
-            return bool(self.fs.exists(self.path(*parts)))
+            return bool(self._call("looking for", lambda: self.fs.exists(self.path(*parts)), *parts))
 
     def files(self, *suffixes: str) -> list[str]:
         """Names of the files directly in this folder that end in one of ``suffixes``, sorted."""
-        try:
-            entries = self.fs.ls(self.path(), detail=True)
-        except FileNotFoundError:
-            return []
-        names = (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
-        return sorted(n for n in names if n and (not suffixes or n.lower().endswith(suffixes)))
+        return [name for name in self.sizes() if not suffixes or name.lower().endswith(suffixes)]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file directly in this folder, by its name; names are sorted."""
+        found = ((e["name"].rpartition("/")[2], e["size"]) for e in self._entries() if e["type"] == "file")
+        return dict(sorted((name, int(size or 0)) for name, size in found if name))
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this folder, sorted."""
+        names = (e["name"].rstrip("/").rpartition("/")[2] for e in self._entries() if e["type"] == "directory")
+        return sorted(n for n in names if n)
+
+    def _entries(self) -> list[dict[str, Any]]:
         try:
-            entries = self.fs.ls(self.path(), detail=True)
+            return list(self._call("listing", lambda: self.fs.ls(self.path(), detail=True)))
         except FileNotFoundError:
             return []
-        names = (e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
-        return sorted(n for n in names if n)
 
     def upload(self, local: str, *parts: str) -> None:
         """Copy a local file into this folder; on an object store it appears only when complete."""
         self._make_parents(self.path(*parts))
-        self.fs.put_file(local, self.path(*parts))
+        self._call("writing", lambda: self.fs.put_file(local, self.path(*parts)), *parts)
 
     def download(self, local: str, *parts: str) -> None:
         """Copy a file of this folder to a local path."""
-        self.fs.get_file(self.path(*parts), local)
+        self._call("reading", lambda: self.fs.get_file(self.path(*parts), local), *parts)
 
     def open(self, *parts: str, mode: str = "rb") -> IO[bytes]:
-        """Open a file; mode ``wb`` creates the folders above it."""
+        """Open a file; mode ``wb`` creates the folders above it. Reads and writes of the file have no patience."""
         path = self.path(*parts)
         if "w" in mode:
             self._make_parents(path)
-        return self.fs.open(path, mode)  # type: ignore[no-any-return]
+        opened: IO[bytes] = self._call("opening", lambda: self.fs.open(path, mode), *parts)
+        return opened
 
     def read_bytes(self, *parts: str) -> bytes:
         """The content of a file."""
         with self._denial_explained():
-            return bytes(self.fs.cat_file(self.path(*parts)))
+            return bytes(self._call("reading", lambda: self.fs.cat_file(self.path(*parts)), *parts))
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file atomically: a reader sees all of it or nothing."""
+
+        def write() -> None:
+            if isinstance(self.fs, LocalFileSystem):
+                with self._local_file(path) as file:
+                    file.write(data)
+            else:
+                self.fs.pipe_file(path, data)  # one PUT, or a multipart upload that appears when it is completed
+
         path = self.path(*parts)
         self._make_parents(path)
-        if not self.is_local:
-            self.fs.pipe_file(path, data)  # one PUT, or a multipart upload that appears when it is completed
-            return
+        self._call("writing", write, *parts)
+
+    def write_stream(self, write: Callable[[IO[bytes]], _T], *parts: str) -> _T:
+        """Write a file atomically, a piece at a time; ``write`` may be called again, with a new file."""
+
+        def attempt() -> _T:
+            if isinstance(self.fs, LocalFileSystem):
+                with self._local_file(path) as file:
+                    return write(file)
+            file = self.fs.open(path, "wb")
+            try:
+                value = write(file)
+            except BaseException:
+                with contextlib.suppress(Exception):  # what was sent is dropped, so that no half of a file appears
+                    file.discard()
+                file.closed = True  # the collector closes an open file, which would send the rest
+                raise
+            file.close()
+            return value
+
+        path = self.path(*parts)
+        self._make_parents(path)
+        return self._call("writing", attempt, *parts)
+
+    @staticmethod
+    @contextmanager
+    def _local_file(path: str) -> Iterator[IO[bytes]]:
         partial = f"{path}.{uuid.uuid4().hex}.partial"
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                yield file
             os.replace(partial, path)
         finally:
             if os.path.exists(partial):
@@ -169,7 +225,7 @@ class Folder:
         """
         try:
             with self._denial_explained():
-                return json.loads(self.fs.cat_file(self.path(*parts)))
+                return json.loads(self._call("reading", lambda: self.fs.cat_file(self.path(*parts)), *parts))
         except FileNotFoundError:
             return None
         except (ValueError, IsADirectoryError):
@@ -177,16 +233,24 @@ class Folder:
 
     def remove(self, *parts: str) -> None:
         """Remove a file or a folder in this folder, if it exists."""
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):  # another process, or an attempt before this one, was faster
+                if self.fs.exists(path):
+                    self.fs.rm(path, recursive=True)
+
         path = self.path(*parts)
-        if self.fs.exists(path):
-            self.fs.rm(path, recursive=True)
+        self._call("removing", remove, *parts)
 
     def move(self, source: str, target: str) -> None:
         """Rename within this folder (a server-side copy on an object store). A retried task may call it again."""
-        if not self.exists(source) and self.exists(target):
-            return
+
+        def move() -> None:
+            if self.fs.exists(self.path(source)) or not self.fs.exists(self.path(target)):
+                self.fs.mv(self.path(source), self.path(target))
+
         self._make_parents(self.path(target))
-        self.fs.mv(self.path(source), self.path(target))
+        self._call("moving", move, source)
 
     def _make_parents(self, path: str) -> None:
         """Create the folders above a local file. An object store needs none, and s3fs would create a missing bucket."""
@@ -201,7 +265,7 @@ class Folder:
         except Exception as error:
             if not isinstance(error, PermissionError) and "Credential" not in type(error).__name__:
                 raise
-            raise ConfigError(f"{self.uri} may not be read: {error}; {_CREDENTIALS}") from error
+            raise ConfigError(f"{self.uri} may not be read: {error}; {CREDENTIALS}") from error
 
     def claim(self, kind: JobKind) -> None:
         """Make this folder the output of a job of ``kind``.
@@ -222,7 +286,7 @@ class Folder:
             raise
         except Exception as error:  # of botocore or of the operating system
             raise ConfigError(
-                f"{self.uri} cannot be read: {error}; choose an output folder of yours, and {_CREDENTIALS}"
+                f"{self.uri} cannot be read: {error}; choose an output folder of yours, and {CREDENTIALS}"
             ) from error
         existing = [name for name in existing if name]
         if existing:
@@ -235,5 +299,5 @@ class Folder:
             self.write_json({"kind": kind}, CLAIM)
         except Exception as error:
             raise ConfigError(
-                f"{self.uri} cannot be written: {error}; choose a folder of yours, and {_CREDENTIALS}"
+                f"{self.uri} cannot be written: {error}; choose a folder of yours, and {CREDENTIALS}"
             ) from error
