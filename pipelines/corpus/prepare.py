@@ -55,7 +55,7 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
     if target.uri == corpus.root.uri:
         raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
     reader = ImageReader.of(corpus.root, _decoding_limits(config))
-    ranges = sources.split(corpus, COLUMNS, config.prepare.rows_per_task)
+    ranges = list(sources.split(corpus, COLUMNS, config.prepare.rows_per_task))
     rows_in = sum(rows.rows for rows in ranges)
     if not rows_in:
         raise ConfigError(f"{source!r} has {len(corpus.names)} files and not one row in them; fill it first")

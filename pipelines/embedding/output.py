@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
-from pipelines.sources.records import RowRange
-from pipelines.sources.sources import FileStamp
+from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder, JobKind

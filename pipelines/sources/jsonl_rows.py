@@ -1,96 +1,117 @@
-"""Rows of JSONL files, plain or compressed by gzip. Blank lines do not count.
+"""JSON lines, plain or compressed. Blank lines do not count.
 
-Plain files are split at byte offsets. Gzip cannot be read from the middle, so its ranges are larger, and each one
-decompresses everything before it.
+Counting the rows takes one pass over the file. Plain files are split at byte offsets. A compressed one cannot be read
+from the middle, so its ranges are larger, and each decompresses everything before it.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import IO, Any
 
-from pipelines.sources.records import ParsedRow, RowRange, unreadable_file
-from pipelines.tables.storage import Folder
+from pipelines.sources.compression import COMPRESSIONS, STREAM_ERRORS, decompressed, is_compressed
+from pipelines.sources.input_file import InputFile
+from pipelines.sources.records import FileSchema, ParsedRow, RawRecord, RowRange, unreadable_file
 
-__all__ = ["read_lines", "split_lines"]
+__all__ = ["JsonlRows", "parse_object", "physical_lines"]
 
 _MAX_LINE_BYTES = 64 * 2**20
 """A longer line is a bad row; it is never held in memory as a whole."""
-_GZIP_RANGE_ROWS = 16_384
+_COMPRESSED_RANGE_ROWS = 16_384
+_SNIFFED_ROWS = 100
 
 
-def split_lines(file: IO[bytes], folder: str, name: str, rows: int) -> list[RowRange]:
-    """Ranges of ``rows`` rows, of at least ``_GZIP_RANGE_ROWS`` in a gzip file."""
-    zipped = _is_gzip(name)
-    size = max(rows, _GZIP_RANGE_ROWS) if zipped else rows
-    starts: list[int] = []
-    count = 0
-    for offset, _ in _lines(_opened(file, zipped)):
-        if count % size == 0:
-            starts.append(offset)
-        count += 1
-    return [
-        RowRange(folder, name, i * size, min(size, count - i * size), skip=i * size if zipped else 0, offset=start)
-        for i, start in enumerate(starts)
-    ]
+class JsonlRows:
+    """JSON lines."""
+
+    name = "jsonl"
+    title = "JSON lines"
+    suffixes: tuple[str, ...] = tuple(s + c for s in (".jsonl", ".ndjson") for c in COMPRESSIONS)
+
+    def split(self, file: InputFile, rows: int) -> Iterator[RowRange]:
+        compressed = is_compressed(file.name)
+        size = max(rows, _COMPRESSED_RANGE_ROWS) if compressed else rows
+        start = count = 0
+        try:
+            with decompressed(file) as stream:
+                for offset, _ in _lines(stream):
+                    if count and count % size == 0:
+                        yield _range(file, compressed, count - size, size, start)
+                    if count % size == 0:
+                        start = offset
+                    count += 1
+        except STREAM_ERRORS as error:
+            raise unreadable_file(file.folder, file.name, error) from error
+        if count:
+            last = (count - 1) // size * size
+            yield _range(file, compressed, last, count - last, start)
+
+    def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
+        try:
+            with decompressed(InputFile.of(rows), rows.offset) as stream:
+                for _, line in islice(_lines(stream), rows.skip, rows.skip + rows.rows):
+                    yield _parse(line)
+        except STREAM_ERRORS as error:
+            raise unreadable_file(rows.folder, rows.file, error) from error
+
+    def schema(self, file: InputFile) -> FileSchema:
+        try:
+            with decompressed(file) as stream:
+                records = [_parse(line)[0] for _, line in islice(_lines(stream), _SNIFFED_ROWS)]
+        except STREAM_ERRORS as error:
+            raise unreadable_file(file.folder, file.name, error) from error
+        return FileSchema(tuple(dict.fromkeys(name for record in records if record for name in record)))
 
 
-def read_lines(rows: RowRange) -> Iterator[ParsedRow]:
-    """The rows of a range in order.
+def _range(file: InputFile, compressed: bool, first: int, rows: int, offset: int) -> RowRange:
+    return file.range(first, rows, skip=first) if compressed else file.range(first, rows, offset=offset)
 
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    zipped = _is_gzip(rows.file)
+
+def parse_object(data: bytes, what: str) -> ParsedRow:
+    """A JSON object as a record; one with two values of one name is refused, because only one could be read."""
     try:
-        with Folder(rows.folder).open(rows.file) as handle:
-            if not zipped:
-                handle.seek(rows.offset)
-            skip, left = rows.skip, rows.rows
-            for _, line in _lines(_opened(handle, zipped)):
-                if skip:
-                    skip -= 1
-                    continue
-                yield _parse(line)
-                left -= 1
-                if left == 0:
-                    return
-    except (EOFError, OSError) as error:
-        raise unreadable_file(rows.folder, rows.file, error) from error
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        return None, f"not {what}: {error}: {data[:60]!r}"
+    if not isinstance(value, dict):
+        return None, f"a JSON {type(value).__name__}, not an object: {data[:60]!r}"
+    return value, ""
 
 
-def _is_gzip(name: str) -> bool:
-    return name.lower().endswith(".gz")
+def physical_lines(file: IO[bytes], limit: int = _MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
+    """(byte offset from here, line) of every line; ``None`` for a line over ``limit``."""
+    end = 0
+    while line := file.readline(limit):
+        start, end = end, end + len(line)
+        if len(line) == limit and not line.endswith(b"\n"):
+            while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
+                end += len(rest)
+            end += len(rest)
+            yield start, None
+        else:
+            yield start, line
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    for offset, line in physical_lines(file):
+        if line is not None and offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise OSError("its text is UTF-16; convert it to UTF-8")
+        if line is None or line.strip(b" \t\r\n\v\f\xef\xbb\xbf"):
+            yield offset, line
 
 
 def _parse(line: bytes | None) -> ParsedRow:
     if line is None:
         return None, f"a line of more than {_MAX_LINE_BYTES} bytes; keep images in images/ or in Parquet"
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return None, f"not a line of JSON: {error}: {line[:60]!r}"
-    if not isinstance(value, dict):
-        return None, f"a JSON {type(value).__name__}, not an object: {line[:60]!r}"
-    return value, ""
+    return parse_object(line, "a line of JSON")
 
 
-def _opened(file: IO[bytes], zipped: bool) -> IO[bytes]:
-    return gzip.open(file, "rb") if zipped else io.BufferedReader(file, 2**20)  # type: ignore[type-var,return-value]
-
-
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(byte offset from here, line) of every non-blank line; ``None`` for a line over ``_MAX_LINE_BYTES``."""
-    end = 0
-    while line := file.readline(_MAX_LINE_BYTES):
-        start, end = end, end + len(line)
-        if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                end += len(rest)
-            end += len(rest)
-            yield start, None
-        elif line.strip():
-            yield start, line
+def _unique(pairs: list[tuple[str, Any]]) -> RawRecord:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:60]!r} stands twice in one object")
+    return record

@@ -1,57 +1,73 @@
 """Raw corpora and item tables: which files they have, split into which ranges of rows, read into which records.
 
 A range of rows is small enough to be read again when a worker dies. Splitting counts every row before anything is
-processed (from Parquet footers, or one pass over JSONL), so a job knows how many rows it must account for.
+processed (from Parquet footers, or one pass over JSON lines), so a job knows how many rows it must account for.
 
 A row that cannot be parsed becomes a ``SourceRow`` with a ``parse_error``: it is counted and rejected, and the job goes
-on. A *file* that cannot be read is an error, because the number of its rows is unknown.
+on. A *file* that cannot be read is an error, because the number of its rows is unknown. A *storage* that fails is tried
+again, and then an error of its own (``input_file``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
 from crem.errors import ConfigError
-from pipelines.sources.jsonl_rows import read_lines, split_lines
-from pipelines.sources.parquet_rows import read_parquet, split_parquet
-from pipelines.sources.records import RowRange, SourceRow, unreadable_file
+from pipelines.sources.input_file import InputFile, current_stamp
+from pipelines.sources.known_containers import CONTAINERS, container_named, container_of
+from pipelines.sources.records import FileSchema, FileStamp, Ignored, RowRange, SourceRow
 from pipelines.tables.storage import CLAIM, Folder
 
-__all__ = ["FileStamp", "SourceFiles", "find", "group", "read", "split", "stamps"]
+__all__ = ["FileStamp", "SourceFiles", "find", "group", "read", "schema_of", "split", "stamps"]
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
-
 _SPLIT_THREADS = 16
+_SPLIT_AHEAD = 64
+"""Files that are being split, or whose ranges wait for the caller."""
+
+FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string()), ("container", pa.string())])
+"""One row a file: a table, because a corpus may have a million of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceFiles:
-    """The row files of a corpus or item table."""
+    """The row files of a corpus or item table, in the order of their names, and what else is there."""
 
     root: Folder
     """Where relative image names start."""
     folder: Folder
     """The folder of the row files."""
-    names: tuple[str, ...]
-    """The row files."""
+    table: pa.Table
+    """The row files, as ``FILES``. Names are paths from ``folder``."""
+    ignored: tuple[Ignored, ...] = ()
+    """What is in ``root`` and is not read."""
 
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
 
-@dataclass(frozen=True)
-class FileStamp:
-    """Identifies the content of an input file: two runs with equal stamps read the same rows."""
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All names, for a caller that needs them at once."""
+        return tuple(self.table["name"].to_pylist())
 
-    file: str
-    size: int
-    """Bytes."""
-    version: str
-    """Entity tag, or time of the last change."""
+    def chunk(self, start: int, stop: int) -> SourceFiles:
+        """Some of the files, for a task that splits them."""
+        return SourceFiles(self.root, self.folder, self.table.slice(start, stop - start).combine_chunks())
+
+    def files(self) -> Iterator[InputFile]:
+        """The files, one at a time."""
+        for batch in self.table.to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                yield InputFile(self.folder.uri, row["name"], row["container"], row["size"], row["version"])
 
 
 def find(place: str, *, what: str = "corpus") -> SourceFiles:
@@ -67,12 +83,12 @@ def find(place: str, *, what: str = "corpus") -> SourceFiles:
     root = Folder.at(place)
     try:
         if root.fs.isfile(root.path()):
-            if not root.name.lower().endswith(SUFFIXES):
-                raise ConfigError(f"{place!r} is not one of {', '.join(SUFFIXES)}; convert it or name a folder of them")
+            if container_of(root.name) is None:
+                raise ConfigError(f"{place!r} is no file of rows; known are {_known()}")
             parent = Folder(root.uri.rpartition("/")[0] or "/")
-            return SourceFiles(parent, parent, (root.name,))
+            return SourceFiles(parent, parent, _table(parent, (root.name,)))
         folder = root.child("rows")
-        if not folder.files(*SUFFIXES):
+        if not any(container_of(name) for name in folder.files()):
             folder = root
         found = folder.files()
         missing = not found and not root.exists()
@@ -85,78 +101,108 @@ def find(place: str, *, what: str = "corpus") -> SourceFiles:
         ) from error
     if missing:
         raise ConfigError(f"{what} {place!r} does not exist; give the folder or s3:// URI that holds rows/*.parquet")
-    names = tuple(n for n in found if n.lower().endswith(SUFFIXES) and not n.startswith((".", "_")))
+    names = tuple(n for n in found if container_of(n) and not n.startswith((".", "_")))
     if not names:
         raise ConfigError(
-            f"{what} {place!r} holds no {', '.join(SUFFIXES)} file, in rows/ or at its top; found {found[:4]}"
+            f"{what} {place!r} holds no rows, in rows/ or at its top: known are {_known()}; found {found[:4]}"
         )
     ignored = [n for n in found if n.lower().endswith((".json", ".csv", ".tsv", ".json.gz")) and n != CLAIM]
     if ignored and folder.name == "rows":
-        log.warning("%s: only %s are read, not %s", folder.uri, ", ".join(SUFFIXES), ", ".join(ignored[:8]))
-    return SourceFiles(root, folder, names)
+        log.warning("%s: only %s are read, not %s", folder.uri, _known(), ", ".join(ignored[:8]))
+    return SourceFiles(root, folder, _table(folder, names))
 
 
-def split(source: SourceFiles, columns: Sequence[str], rows: int) -> list[RowRange]:
-    """Split the files into ranges of at most about ``rows`` rows, counting every row.
+def _known() -> str:
+    return ", ".join(f"{container.title} ({container.suffixes[0]})" for container in CONTAINERS)
+
+
+def _table(folder: Folder, names: Sequence[str]) -> pa.Table:
+    found = [current_stamp(folder, name) for name in names]
+    rows = [{"name": s.file, "size": s.size, "version": s.version, "container": container_of(s.file)} for s in found]
+    return pa.Table.from_pylist(rows, schema=FILES)
+
+
+def split(source: SourceFiles, columns: Sequence[str] | None, rows: int) -> Iterator[RowRange]:
+    """Split the files into ranges of at most about ``rows`` rows, counting every row; in the order of the files.
+
+    Several files are split at once, and few ranges wait in memory. A job of many files calls it in tasks, each on a
+    ``chunk`` of the files.
+
+    Args:
+        columns: refuse a file that has none of these; ``None`` takes any.
 
     Raises:
-        ConfigError: a file cannot be read, or is Parquet with none of ``columns``.
+        ConfigError: a file is damaged, has changed since it was listed, or has none of ``columns``.
+        ResourceError: the storage stays away.
     """
 
-    def split_file(name: str) -> list[RowRange]:
+    def split_file(file: InputFile) -> list[RowRange]:
+        file.check_unchanged()
+        container = container_named(file.container)
+        if columns is not None and (present := container.schema(file).columns) and not set(present) & set(columns):
+            raise ConfigError(
+                f"{file.uri} has the columns {list(present)}; none of them is known here: {list(columns)}"
+            )
+        return list(container.split(file.identified(), rows))
+
+    pending: deque[Future[list[RowRange]]] = deque()
+    with ThreadPoolExecutor(max(1, min(_SPLIT_THREADS, len(source)))) as threads:
         try:
-            with source.folder.open(name) as file:
-                if _is_parquet(name):
-                    return split_parquet(file, source.folder.uri, name, columns, rows)
-                return split_lines(file, source.folder.uri, name, rows)
-        except (pa.ArrowException, EOFError, OSError) as error:
-            raise unreadable_file(source.folder.uri, name, error) from error
+            for file in source.files():
+                pending.append(threads.submit(split_file, file))
+                if len(pending) >= _SPLIT_AHEAD:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
-    with ThreadPoolExecutor(min(_SPLIT_THREADS, len(source.names))) as threads:
-        return [part for ranges in threads.map(split_file, source.names) for part in ranges]
 
-
-def group(ranges: Sequence[RowRange], rows: int) -> list[tuple[RowRange, ...]]:
+def group(ranges: Iterable[RowRange], rows: int) -> Iterator[tuple[RowRange, ...]]:
     """Join neighbouring ranges up to ``rows`` rows, so that many small files do not make many small tasks."""
-    groups: list[list[RowRange]] = []
+    parts: list[RowRange] = []
     size = 0
     for part in ranges:
-        if not groups or size + part.rows > rows:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
+        if parts and size + part.rows > rows:
+            yield tuple(parts)
+            parts, size = [], 0
+        parts.append(part)
         size += part.rows
-    return [tuple(parts) for parts in groups]
+    if parts:
+        yield tuple(parts)
 
 
-def read(rows: RowRange, columns: Sequence[str]) -> Iterator[SourceRow]:
+def read(rows: RowRange, columns: Sequence[str] | None = None) -> Iterator[SourceRow]:
     """The rows of a range in order, a few at a time in memory.
 
+    Args:
+        columns: the only ones that the caller uses; a container that can leaves the others unread.
+
     Raises:
-        ConfigError: the file has changed since it was split, or cannot be read.
+        ConfigError: the file has changed since it was split, or is damaged.
+        ResourceError: the storage stays away.
     """
-    parsed = read_parquet(rows, columns) if _is_parquet(rows.file) else read_lines(rows)
+    file = InputFile.of(rows)
+    file.check_unchanged()
+    name = unicodedata.normalize("NFC", rows.file)
     number = rows.first
-    for record, parse_error in parsed:
-        yield SourceRow(f"{rows.file}#{number}", record, parse_error)
+    for record, parse_error in container_named(rows.container).read(rows, columns):
+        yield SourceRow(f"@{rows.fingerprint}/{name}#{number}", record, parse_error, rows.file)
         number += 1
+    file.check_unchanged()
     if number - rows.first != rows.rows:
         raise ConfigError(
-            f"{rows.folder}/{rows.file} has {number - rows.first} rows where it had {rows.rows} before; "
+            f"{rows.uri} has {number - rows.first} rows where it had {rows.rows} before; "
             "run again once nothing writes to it"
         )
 
 
+def schema_of(file: InputFile | RowRange) -> FileSchema:
+    """What a file says of its columns. Raises as ``read`` does."""
+    return container_named(file.container).schema(file if isinstance(file, InputFile) else InputFile.of(file))
+
+
 def stamps(source: SourceFiles) -> tuple[FileStamp, ...]:
-    """The stamp of each file."""
-
-    def stamp(name: str) -> FileStamp:
-        info = source.folder.fs.info(source.folder.path(name))
-        version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        return FileStamp(name, info["size"], str(version))
-
-    return tuple(stamp(name) for name in source.names)
-
-
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet")
+    """The stamp of each file, as it was listed."""
+    return tuple(FileStamp(file.name, file.size, file.version) for file in source.files())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -85,6 +86,7 @@ REJECTED = pa.schema(
 
 
 _STAMP_KEY = b"crem"
+_KEY_FROM_CONTENT = re.compile("@[0-9a-f]{16}/")
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,13 @@ def embeddings(stamp: EmbeddingStamp) -> pa.Schema:
 
 
 def row_id(source: str, key: str) -> int:
-    """Id of a row: stable over runs and machines."""
+    """Id of a row: stable over runs and machines.
+
+    The key of a row that has none comes from the content of its file (``pipelines.sources.records.SourceRow.name``)
+    and is enough: the source of such a row may be the name of its folder, which may be renamed.
+    """
+    if _KEY_FROM_CONTENT.match(key):
+        source = ""
     return content_id(f"{source}\0{key}".encode(errors="surrogatepass"))
 
 

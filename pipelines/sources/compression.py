@@ -1,0 +1,68 @@
+"""Compressed streams: gzip, bzip2 and xz by Python's library, zstandard by PyArrow (which reads several frames)."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from typing import IO
+
+import pyarrow as pa
+
+from pipelines.sources.input_file import InputFile
+
+__all__ = ["COMPRESSIONS", "STREAM_ERRORS", "decompressed", "is_compressed", "without_compression"]
+
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz")
+"""What may follow the suffix of a file of text."""
+STREAM_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
+"""What a damaged stream raises. Failures of the storage are ``CremError`` and none of these."""
+_BUFFER_BYTES = 2**20
+
+
+def is_compressed(name: str) -> bool:
+    """Whether the name says so."""
+    return name.lower().endswith(COMPRESSIONS[1:])
+
+
+def without_compression(name: str) -> str:
+    """The name without the suffix of the compression."""
+    return name[: name.rindex(".")] if is_compressed(name) else name
+
+
+def decompressed(file: InputFile, offset: int = 0) -> IO[bytes]:
+    """A stream of the file's content; ``offset`` is a byte of a file that is not compressed."""
+    suffix = file.name.lower().rpartition(".")[2]
+    if not is_compressed(file.name):
+        return file.open(offset)
+    assert offset == 0, f"{file.uri} is compressed and cannot be read from byte {offset}"
+    source = file.open()
+    stream: IO[bytes]
+    if suffix == "gz":
+        stream = gzip.GzipFile(fileobj=source)  # type: ignore[assignment]
+    elif suffix == "bz2":
+        stream = bz2.BZ2File(source)  # type: ignore[assignment]
+    elif suffix == "xz":
+        stream = lzma.LZMAFile(source)  # noqa: SIM115
+    else:
+        stream = _ZstdStream(source)  # type: ignore[assignment]
+    return io.BufferedReader(stream, _BUFFER_BYTES)  # type: ignore[type-var, arg-type]
+
+
+class _ZstdStream(io.RawIOBase):
+    """Arrow's stream as Python's, so that it can be read by lines."""
+
+    def __init__(self, source: IO[bytes]):
+        super().__init__()
+        self._stream = pa.CompressedInputStream(pa.PythonFile(source, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        data = self._stream.read(len(view))
+        view[: len(data)] = data
+        return len(data)

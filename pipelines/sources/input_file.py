@@ -1,0 +1,234 @@
+"""One input file: bytes that survive failures of the storage, its stamp, and the fingerprint of its content.
+
+Storage that fails is not a file that is damaged. A read that fails is tried again at the same byte, so no row is lost
+or given twice; if the storage stays away, the job ends with ``ResourceError``, and no container takes that for bad
+data. A file that is not what it was when the job began is a ``ConfigError``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import IO, Any, TypeVar
+
+from crem.errors import ConfigError, CremError, ResourceError
+from pipelines.sources.records import FileStamp, RowRange
+from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import retry_storage
+
+__all__ = ["InputFile", "storage_call"]
+
+T = TypeVar("T")
+
+_BUFFER_BYTES = 4 * 2**20
+"""Size of one read of a stream: large enough for an object store, small beside the rows."""
+_BLOCK_BYTES = 64 * 2**10
+"""The fingerprint hashes the first, the middle and the last block."""
+_GONE_TRIES, _GONE_PAUSE_S = 3, 1.0
+"""A store that has just started may not know its objects for a moment."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of a corpus, as it was when the corpus was listed."""
+
+    folder: str
+    """URI of the folder that was listed."""
+    name: str
+    """Path from there."""
+    container: str
+    size: int
+    version: str
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, rows: RowRange) -> InputFile:
+        """The file of a range."""
+        return cls(rows.folder, rows.file, rows.container, rows.size, rows.version, rows.fingerprint)
+
+    @property
+    def uri(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    def range(self, first: int, rows: int, **where: Any) -> RowRange:
+        """A range of its rows; ``where`` as in ``RowRange``."""
+        return RowRange(
+            self.folder, self.name, self.container, self.size, self.version, self.fingerprint, first, rows, **where
+        )
+
+    def open(self, offset: int = 0) -> IO[bytes]:
+        """A buffered stream of its bytes, for reading from front to end.
+
+        Raises, here and when it is read:
+            ConfigError: the file is gone or may not be read.
+            ResourceError: the storage fails for longer than ``storage_retry.TIMEOUT_S``.
+        """
+        stream = io.BufferedReader(self.open_raw(), _BUFFER_BYTES)
+        if offset:
+            stream.seek(offset)
+        return stream
+
+    def open_raw(self) -> _Bytes:
+        """Its bytes without a buffer, for a reader that asks for what it needs. Raises as ``open`` does."""
+        return _Bytes(Folder(self.folder), self.name, self.size)
+
+    def identified(self, extra: str = "") -> InputFile:
+        """With the fingerprint of its content.
+
+        Two files of equal size that differ only outside of three blocks have the same; hashing all of a corpus would
+        double the reading of it.
+
+        Args:
+            extra: what else belongs to the content: values that the path of the file gives to its rows.
+        """
+        digest = hashlib.blake2b(f"{self.size}\0{extra}\0".encode(), digest_size=8)
+        with self.open_raw() as raw:
+            if self.size <= 3 * _BLOCK_BYTES:
+                digest.update(raw.read_exactly(0, self.size))
+            else:
+                for start in (0, self.size // 2, self.size - _BLOCK_BYTES):
+                    digest.update(raw.read_exactly(start, _BLOCK_BYTES))
+        return replace(self, fingerprint=digest.hexdigest())
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that has been written since the corpus was listed.
+
+        Raises:
+            ConfigError: it has another size, entity tag or time of change, or is gone.
+        """
+        folder = Folder(self.folder)
+        now = storage_call(self.uri, lambda: current_stamp(folder, self.name))
+        if (now.size, now.version) != (self.size, self.version):
+            raise ConfigError(
+                f"{self.uri} has changed since this job began: it had {self.size} bytes (version {self.version}) "
+                f"and has {now.size} ({now.version}); run again once nothing writes to it"
+            )
+
+
+def current_stamp(folder: Folder, name: str) -> FileStamp:
+    """The stamp of a file as it is now."""
+    path = folder.path(name)
+    if folder.is_local:
+        status = os.stat(path)
+        return FileStamp(name, status.st_size, str(status.st_mtime_ns))
+    return stamp_of(name, folder.fs.info(path))
+
+
+def stamp_of(name: str, details: dict[str, Any]) -> FileStamp:
+    """The stamp of a file from what a store says of it, in a listing or alone."""
+    version = next(
+        (details[k] for k in ("ETag", "etag", "mtime", "LastModified", "last_modified") if details.get(k)), ""
+    )
+    return FileStamp(name, int(details.get("size") or 0), str(version).strip('"'))
+
+
+def storage_call(uri: str, call: Callable[[], T], *, timeout_s: float | None = None) -> T:
+    """The result of ``call``, tried again while storage fails.
+
+    Raises:
+        ConfigError: the file is gone or may not be read.
+        ResourceError: the storage stays away.
+    """
+
+    def attempt() -> T:
+        for tries_left in reversed(range(_GONE_TRIES)):
+            try:
+                return call()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if not tries_left:
+                    raise ConfigError(
+                        f"{uri} is gone since this job began; run again once nothing writes there"
+                    ) from error
+                time.sleep(_GONE_PAUSE_S)
+            except Exception as error:
+                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                    raise ConfigError(
+                        f"{uri} may not be read: {error}; grant access, and for s3:// check AWS_ACCESS_KEY_ID, "
+                        "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+                    ) from error
+                raise
+        raise AssertionError
+
+    options = {} if timeout_s is None else {"timeout_s": timeout_s}
+    try:
+        return retry_storage(f"reading {uri}", attempt, **options)
+    except CremError:
+        raise
+    except Exception as error:  # botocore's, aiohttp's and the operating system's have nothing in common
+        raise ResourceError(
+            f"{uri} could not be read, and not because of what is in it: {type(error).__name__}: {error}; "
+            "see to the storage and run again"
+        ) from error
+
+
+class _Bytes(io.RawIOBase):
+    """Reads by ranges, each retried; holds no connection that could break between them."""
+
+    def __init__(self, folder: Folder, name: str, size: int):
+        super().__init__()
+        self._folder, self._name, self._size = folder, name, size
+        self._uri = f"{folder.uri}/{name}"
+        self._local: IO[bytes] | None = None
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(22, f"seek to {base + offset} in {self._uri}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        if count:
+            view[:count] = self.read_exactly(self._at, count)
+            self._at += count
+        return count
+
+    def read_exactly(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start``."""
+        if not count:
+            return b""
+        data = storage_call(self._uri, lambda: self._fetch(start, count))
+        if len(data) != count:
+            raise ConfigError(
+                f"{self._uri} ends at byte {start + len(data)} and had {self._size} when this job began; "
+                "run again once nothing writes to it"
+            )
+        return data
+
+    def close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+        super().close()
+
+    def _fetch(self, start: int, count: int) -> bytes:
+        path = self._folder.path(self._name)
+        if not self._folder.is_local:
+            return bytes(self._folder.fs.cat_file(path, start=start, end=start + count))
+        if self._local is None or self._local.closed:
+            self._local = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
+        try:
+            parts = b""
+            while len(parts) < count and (
+                part := os.pread(self._local.fileno(), count - len(parts), start + len(parts))
+            ):
+                parts = part if not parts else parts + part
+            return parts
+        except OSError:
+            self._local.close()
+            raise
