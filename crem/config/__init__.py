@@ -8,6 +8,7 @@ from crem.config.jobs import (
     EvaluateConfig,
     GraftConfig,
     IndexConfig,
+    LayoutConfig,
     PrepareConfig,
     ServeConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "GraftConfig",
     "ImageConfig",
     "IndexConfig",
+    "LayoutConfig",
     "LoraSettings",
     "LossConfig",
     "ModelConfig",

@@ -14,6 +14,7 @@ __all__ = [
     "EvaluateConfig",
     "GraftConfig",
     "IndexConfig",
+    "LayoutConfig",
     "PrepareConfig",
     "ServeConfig",
 ]
@@ -32,7 +33,18 @@ class GraftConfig(Section):
     spatial_merge_size: int = Field(2, ge=1)
 
 
-class PrepareConfig(Section):
+class LayoutConfig(Section):
+    """How the records of a table are read, for the jobs that read tables of others."""
+
+    format: str = "auto"
+    """Name of the format (``pipelines/formats``); ``auto`` recognises it by the columns. Source: ours."""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """Columns to rename before anything else, theirs: ours; ``theirs: null`` leaves one out. Source: ours."""
+    allow_unknown: bool = False
+    """Whether to go on where a column is nearly one that is known: ``Split``, ``query_image``. Source: ours."""
+
+
+class PrepareConfig(LayoutConfig):
     """From a raw corpus to prepared tables (``crem prepare``)."""
 
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
@@ -44,8 +56,11 @@ class PrepareConfig(Section):
     """Rows per Ray Data task. Source: ours."""
 
 
-class EmbedConfig(Section):
+class EmbedConfig(LayoutConfig):
     """Batch embedding with a Ray Data actor pool."""
+
+    side: Literal["query", "target"] | None = None
+    """The side to embed of records that have two; needed for formats of pairs. Source: ours."""
 
     batch_size: int = Field(64, ge=1)
     """Items per forward. Source: ours."""

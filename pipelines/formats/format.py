@@ -6,14 +6,16 @@ and decodes no image. The containers (Parquet, JSON, CSV, tar, Lance …) are re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
 
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
 
-__all__ = ["Column", "Format", "RowContext"]
+__all__ = ["Column", "Format", "RowContext", "Side", "column_named"]
+
+Side: TypeAlias = Literal["query", "target"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Column:
 
     name: str
     meaning: str
-    """What it becomes, in a few words: ``query image``, ``target text``, ``ignored: licence``."""
+    """What it becomes, in a few words: ``query image``, ``target text``; or why it is not read: ``a licence``."""
+    used: bool = True
+    """Whether it is read; one that is not is declared, so that it is not reported as unknown."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class RowContext:
     """Name of the corpus: the source of a row that has none."""
     key: str
     """Key of a row that has none."""
+    file: str = ""
+    """The file that holds the record, from the folder of the corpus: folders name sub-datasets and splits."""
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes of each column that holds class numbers, where the schema has them."""
+    side: Side | None = None
+    """The side that ``item`` is to give, of a record that has two."""
 
 
 class Format(Protocol):
@@ -44,6 +54,11 @@ class Format(Protocol):
     """As people call it, with its publisher."""
     columns: tuple[Column, ...]
     """All that the format declares. Any other column of a table is unknown, and is said to be."""
+    pairs: bool
+    """Whether a record has two sides, so that ``item`` needs ``context.side``."""
+
+    def column(self, name: str) -> Column | None:
+        """The column of this name, or None where the format does not know it."""
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         """Whether a table with these columns, and these first records, is of this format."""
@@ -61,3 +76,8 @@ class Format(Protocol):
         Raises:
             ItemError: the record is bad, or holds no item.
         """
+
+
+def column_named(columns: Sequence[Column], name: str) -> Column | None:
+    """The declared column of exactly this name."""
+    return next((column for column in columns if column.name == name), None)

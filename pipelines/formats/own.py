@@ -1,14 +1,21 @@
-"""Our own rows: a query, a target, negatives and a generation turn, one column for each part (``raw_rows``)."""
+"""Our own rows: a query, a target, negatives and a generation turn, one column for each part (``raw_rows``).
+
+A text with images may say by marks such as ``<image>`` where they stand (``placeholders``). A text without images is
+never changed: who writes ``<image>`` there means the word.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.formats.format import Column, RowContext
+from pipelines.formats.format import Column, RowContext, column_named
 from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, parse_row
 from pipelines.sources.records import RawRecord
 
 __all__ = ["OwnRows"]
+
+_DISTINCTIVE = frozenset(c for c in COLUMNS if c.startswith(("query_", "target_"))) | {"negatives"}
+"""The rest (``key``, ``source``, ``question`` …) are words that others use too."""
 
 
 class OwnRows:
@@ -17,12 +24,17 @@ class OwnRows:
     name = "crem"
     title = "rows of this project"
     columns = tuple(Column(name, name.replace("_", " ")) for name in COLUMNS)
+    pairs = True
+
+    def column(self, name: str) -> Column | None:
+        return column_named(self.columns, name)
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
-        return not columns.isdisjoint(COLUMNS)
+        return not columns.isdisjoint(_DISTINCTIVE)
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
         return [parse_row(record, key=context.key, source=context.source)]
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
-        return parse_row(record, key=context.key, source=context.source).query
+        row = parse_row(record, key=context.key, source=context.source)
+        return row.target if context.side == "target" else row.query

@@ -1,20 +1,36 @@
 """From a raw record to a row that can be trained on, or to the reason why not. Pure functions, no I/O.
 
-Absence is read leniently: a text that is null, NaN or blank counts as absent, and so does a side or a negative with
-neither text nor images. Types are not: a value of another type than its column's makes a ``bad_row``. Only numbers are
-accepted as text, because answers such as 4 are often stored as numbers.
+Absence is read leniently: a text or an image that is null, NaN or blank counts as absent, and so does a side or a
+negative with neither text nor images. Types are not: a value of another type than its column's makes a ``bad_row``.
+Only numbers and dates are accepted as text, because answers such as 4 are often stored as numbers.
 """
 
 from __future__ import annotations
 
-import math
+import base64
+import binascii
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.formats.placeholders import count_marks, place_images, remove_marks
 from pipelines.sources.records import RawRecord
 
-__all__ = ["COLUMNS", "RawItem", "RawRow", "check_row", "parse_images", "parse_row", "parse_text", "source_and_key"]
+__all__ = [
+    "COLUMNS",
+    "RawItem",
+    "RawRow",
+    "check_row",
+    "is_absent",
+    "parse_images",
+    "parse_row",
+    "parse_text",
+    "parse_text_value",
+    "placed_item",
+    "source_and_key",
+]
 
 COLUMNS = (
     "key",
@@ -78,18 +94,19 @@ def parse_row(record: RawRecord, *, key: str, source: str) -> RawRow:
         source: used where the record has none, also as ``task``.
 
     Raises:
-        ItemError: ``bad_row``.
+        ItemError: ``bad_row`` or ``image_count``.
     """
     row_source = parse_text(record, "source") or source
+    query = _side(record, "query_")
     return RawRow(
         source=row_source,
         key=parse_text(record, "key") or key,
         task=parse_text(record, "task") or row_source,
         split=parse_text(record, "split") or "train",
-        query=_side(record, "query_"),
+        query=query,
         target=_side(record, "target_"),
         negatives=tuple(n for n in _negatives(record.get("negatives")) if not n.is_empty),
-        question=parse_text(record, "question"),
+        question=_question(record, query),
         answer=parse_text(record, "answer"),
     )
 
@@ -130,13 +147,33 @@ def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
             )
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a cell says that nothing is there: null, NaN, pandas' NaT or NA, a blank text."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return True
+    if isinstance(value, float | Decimal):
+        return value != value
+    return type(value).__name__ in ("NaTType", "NAType")  # without pandas
+
+
 def parse_text(record: RawRecord, column: str) -> str | None:
     """A text column; ``None`` where it is null, NaN or blank. Raises ``ItemError("bad_row")`` for other types."""
-    value = record.get(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    return parse_text_value(record.get(column), column)
+
+
+def parse_text_value(value: Any, column: str) -> str | None:
+    """As ``parse_text``, of a cell."""
+    if is_absent(value):
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, bytes):  # Parquet of writers that do not mark texts as such
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise ItemError("bad_row", f"{column} is {len(value)} bytes that are no UTF-8 text") from error
+    if isinstance(value, int | float | Decimal | timedelta) and not isinstance(value, bool):
         value = str(value)
+    if isinstance(value, date | datetime | time):
+        value = value.isoformat()
     if not isinstance(value, str):
         raise ItemError("bad_row", f"{column} is a {type(value).__name__}, {repr(value)[:60]}; it must be text")
     try:
@@ -147,21 +184,42 @@ def parse_text(record: RawRecord, column: str) -> str | None:
 
 
 def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
-    """A column of images: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them)."""
-    if value is None:
-        return ()
+    """A column of images: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them).
+
+    Absent ones are left out: null, NaN, a blank or one of ``_NO_IMAGE``, alone or in the list.
+    """
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_image(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
+    images = (_image(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
+    return tuple(image for image in images if image is not None)
 
 
-def _image(value: Any, where: str) -> str | bytes:
+_NO_IMAGE = frozenset({"null", "NULL", "None", "none", "nan", "NaN", "NaT", "<NA>"})
+"""What exports write where nothing is. No image has such a name: it would have a suffix."""
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0", "SUkq", "TU0AK")
+"""Starts of JPEG, PNG, WebP, GIF, BMP and TIFF in base64."""
+_MIN_BASE64 = 100
+
+
+def _image(value: Any, where: str) -> str | bytes | None:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value.strip():
-        return _valid_name(value, where)
+    if is_absent(value) or (isinstance(value, str) and value.strip() in _NO_IMAGE):
+        return None
+    if isinstance(value, str):
+        return _inline(value) or _valid_name(value, where)
     if isinstance(value, bytes):
         return value  # decoding rejects zero bytes as a corrupt image
     raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; an image is a path, a URI or bytes")
+
+
+def _inline(value: str) -> bytes | None:
+    """The bytes of an image that stands in a text cell as bare base64, as in the TSV files of VLMEvalKit."""
+    if len(value) < _MIN_BASE64 or not value.startswith(_BASE64_STARTS):
+        return None
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _valid_name(value: str, where: str) -> str:
@@ -174,16 +232,41 @@ def _valid_name(value: str, where: str) -> str:
     return value
 
 
+def placed_item(
+    text: str | None, images: tuple[str | bytes, ...], instruction: str | None, where: str, *, habit: bool = False
+) -> RawItem:
+    """An item whose image placeholders have become the places of its images (``placeholders``).
+
+    Args:
+        habit: whether the publisher writes placeholders into texts without an image; they are then removed.
+
+    Raises:
+        ItemError: ``image_count``.
+    """
+    if habit and not images:
+        return RawItem(remove_marks(text), (), remove_marks(instruction))
+    placed = place_images(text, images, where)
+    return RawItem(placed.text, placed.images, remove_marks(instruction), placed.image_at)
+
+
 def _side(record: RawRecord, prefix: str) -> RawItem:
-    return RawItem(
-        parse_text(record, f"{prefix}text"),
-        parse_images(record.get(f"{prefix}images"), f"{prefix}images"),
-        parse_text(record, f"{prefix}instruction"),
-    )
+    """One side of our own rows. A text without images is left as it is, whatever marks it mentions."""
+    text = parse_text(record, f"{prefix}text")
+    images = parse_images(record.get(f"{prefix}images"), f"{prefix}images")
+    instruction = parse_text(record, f"{prefix}instruction")
+    if not images:
+        return RawItem(text, (), instruction)
+    return placed_item(text, images, instruction, f"{prefix}text")
+
+
+def _question(record: RawRecord, query: RawItem) -> str | None:
+    """The question; marks for the images of the query go, since the query holds them."""
+    question = parse_text(record, "question")
+    return remove_marks(question) if 0 < count_marks(question) <= len(query.images) else question
 
 
 def _negatives(value: Any) -> list[RawItem]:
-    if value is None:
+    if is_absent(value):
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(v, dict) for v in value):
         raise ItemError("bad_row", f"negatives is {repr(value)[:60]}; it must be a list of {{text, images}}")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 from crem.errors import ConfigError
 from pipelines.formats.format import Format
 from pipelines.formats.own import OwnRows
+from pipelines.formats.table import ImageTable, TextTable
+from pipelines.sources.records import RawRecord
 
-__all__ = ["FORMATS", "format_named"]
+__all__ = ["FORMATS", "format_named", "matching_formats"]
 
-FORMATS: tuple[Format, ...] = (OwnRows(),)
+DISTINCT: tuple[Format, ...] = (OwnRows(),)
+"""Formats with column names of their own. A table that matches two of them is refused."""
+FALLBACKS: tuple[Format, ...] = (ImageTable(), TextTable())
+"""Formats with names that many use, tried one after the other where no distinct one matches."""
+FORMATS: tuple[Format, ...] = (*DISTINCT, *FALLBACKS)
 
 
 def format_named(name: str) -> Format:
@@ -20,4 +29,15 @@ def format_named(name: str) -> Format:
     for known in FORMATS:
         if known.name == name:
             return known
-    raise ConfigError(f"no format is named {name!r}; known are {', '.join(f.name for f in FORMATS)}")
+    names = [f.name for f in FORMATS]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"no format is named {name!r}; {hint}Known are auto, {', '.join(names)}")
+
+
+def matching_formats(columns: frozenset[str], records: Sequence[RawRecord]) -> list[Format]:
+    """The formats of a table with these columns: one, several distinct ones if it is ambiguous, or none."""
+    distinct = [known for known in DISTINCT if known.matches(columns, records)]
+    if distinct:
+        return distinct
+    return [known for known in FALLBACKS if known.matches(columns, records)][:1]

@@ -1,0 +1,78 @@
+"""Cells as real exports write them: what is absent, and what is text."""
+
+from __future__ import annotations
+
+import base64
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from crem.errors import ItemError
+from pipelines.formats.raw_rows import parse_images, parse_row, parse_text_value
+from tests.pipelines.conftest import encoded, random_image
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *(None, "", "  ", float("nan"), np.float64("nan"), pd.NaT, pd.NA, Decimal("NaN"), [], [None], [""], ["", None]),
+        *([float("nan")], {"bytes": None, "path": None}, {"bytes": b"", "path": ""}, [{"bytes": None, "path": None}]),
+        *("null", "None", "nan", "<NA>", ["NaN"]),
+    ],
+)
+def test_no_image_is_no_image_however_it_is_written(cell: Any) -> None:
+    assert parse_images(cell, "images") == ()
+    row = parse_row({"query_text": "a", "target_text": "b", "target_images": cell}, key="k", source="s")
+    assert (row.target.text, row.target.images) == ("b", ())
+
+
+def test_images_beside_absent_ones_are_kept() -> None:
+    assert parse_images(["a.jpg", None, "", {"bytes": b"x", "path": "p"}, {"bytes": None, "path": "b.jpg"}], "c") == (
+        *("a.jpg", b"x", "b.jpg"),
+    )
+    assert parse_images(b"", "c") == (b"",)  # an empty file is a damaged image, not none
+    for wrong in (7, True, ["a.jpg", 7], {"a": 1, "bytes": 3}):
+        with pytest.raises(ItemError, match="an image is a path, a URI or bytes"):
+            parse_images(wrong, "c")
+
+
+def test_bare_base64_is_the_image_and_a_long_name_is_a_name() -> None:
+    data = encoded(random_image(1))
+    assert parse_images(base64.b64encode(data).decode(), "image") == (data,)
+    assert parse_images(base64.encodebytes(data).decode(), "image") == (data,)  # in lines
+    name = "/9j/" + "a" * 200 + ".jpg"
+    assert parse_images(name, "image") == (name,)
+
+
+def test_arrow_types_become_text() -> None:
+    table = pa.table(
+        {
+            "decimal": pa.array([Decimal("4.50")], pa.decimal128(5, 2)),
+            "unsigned": pa.array([2**63], pa.uint64()),
+            "dictionary": pa.array(["cat"]).dictionary_encode(),
+            "large": pa.array(["cat"], pa.large_string()),
+            "view": pa.array(["cat"], pa.string_view()),
+            "binary": pa.array([b"caf\xc3\xa9"], pa.binary()),
+            "day": pa.array([date(2026, 11, 28)]),
+            "half": pa.array(np.array([0.5], np.float16)),
+        }
+    )
+    record = table.to_pylist()[0]
+    assert {name: parse_text_value(value, name) for name, value in record.items()} == {
+        "decimal": "4.50",
+        "unsigned": str(2**63),
+        "dictionary": "cat",
+        "large": "cat",
+        "view": "cat",
+        "binary": "café",
+        "day": "2026-11-28",
+        "half": "0.5",
+    }
+    for wrong in (True, ["a"], {"a": 1}, b"\xff"):
+        with pytest.raises(ItemError, match="bad_row"):
+            parse_text_value(wrong, "text")
