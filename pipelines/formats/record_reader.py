@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-import re
 from dataclasses import dataclass
 
 from crem.errors import ItemError
@@ -60,9 +59,8 @@ class RecordReader:
     def _opened(self, row: SourceRow) -> tuple[RawRecord, RowContext, Format]:
         if row.record is None:
             raise ItemError("bad_row", row.parse_error)
-        file = _file_of(row.name)
         record = renamed(row.record, self.detection.settings.columns, row.name)
-        known = self._format(file, record)
+        known = self._format(row.file, record)
         names = self._look(known, tuple(record))
         self.unknown.add(names.unknown)
         if names.misspelt and not self.detection.settings.allow_unknown:
@@ -77,8 +75,8 @@ class RecordReader:
             raise ItemError(
                 "unknown_columns", f"{known.name} knows none of the columns {list(record)[:12]}; is it another format?"
             )
-        layout = self._layouts.get(_place(file)) or self.detection.layouts[0]
-        context = RowContext(self.source, row.name, file, layout.labels, self._side)
+        layout = self._layouts.get(_place(row.file)) or self.detection.layouts[0]
+        context = RowContext(self.source, row.name, row.file, layout.labels, self._side)
         return record, context, known
 
     def _format(self, file: str, record: RawRecord) -> Format:
@@ -104,11 +102,6 @@ class RecordReader:
             if len(self._names) < _REMEMBERED:
                 self._names[known.name, names] = found
         return found
-
-
-def _file_of(name: str) -> str:
-    """The file in the name of a row: ``@<fingerprint>/<file>#<number>`` or ``<file>#<number>``."""
-    return re.sub(r"^@[^/]*/", "", name.rpartition("#")[0])
 
 
 def _place(file: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from crem.config import EmbedConfig, PrepareConfig
 from crem.errors import ConfigError, ItemError
 from pipelines.formats.detection import Detection, detect_source
 from pipelines.formats.record_reader import RecordReader
-from pipelines.formats.sampling import chosen_files, class_names
+from pipelines.formats.sampling import chosen_files
 from pipelines.formats.unknown_columns import MAX_NAMES, UnknownColumns, nearest_name
 from pipelines.sources import sources
 from pipelines.sources.records import RawRecord, SourceRow
@@ -24,6 +23,10 @@ PAIR = {"query_text": "q", "target_text": "t"}
 def detected(folder: Path, rows: list[RawRecord], kind: str = "jsonl", **settings: Any) -> Detection:
     write_rows(folder / f"r.{kind}", rows)
     return detect_source(sources.find(str(folder)), PrepareConfig(**settings), section="prepare")
+
+
+def record(values: RawRecord | None, error: str = "") -> SourceRow:
+    return SourceRow("@f/r.jsonl#0", values, error, "r.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -49,8 +52,8 @@ def test_other_unknown_columns_are_said_with_their_rows(tmp_path: Path, kind: st
     found = detected(tmp_path, [{**PAIR, "licence": "MIT"}, {**PAIR, "licence": "BSD"}], kind)
     assert [(c.name, c.use, c.nearest) for c in found.layouts[0].of_use("unknown")] == [("licence", "unknown", None)]
     reader = RecordReader(found, "s")
-    for number in range(3):
-        reader.rows(SourceRow(f"r.jsonl#{number}", {**PAIR, "licence": "MIT"}))
+    for _ in range(3):
+        reader.rows(record({**PAIR, "licence": "MIT"}))
     assert found.warnings(reader.unknown) == ["column 'licence' is not known to crem and is not read (3 rows)"]
     assert detected(tmp_path, [{**PAIR, "licence": "MIT"}], kind, columns={"licence": None}).warnings() == []
 
@@ -67,16 +70,16 @@ def test_rows_with_no_known_column_are_refused_at_once(tmp_path: Path, kind: str
 
 def test_keys_that_appear_later_are_counted_and_misspelt_ones_reject_their_row(tmp_path: Path) -> None:
     reader = RecordReader(detected(tmp_path, [PAIR]), "s")
-    assert reader.rows(SourceRow("r.jsonl#1", {**PAIR, "note": 1}))[0].query.text == "q"
+    assert reader.rows(record({**PAIR, "note": 1}))[0].query.text == "q"
     with pytest.raises(ItemError, match="unknown_column: 'query_image' is not known to crem; is it 'query_images'"):
-        reader.rows(SourceRow("r.jsonl#2", {**PAIR, "query_image": "a.jpg"}))
+        reader.rows(record({**PAIR, "query_image": "a.jpg"}))
     with pytest.raises(ItemError, match="unknown_columns: crem knows none of the columns"):
-        reader.rows(SourceRow("r.jsonl#3", {"file_name": "a.jpg"}))
+        reader.rows(record({"file_name": "a.jpg"}))
     with pytest.raises(ItemError, match="bad_row: not JSON"):
-        reader.rows(SourceRow("r.jsonl#4", None, "not JSON"))
+        reader.rows(record(None, "not JSON"))
     assert reader.unknown.counts == {"note": 1, "query_image": 1, "file_name": 1}
     # a name that is near to one that the row has is another column, not a misspelt one
-    assert reader.rows(SourceRow("r.jsonl#5", {**PAIR, "query_text2": "x"}))
+    assert reader.rows(record({**PAIR, "query_text2": "x"}))
 
 
 def test_settings_that_name_nothing_are_refused(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_any_table_is_read_by_a_mapping_of_its_columns(tmp_path: Path) -> None:
         columns={"frage": "query_text", "bild": "target_images", "x": None},
     )
     assert found.formats == ("crem",)
-    row = RecordReader(found, "s").rows(SourceRow("r.jsonl#0", {"frage": "was?", "bild": "a.jpg", "x": 1}))[0]
+    row = RecordReader(found, "s").rows(record({"frage": "was?", "bild": "a.jpg", "x": 1}))[0]
     assert (row.query.text, row.target.images) == ("was?", ("a.jpg",))
 
 
@@ -108,7 +111,7 @@ def test_pairs_are_embedded_one_side_at_a_time(tmp_path: Path) -> None:
         detect_source(corpus, EmbedConfig(), section="embed")
     for side, text in (("query", "q"), ("target", "t")):
         found = detect_source(corpus, EmbedConfig.model_validate({"side": side}), section="embed")
-        assert RecordReader(found, "s").item(SourceRow("r.jsonl#0", dict(PAIR))).text == text
+        assert RecordReader(found, "s").item(record(dict(PAIR))).text == text
 
 
 def test_files_are_chosen_from_every_folder_first() -> None:
@@ -118,18 +121,6 @@ def test_files_are_chosen_from_every_folder_first() -> None:
     assert len(chosen) <= 8
     assert len(chosen_files([f"{i}/a.parquet" for i in range(1000)], 64)) <= 64
     assert chosen_files(names[:3], 8) == names[:3]
-
-
-def test_class_names_are_those_of_datasets() -> None:
-    features = {
-        "image": {"_type": "Image"},
-        "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
-        "tags": {"feature": {"names": ["a", "b"], "_type": "ClassLabel"}, "_type": "Sequence"},
-    }
-    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
-    assert class_names(metadata) == {"label": ("cat", "dog"), "tags": ("a", "b")}
-    for damaged in ({}, {b"huggingface": b"{"}, {b"huggingface": b'{"info": null}'}):
-        assert class_names(damaged) == {}
 
 
 def test_unknown_names_are_bounded_and_add_up() -> None:
