@@ -16,7 +16,11 @@ __all__ = [
     "ResourceError",
     "StorageError",
     "TrainingError",
+    "shortened",
 ]
+
+_MAX_NAME = 200
+_MAX_DETAIL = 300
 
 
 class CremError(Exception):
@@ -36,7 +40,20 @@ class ResourceError(CremError):
 
 
 class StorageError(CremError):
-    """Storage that did not answer for as long as the job may wait. The job continues when it is run again."""
+    """Storage that did not answer for as long as the job may wait, or does not let it in. No row is at fault. The job
+    continues when it is run again.
+
+    Attributes:
+        transient: whether the same call may succeed later: a refused connection, a time-out, a status of 5xx. Wrong
+            credentials and a missing bucket stay as they are.
+    """
+
+    def __init__(self, message: str, transient: bool = True):
+        super().__init__(message, transient)
+        self.message, self.transient = message, transient
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class TrainingError(CremError):
@@ -65,14 +82,25 @@ class ItemError(CremError):
 
     Attributes:
         reason: machine-readable code, e.g. ``empty_item``, ``image_missing``, ``image_corrupt``,
-            ``image_too_large``, ``uri_unreadable``, ``uri_refused``, ``text_too_long``.
-        detail: the value, the limit and the remedy in words.
+            ``image_too_large``, ``uri_refused``, ``text_too_long``.
+        detail: the value, the limit and the remedy in words; at most 300 characters, because a corpus may have a
+            million such rows.
     """
 
     def __init__(self, reason: str, detail: str):
+        detail = shortened(detail, _MAX_DETAIL)
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def shortened(text: str, limit: int = _MAX_NAME) -> str:
+    """``text`` in full up to ``limit`` characters; a longer one keeps its head and tail, and says what is left out."""
+    if len(text) <= limit:
+        return text
+    mark = f"…[{len(text)} characters]…"
+    kept = limit - len(mark)
+    return f"{text[: kept - kept // 3]}{mark}{text[len(text) - kept // 3 :]}"

@@ -44,6 +44,8 @@ class ImageConfig(Section):
     """An encoded image whose header declares more pixels is rejected before it is decoded. Source: ours."""
     max_source_bytes: int = Field(32 * 2**20, ge=1)
     """An encoded image with more bytes is rejected before it is decoded. Source: ours."""
+    allow_truncated: bool = False
+    """Whether a JPEG or PNG whose end is missing is decoded as far as it goes, and counted. Source: ours."""
     max_images_per_item: int = Field(16, ge=1)
     """More images in one item are an error. Source: ours."""
 

@@ -1,67 +1,113 @@
-"""Reading images safely: bytes are bounded before they are read, pixels before they are decoded.
+"""Decoding and encoding images: the size that a header declares is bounded before pixels are decoded.
 
-Only the schemes of ``_SCHEMES`` are read: a server that fetches any client's URI (``http``, ``webhdfs``, ``sftp``, …)
-can be used to attack its own network, and a batch job that does so depends on foreign machines. ``data:`` URLs,
-paths, object-store URIs and files inside archives there are read. fsspec's caching schemes are refused: they copy the
-entire file to disk before its size is known.
+Decoding holds the file, the decoded picture and its RGB copy (4 bytes a pixel each; JPEG that will be shrunk by more
+than half is decoded at a fraction of its size): at the default limit of 64 million pixels about 550 MB, in practice a
+few MB. Metadata never makes a fine picture corrupt: where decoding fails, it is tried again without the metadata.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
-import os
-import re
+import threading
 import warnings
+from dataclasses import dataclass
 
-import fsspec
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from crem.config import ImageConfig
+from crem.data.image_bytes import read_bytes, too_many_bytes
+from crem.data.image_headers import check_area, check_header, is_cut_short, without_metadata
+from crem.data.image_pixels import to_rgb
 from crem.data.items import ImageSource
-from crem.errors import ItemError
+from crem.errors import ItemError, shortened
 
-__all__ = ["encode_image", "load_image", "read_bytes"]
+__all__ = ["DecodedImage", "decode_image", "encode_image", "load_image", "read_bytes"]
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_SCHEMES = frozenset({"file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "zip", "tar", "memory"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
 _LOSSLESS_PIXELS = 256 * 256
 """Images up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+"""TIFF tags."""
+_TRUNCATED_LOCK = threading.Lock()
+"""Pillow's switch for truncated files is one per process."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A picture in RGB, and what was found in its file."""
+
+    image: Image.Image
+    width: int
+    """Pixels that the file declares, before it was turned upright or decoded at a fraction of its size."""
+    height: int
+    truncated: bool = False
+    """Whether the end of the file is missing; the pixels from there on are grey or black."""
 
 
 def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = None) -> Image.Image:
-    """Read one image as RGB, upright (EXIF) and composited on white.
+    """Read one image as RGB: in sRGB, upright (EXIF) and on white.
 
     Args:
-        source: image, encoded bytes, path, URI or data URL.
+        source: image, encoded bytes, path, URI, ``data:`` URL or base64.
         limits: bounds on bytes and pixels.
         base: folder or URI that relative paths start from; a ``*`` in it is replaced by the path, which addresses
             a file inside an archive: ``zip://*::s3://bucket/images.zip``.
 
     Raises:
-        ItemError: ``image_missing``, ``uri_unreadable``, ``uri_refused``, ``image_too_large`` or ``image_corrupt``.
+        ItemError: ``image_missing``, ``uri_refused``, ``image_too_large`` or ``image_corrupt``.
+        StorageError: the store cannot be asked.
     """
     if isinstance(source, Image.Image):
-        _check_area(source, limits)
-        return _flatten(source)
+        check_area(source.width, source.height, limits)
+        return to_rgb(source)
     data = source if isinstance(source, bytes) else read_bytes(str(source), limits, base=base)
+    return decode_image(data, limits).image
+
+
+def decode_image(data: bytes, limits: ImageConfig) -> DecodedImage:
+    """Decode an image file of a known format. A truncated one is an error, unless ``limits.allow_truncated`` is set.
+
+    Raises:
+        ItemError: ``image_too_large`` or ``image_corrupt``.
+    """
     if not data:
         raise ItemError("image_corrupt", "the image has 0 bytes; upload it again")
     if len(data) > limits.max_source_bytes:
-        raise _too_many_bytes(len(data), limits)
+        raise too_many_bytes(len(data), limits)
+    check_header(data, limits)
+    try:
+        if limits.allow_truncated:
+            with _TRUNCATED_LOCK:
+                return _decode(data, limits)
+        return _decode(data, limits)
+    except ItemError as error:
+        if error.reason != "image_corrupt":
+            raise
+        bare = without_metadata(data)
+        if bare is not None:
+            try:
+                return _decode(bare, limits)
+            except ItemError:
+                pass
+        if limits.allow_truncated and is_cut_short(data):
+            return _decode_truncated(bare or data, limits)
+        raise
+
+
+def _decode(data: bytes, limits: ImageConfig) -> DecodedImage:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is lower
+            warnings.simplefilter("ignore")  # of bombs (our own bound is lower) and of odd metadata
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_area(image, limits)
+                check_area(image.width, image.height, limits)
+                _check_tiles(image, limits)
+                width, height = image.size
                 # a large JPEG that the model will shrink anyway is decoded at a fraction of its size
-                scale = math.sqrt(limits.max_pixels / max(1, image.width * image.height))
+                scale = math.sqrt(limits.max_pixels / max(1, width * height))
                 if scale < 0.5:
-                    image.draft("RGB", (math.ceil(image.width * scale * 2), math.ceil(image.height * scale * 2)))
-                image.load()
-                return _flatten(image)
+                    image.draft("RGB", (math.ceil(width * scale * 2), math.ceil(height * scale * 2)))
+                return DecodedImage(to_rgb(image), width, height)
     except ItemError:
         raise
     except Image.DecompressionBombError as error:  # Pillow checks its own bound while it reads the header
@@ -73,41 +119,22 @@ def load_image(source: ImageSource, limits: ImageConfig, *, base: str | None = N
             "image_corrupt", f"{len(data)} bytes that are not an image of a known format ({', '.join(_FORMATS)})"
         ) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        raise ItemError("image_corrupt", f"{type(error).__name__} while decoding {len(data)} bytes: {error}") from error
+        told = shortened(f"{type(error).__name__} while decoding {len(data)} bytes: {error}")
+        hint = "; model.image.allow_truncated=true takes what there is of it" if is_cut_short(data) else ""
+        raise ItemError("image_corrupt", told + hint) from error
 
 
-def read_bytes(uri: str, limits: ImageConfig, *, base: str | None = None) -> bytes:
-    """Read an encoded image from a path, an fsspec URI or a data URL, never more than ``limits.max_source_bytes``."""
-    if uri.startswith("data:"):
-        return _decode_data_url(uri, limits)
-    schemes = _schemes(uri)
-    if refused := sorted(schemes - _SCHEMES):
-        raise ItemError(
-            "uri_refused",
-            f"{refused[0]} URIs are not fetched ({uri[:80]!r}), only {', '.join(sorted(_SCHEMES))}; "
-            "download it, or send it as a data: URL",
-        )
-    if not schemes and base is not None and not os.path.isabs(uri):
-        uri = base.replace("*", uri) if "*" in base else f"{base.rstrip('/')}/{uri}"
-    try:
-        with fsspec.open(uri, "rb") as file:
-            data: bytes = file.read(limits.max_source_bytes + 1)
-    except FileNotFoundError as error:
-        raise ItemError("image_missing", f"{uri!r} does not exist") from error
-    except Exception as error:  # botocore, zipfile and OS errors alike make the row unreadable
-        raise ItemError("uri_unreadable", f"{uri!r}: {type(error).__name__}: {error}") from error
-    if len(data) > limits.max_source_bytes:
-        raise _too_many_bytes(len(data), limits)
-    return data
-
-
-def _schemes(uri: str) -> set[str]:
-    """The scheme of every part of a chain such as ``zip://a.png::s3://bucket/images.zip``; none of a plain path."""
-    parts = uri.split("::")
-    schemes = {part.partition("://")[0].lower() for part in parts if "://" in part}
-    if len(parts) > 1:  # fsspec reads a bare name in a chain as a scheme: simplecache::s3://bucket/a.png
-        schemes |= {part.lower() for part in parts if re.fullmatch(r"[\w+-]+", part)}
-    return schemes
+def _decode_truncated(data: bytes, limits: ImageConfig) -> DecodedImage:
+    """Decode what there is of a truncated file; a file of which nothing can be seen stays corrupt."""
+    with _TRUNCATED_LOCK:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            decoded = _decode(data, limits)
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if len(decoded.image.getcolors(2) or (0, 0)) == 1:
+        raise ItemError("image_corrupt", f"{len(data)} bytes hold a header and no pixels of the image; upload it again")
+    return DecodedImage(decoded.image, decoded.width, decoded.height, truncated=True)
 
 
 def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
@@ -130,45 +157,11 @@ def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
     return out.getvalue(), image.width, image.height
 
 
-def _check_area(image: Image.Image, limits: ImageConfig) -> None:
-    area = image.width * image.height
-    if area > limits.max_source_pixels:
-        raise ItemError(
-            "image_too_large",
-            f"{image.width} x {image.height} = {area} pixels is over the limit of {limits.max_source_pixels}; "
-            "shrink it or raise model.image.max_source_pixels",
-        )
-    if min(image.width, image.height) < 1:
-        raise ItemError("image_corrupt", f"an image of {image.width} x {image.height} pixels")
-
-
-def _too_many_bytes(size: int, limits: ImageConfig) -> ItemError:
-    return ItemError(
-        "image_too_large",
-        f"more than {min(size, limits.max_source_bytes)} bytes; the limit is {limits.max_source_bytes}; "
-        "shrink it or raise model.image.max_source_bytes",
-    )
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, upright, transparency on white, first frame."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):  # 16-bit greys: PIL's own convert clips them to white
-        image = image.convert("F").point(lambda v: v / 256).convert("L") if image.mode != "F" else image.convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _decode_data_url(url: str, limits: ImageConfig) -> bytes:
-    header, comma, payload = url.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise ItemError("image_corrupt", "a data: URL must be 'data:image/<type>;base64,<payload>'")
-    if len(payload) * 3 // 4 > limits.max_source_bytes:
-        raise _too_many_bytes(len(payload) * 3 // 4, limits)
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ItemError("image_corrupt", f"the data: URL's payload is not base64: {error}") from error
+def _check_tiles(image: Image.Image, limits: ImageConfig) -> None:
+    """Refuse a TIFF whose tiles are larger than an image may be: a decoder allocates a whole tile at a time."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    if isinstance(width, int) and isinstance(height, int) and width * height > 0:
+        check_area(width, height, limits)

@@ -9,12 +9,14 @@ import os
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 
 from crem.config import ImageConfig
-from crem.data.images import read_bytes
-from crem.errors import ConfigError, ItemError
+from crem.data.image_bytes import fetch_bytes, is_inline, read_bytes, read_error
+from crem.errors import ConfigError, CremError, ItemError, StorageError, shortened
 from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import TIMEOUT_S, retry_storage
 
 __all__ = ["ImageReader"]
 
@@ -24,13 +26,17 @@ ARCHIVE = "images.zip"
 class ImageReader:
     """Reads the encoded bytes of the images that rows name."""
 
-    def __init__(self, root: str, archive: str | None, folder: str | None, limits: ImageConfig):
+    def __init__(
+        self, root: str, archive: str | None, folder: str | None, limits: ImageConfig, *, timeout_s: float = TIMEOUT_S
+    ):
         self.root = root
         self.archive = archive
         """Version of ``images.zip`` (its size), or ``None`` where the corpus has none."""
         self.folder = folder
         """Where relative names start, unless they name members of the archive."""
         self.limits = limits
+        self.timeout_s = timeout_s
+        """How long one image waits for storage that does not answer."""
 
     @classmethod
     def of(cls, root: Folder, limits: ImageConfig) -> ImageReader:
@@ -53,12 +59,37 @@ class ImageReader:
         """Encoded bytes of an image.
 
         Raises:
-            ItemError: ``image_missing``, ``image_too_large``, ``image_corrupt``, ``uri_unreadable``, ``uri_refused``.
+            ItemError: ``image_missing``, ``image_too_large``, ``image_corrupt``, ``uri_refused``.
+            StorageError: the store did not answer for ``timeout_s``, or does not let this job in.
         """
         if isinstance(source, bytes):
             return source
+        if is_inline(source):
+            return read_bytes(source, self.limits)
+        return self._patiently(source, lambda: self._read(source))
+
+    def _patiently(self, name: str, read: Callable[[], bytes]) -> bytes:
+        """``read``, tried again while the store does not answer."""
+
+        def attempt() -> bytes:
+            try:
+                return read()
+            except Exception as error:
+                meaning = read_error(name, error)
+                if isinstance(meaning, StorageError) and meaning.transient:
+                    raise
+                raise meaning from error
+
+        try:
+            return retry_storage(f"image {shortened(name)!r}", attempt, timeout_s=self.timeout_s)
+        except CremError:
+            raise
+        except Exception as error:
+            raise read_error(name, error) from error
+
+    def _read(self, source: str) -> bytes:
         if self.archive is None or _is_absolute(source):
-            return read_bytes(source, self.limits, base=self.folder)
+            return fetch_bytes(source, self.limits, base=self.folder)
         return self._read_member(source)
 
     def _read_member(self, name: str) -> bytes:
@@ -77,8 +108,8 @@ class ImageReader:
                 return archive.read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ItemError("image_corrupt", f"{name!r} in {ARCHIVE} is damaged: {error}") from error
-        except (RuntimeError, NotImplementedError, OSError) as error:  # encrypted, or of an unsupported compression
-            raise ItemError("uri_unreadable", f"{name!r} in {ARCHIVE}: {type(error).__name__}: {error}") from error
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or of an unsupported compression
+            raise ItemError("image_corrupt", f"{name!r} in {ARCHIVE}: {error}") from error
 
 
 def _is_absolute(name: str) -> bool:
