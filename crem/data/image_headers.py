@@ -15,6 +15,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
 _MAX_SCANS = 200
 """Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels: a small file could take hours."""
+_FEWEST_PIXEL_BYTES = 80
+"""A truncated file with less after its header shows nothing."""
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 """JPEG markers without a length."""
 
@@ -62,10 +64,14 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether the end of a JPEG or PNG is missing."""
+    """Whether the end of a JPEG or PNG is missing, and some of its pixels are there."""
     if data.startswith(_JPEG):
-        return not data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
-    return data.startswith(_PNG) and b"IEND" not in data[-64:]
+        start, ended = data.find(b"\xff\xda"), data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+    elif data.startswith(_PNG):
+        start, ended = data.find(b"IDAT"), b"IEND" in data[-64:]
+    else:
+        return False
+    return not ended and 0 <= start < len(data) - _FEWEST_PIXEL_BYTES
 
 
 def without_metadata(data: bytes) -> bytes | None:

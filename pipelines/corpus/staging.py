@@ -6,9 +6,7 @@ stores an image once, however many of its rows name it.
 
 from __future__ import annotations
 
-import io
 import uuid
-import warnings
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from crem.config import RunConfig
-from crem.data.images import encode_image, load_image
-from crem.errors import ItemError
+from crem.data.image_bytes import is_inline
+from crem.data.images import decode_image, encode_image
+from crem.errors import ItemError, shortened
 from pipelines.formats.format import RowContext
 from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, check_row, source_and_key
 from pipelines.formats.registry import format_named
@@ -181,7 +179,7 @@ class _StagingWriter:
 
     def _image(self, source: str | bytes) -> int:
         """Id of an image, decoded at its first use in this task; a bad one is bad for every row that names it."""
-        if isinstance(source, bytes) or source.startswith("data:"):
+        if isinstance(source, bytes) or is_inline(source):
             return self._encode(source)
         known = self._known.get(source)
         if known is None:
@@ -197,30 +195,21 @@ class _StagingWriter:
     def _encode(self, source: str | bytes) -> int:
         limits = self.reader.limits
         try:
-            encoded = self.reader.read(source)
-            image = load_image(encoded, limits)
+            decoded = decode_image(self.reader.read(source), limits)
         except ItemError as error:
-            if isinstance(source, bytes) or source[:60] in error.detail:
+            if isinstance(source, bytes) or source[:60] in error.detail or is_inline(source):
                 raise
-            raise ItemError(error.reason, f"{source[:200]!r}: {error.detail}") from error
-        data, width, height = encode_image(image, limits.max_pixels)
+            raise ItemError(error.reason, f"{shortened(source, 160)!r}: {error.detail}") from error
+        data, width, height = encode_image(decoded.image, limits.max_pixels)
         image_id = schema.content_id(data)
         if image_id not in self.image_ids:
-            shrunk = image.width * image.height > width * height
-            self.image_ids[image_id] = _source_pixels(encoded) if shrunk else 0
-            uri = None if isinstance(source, bytes) or source.startswith("data:") else source
+            area = decoded.width * decoded.height
+            self.image_ids[image_id] = area if area > width * height else 0
+            uri = None if is_inline(source) else source
             self.images.append(
                 {"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, size=len(data)
             )
         return image_id
-
-
-def _source_pixels(encoded: bytes) -> int:
-    """Area of an image by its header: a large JPEG is not decoded at its full size."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ``load_image`` has checked the area
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.width * image.height
 
 
 class _StagedFile:

@@ -164,7 +164,7 @@ def test_files_here_are_read_by_path_uri_and_chain(tmp_path: Path) -> None:
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert reason(tmp_path / "none.png") == "image_missing"
     assert reason("none.png") == "image_missing"
-    assert reason(tmp_path) == "uri_unreadable"
+    assert reason(tmp_path) == "image_missing"
 
 
 def test_data_urls() -> None:
