@@ -2,7 +2,7 @@
 
 Choices:
 
-- ``messages`` in an embeddings request is **one** item: the texts and images of all turns.
+- ``messages`` in an embeddings request is **one** item: the texts and images of all turns, in their order.
 - In a chat, the text of the last user message is the generation instruction Q; its images and everything before it
   are the item (V, T). A single text message is both: an item needs content, and the question has to follow the chorus
   tokens, where the model was trained to read it. Earlier texts are joined unchanged; if one is the assistant's, each is
@@ -18,7 +18,7 @@ import binascii
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,8 +33,7 @@ __all__ = ["CompletionWriter", "embedding_response", "generation_request", "item
 def items_of(request: EmbeddingRequest, max_inputs: int) -> list[crem.Item]:
     """The items to embed, in order. Raises ``ApiError`` 400."""
     if request.messages is not None:
-        text = "\n".join(filter(None, (message.text for message in request.messages)))
-        return [crem.Item(text=text or None, images=_images(request.messages), instruction=request.instruction)]
+        return [_item(request.messages, len(request.messages), request.instruction, roles=False)]
     assert request.input is not None
     if len(request.input) > max_inputs:
         raise ApiError(
@@ -55,10 +54,10 @@ def generation_request(request: ChatRequest, max_new_tokens: int) -> GenerationR
         raise ApiError(
             400, "the last user message needs a text: the question", param="messages", code="empty_instruction"
         )
-    images = _images(request.messages)
-    context = _context(earlier)
-    if not context and not images:
-        context = last.text
+    roles = any(message.role == "assistant" for message in earlier)
+    item = _item(request.messages, len(earlier), request.instruction, roles=roles)
+    if not item.text and not item.images:
+        item = replace(item, text=last.text)
     limit = request.max_completion_tokens or request.max_tokens or max_new_tokens
     if limit > max_new_tokens:
         raise ApiError(
@@ -68,7 +67,7 @@ def generation_request(request: ChatRequest, max_new_tokens: int) -> GenerationR
             code="max_tokens_too_large",
         )
     return GenerationRequest(
-        item=crem.Item(text=context or None, images=images, instruction=request.instruction),
+        item=item,
         prompt=last.text,
         compressed=request.mode == "compressed",
         max_new_tokens=limit,
@@ -79,18 +78,26 @@ def generation_request(request: ChatRequest, max_new_tokens: int) -> GenerationR
     )
 
 
-def _context(messages: Sequence[Message]) -> str:
-    dialogue = any(message.role == "assistant" for message in messages)
-    return "\n".join(f"{m.role}: {m.text}" if dialogue else m.text for m in messages if m.text)
+def _item(messages: Sequence[Message], texts: int, instruction: str | None, *, roles: bool) -> crem.Item:
+    """All images, and the texts of the first ``texts`` messages, in their order; each message on a line of its own.
 
-
-def _images(messages: Sequence[Message]) -> tuple[bytes, ...]:
-    return tuple(
-        _decode(part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
-        for i, message in enumerate(messages)
-        for j, part in enumerate(message.content)
-        if isinstance(part, ImagePart)
-    )
+    Args:
+        roles: whether to begin each message's text with its role.
+    """
+    text = ""
+    images: list[bytes] = []
+    places: list[int] = []
+    for i, message in enumerate(messages):
+        has_text = i < texts and bool(message.text)
+        lead = ("\n" if text else "") + (f"{message.role}: " if roles else "")
+        for j, part in enumerate(message.content):
+            if isinstance(part, ImagePart):
+                images.append(_decode(part.image_url.url, f"messages[{i}].content[{j}].image_url.url"))
+                places.append(len(text))
+            elif has_text:
+                text += lead + part.text
+                lead = "\n"
+    return crem.Item(text or None, tuple(images), instruction, tuple(places))
 
 
 def _decode(url: str, param: str) -> bytes:

@@ -142,7 +142,7 @@ class Collator:
         patches_PCN, grids = self.pixels.patches(self._images(item, augment))
         merge = self.processor.merge_size
         vision = [t * h * w // merge**2 for t, h, w in grids]
-        prompt = self.prompts.prefix(item.text, item.instruction, vision, chorus_tokens)
+        prompt = self.prompts.prefix(item.text, item.instruction, vision, chorus_tokens, item.image_at)
         if question is not None:
             prompt = prompt + self.prompts.question(question)
         if answer is not None:

@@ -6,6 +6,7 @@ This module imports neither torch nor transformers, so that data workers that on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 from crem.errors import ItemError
 
-__all__ = ["ImageSource", "Item", "TrainingExample", "as_item"]
+__all__ = ["ImageSource", "Item", "TrainingExample", "as_item", "check_image_at"]
 
 ImageSource = Image.Image | bytes | str | Path
 """A decoded image, an encoded file's bytes, or a path, ``file://``/``s3://`` URI or ``data:`` URL."""
@@ -24,11 +25,19 @@ ImageSource = Image.Image | bytes | str | Path
 class Item:
     """A text, images or both, to embed or to ask about.
 
+    Images stand before the text, or at places in it:
+
+        Item("Is this ripe?", [photo])                               photo, then the text
+        Item.of_parts(["Before: ", old, " After: ", new])            the parts in this order
+
     Attributes:
         text: may be None where there are images.
-        images: in the order in which the model reads them; they precede the text.
+        images: in the order in which the model reads them.
         instruction: embedding instruction; the checkpoint's own where None.
         image_at: how many characters of the text precede each image, ascending; empty where all images precede it.
+
+    Raises:
+        ItemError: ``bad_image_at``, if ``image_at`` does not fit the images and the text.
     """
 
     text: str | None = None
@@ -41,6 +50,51 @@ class Item:
             object.__setattr__(self, "images", (self.images,))
         elif not isinstance(self.images, tuple):  # callers usually pass a list
             object.__setattr__(self, "images", tuple(self.images))
+        if not isinstance(self.image_at, tuple) or self.image_at:
+            check_image_at(self.image_at, images=len(self.images), text=self.text)
+            places = tuple(map(int, self.image_at))
+            object.__setattr__(self, "image_at", places if any(places) else ())  # one way to say one thing
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[str | ImageSource], instruction: str | None = None) -> Item:
+        """An item of texts and images in any order.
+
+        Args:
+            parts: a string is a text, exactly as it is, spaces included; a PIL image, bytes or a ``Path`` is an image.
+                (An image that only a URI names: give ``images`` and ``image_at`` to ``Item`` itself.)
+            instruction: embedding instruction; the checkpoint's own where None.
+
+        Raises:
+            ItemError: ``bad_item`` for a part of another type.
+        """
+        text, places = "", []
+        images: list[ImageSource] = []
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+            else:
+                images += as_item(part).images
+                places.append(len(text))
+        return cls(text or None, tuple(images), instruction, tuple(places))
+
+
+def check_image_at(image_at: Sequence[int], *, images: int, text: str | None) -> None:
+    """Refuse places that do not fit ``images`` images in ``text``; no places at all always fit.
+
+    Raises:
+        ItemError: ``bad_image_at``.
+    """
+    places, length = list(image_at), len(text or "")
+    if not places:
+        return
+    if len(places) != images:
+        raise ItemError("bad_image_at", f"image_at has {len(places)} places for {images} images; give one for each")
+    if places != sorted(places) or places[0] < 0 or places[-1] > length:
+        raise ItemError(
+            "bad_image_at",
+            f"image_at is {str(places)[:60]} for a text of {length} characters; the places must ascend from 0 to at "
+            "most its length",
+        )
 
 
 @dataclass(frozen=True)

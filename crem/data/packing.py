@@ -76,7 +76,7 @@ def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, templat
     """The calls for sequences that follow each other in a single row.
 
     Args:
-        segments: int8 [T] of ``Segment`` for each sequence, in order of the prompt (method.md §2).
+        segments: int8 [T] of ``Segment`` for each sequence, V and T in any order before U, then Q and A (method.md §2).
         z: for each sequence, whether its answer must come from the chorus tokens alone.
     """
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
@@ -84,7 +84,7 @@ def two_part(segments: Iterable[NDArray[np.int8]], z: Iterable[bool], *, templat
     for segments_T, bit in zip(segments, z, strict=True):
         places = np.arange(at, at + len(segments_T))
         at += len(segments_T)
-        prefix = int(np.searchsorted(segments_T, Segment.Q)) if bit else len(segments_T)
+        prefix = int((segments_T < Segment.Q).sum()) if bit else len(segments_T)
         spans.append((places[:prefix], places[:prefix]))
         if prefix < len(segments_T):
             spans.append((places[prefix:], places[~hidden_from_answer(segments_T, template_visible)]))

@@ -91,13 +91,14 @@ def example(row: dict[str, Any], images: dict[int, bytes], *, z: bool) -> Traini
 
 
 def item(side: dict[str, Any], images: dict[int, bytes]) -> Item:
-    """One side of a row: its text, its images, its embedding instruction."""
-    return Item(side["text"], tuple(images[i] for i in side["images"] or ()), side["instruction"])
+    """One side of a row: its text, its images and their places in the text, its embedding instruction."""
+    pictures = tuple(images[i] for i in side["images"] or ())
+    return Item(side["text"], pictures, side["instruction"], tuple(side["image_at"] or ()))
 
 
 def content_key(side: dict[str, Any]) -> int:
     """Equal for sides of equal content; never negative, because negative keys match nothing."""
-    return abs(hash((side["text"], tuple(side["images"] or ()))))
+    return abs(hash((side["text"], tuple(side["images"] or ()), tuple(side["image_at"] or ()))))
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import unicodedata
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
+from crem.data.items import check_image_at
 from crem.errors import ItemError
 from pipelines.formats.placeholders import count_marks, place_images, remove_marks
 from pipelines.sources.records import RawRecord
@@ -116,7 +118,7 @@ def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
 
     Raises:
         ItemError: ``empty_item``, ``empty_query``, ``empty_target``, ``missing_answer``, ``missing_question``,
-            ``text_too_long`` or ``too_many_images``.
+            ``text_too_long``, ``too_many_images`` or ``bad_image_at``.
     """
     turn = row.question is not None or row.answer is not None
     if row.query.is_empty and row.target.is_empty and not turn:
@@ -139,6 +141,7 @@ def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
                 "cut it or raise prepare.max_text_chars",
             )
     for where, item in _sides(row):
+        check_image_at(item.image_at, images=len(item.images), text=item.text)
         if len(item.images) > max_images:
             raise ItemError(
                 "too_many_images",
@@ -157,7 +160,11 @@ def is_absent(value: Any) -> bool:
 
 
 def parse_text(record: RawRecord, column: str) -> str | None:
-    """A text column; ``None`` where it is null, NaN or blank. Raises ``ItemError("bad_row")`` for other types."""
+    """A text column, in NFC; ``None`` where it is null, NaN or blank.
+
+    Raises:
+        ItemError: ``bad_row`` for other types.
+    """
     return parse_text_value(record.get(column), column)
 
 
@@ -180,7 +187,7 @@ def parse_text_value(value: Any, column: str) -> str | None:
         value.encode()
     except UnicodeEncodeError as error:
         raise ItemError("bad_row", f"{column} is not valid Unicode: {error.reason} at {error.start}") from error
-    return value if value.strip() else None
+    return unicodedata.normalize("NFC", value) if value.strip() else None  # here, before any place in it is counted
 
 
 def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
@@ -286,5 +293,5 @@ def _texts(row: RawRow) -> list[tuple[str, str | None]]:
 
 def _name_or(value: Any, default: str) -> str:
     text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-    text = text.encode(errors="replace").decode()[:1000]
+    text = unicodedata.normalize("NFC", text.encode(errors="replace").decode())[:1000]
     return text if text.strip() else default

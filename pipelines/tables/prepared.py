@@ -213,4 +213,9 @@ def _negative_images(table: pa.Table) -> pa.Array:
 
 def _content_key(side: schema.ArrowRow | None) -> int:
     """Equal for sides of equal content. Negative only for an absent side, because negative keys match nothing."""
-    return -1 if side is None else schema.content_id(repr((side["text"], side["images"])).encode()) & (2**63 - 1)
+    if side is None:
+        return -1
+    # without places in the text the keys are those of tables from before image_at
+    places = [side["image_at"]] if any(side["image_at"] or ()) else []
+    content = (side["text"], side["images"], *places)
+    return schema.content_id(repr(content).encode()) & (2**63 - 1)

@@ -179,7 +179,7 @@ def _estimated(rows: list[dict[str, Any]], patches: dict[int, int], config: RunC
     distinct: set[int] = set()
     for row in rows:
         for side in _sides(row):
-            item = item_of({**side, "images": None}, lambda _: b"")
+            item = item_of({**side, "images": None, "image_at": None}, lambda _: b"")
             instruction = prompt.embedding_instruction if item.instruction is None else item.instruction
             distinct.update(images := side["images"] or [])
             length = _tokens(item.text, prompt.max_text_tokens) + _tokens(instruction, 10**6)

@@ -98,7 +98,7 @@ def test_messages_of_an_embedding_are_one_item() -> None:
         {"messages": [user(text("a"), image()), user("b")], "instruction": "Find it."}
     )
     (item,) = items_of(request, max_inputs=1)
-    assert (item.text, item.images, item.instruction) == ("a\nb", (PNG,), "Find it.")
+    assert (item.text, item.images, item.instruction, item.image_at) == ("a\nb", (PNG,), "Find it.", (1,))
 
 
 def test_too_many_inputs() -> None:
@@ -109,7 +109,17 @@ def test_too_many_inputs() -> None:
 def test_the_last_text_is_the_instruction_and_the_rest_is_the_item() -> None:
     request = question({"role": "system", "content": "A shop."}, user("Red."), user(image(), text("What is it?")))
     assert request.prompt == "What is it?"
-    assert (request.item.text, request.item.images) == ("A shop.\nRed.", (PNG,))
+    assert (request.item.text, request.item.images, request.item.image_at) == ("A shop.\nRed.", (PNG,), (12,))
+
+
+def test_texts_and_images_keep_their_order() -> None:
+    parts = [image(), text("before"), image(), text("after"), image()]
+    (item,) = items_of(EmbeddingRequest.model_validate({"messages": [user(*parts), user("b"), user(image())]}), 1)
+    assert (item.text, len(item.images), item.image_at) == ("before\nafter\nb", 4, (0, 6, 12, 14))
+    first = user(image(), text("What?"))
+    request = question(first, {"role": "assistant", "content": "A cat."}, user(image(), text("And this?")))
+    assert (request.item.text, request.item.image_at) == ("user: What?\nassistant: A cat.", (0, 29))
+    assert request.prompt == "And this?"
 
 
 def test_a_image_alone_is_the_item() -> None:

@@ -23,12 +23,15 @@ from crem.model.generation import decode, prefill
 from tests.conftest import TEXTS, lively, tiny_config
 
 RED = Image.new("RGB", (80, 40), (255, 0, 0))
+GREEN = Image.new("RGB", (64, 64), (0, 255, 0))
 STRIPES = Image.fromarray((np.indices((64, 64)).sum(0) % 16 * 16).astype(np.uint8)).convert("RGB")
 ITEMS = [
     Item("a red apple"),
     Item(images=[RED]),
     Item("what is this green thing among the animals?", [STRIPES]),
     Item("two of them", [RED, STRIPES]),
+    Item.of_parts(["what is ", RED, " beside ", STRIPES, GREEN, " among the animals?"]),
+    Item.of_parts(["a red apple", RED]),
 ]
 QUESTION, ANSWER = "what is this?", "a red apple"
 
@@ -70,11 +73,12 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     assert mask.int().tolist()[:4] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
+@pytest.mark.parametrize("number", [2, 4], ids=["images first", "interleaved"])
 @pytest.mark.parametrize("z", [True, False])
-def test_no_leak_past_the_chorus_tokens(tiny: tuple[CremModel, Collator], z: bool) -> None:
+def test_no_leak_past_the_chorus_tokens(tiny: tuple[CremModel, Collator], z: bool, number: int) -> None:
     """With fixed chorus states, changing a V or T token must not move Q/A logits when z = 1, and must when z = 0."""
     model, collator = tiny
-    batch = collator.pad([sequences(collator, z)[2]])
+    batch = collator.pad([sequences(collator, z)[number]])
     segments = batch.segments[0]
     fixed: dict[int, torch.Tensor] = {}
 
@@ -153,12 +157,12 @@ def test_decoding_takes_the_tokens_of_the_masked_forward(tiny: tuple[CremModel, 
     context = prefill(model, collator.items(ITEMS))
     if compressed:
         context = context.compressed(template_visible=True)
-    questions = [collator.prompts.question(q) for q in ("what?", QUESTION, "describe it", "animals and nature?")]
+    texts = ["what?", QUESTION, "describe it", "animals and nature?", "food?", ""]
+    questions = [collator.prompts.question(q) for q in texts]
     stop = collator.prompts.stop_ids
     tokens = torch.stack(list(decode(model, context, questions, stop_ids=stop, max_new_tokens=6)), 1)
     for row, item in enumerate(ITEMS):
-        text = ["what?", QUESTION, "describe it", "animals and nature?"][row]
-        made = collator.prepare(item, question=text, z=compressed)
+        made = collator.prepare(item, question=texts[row], z=compressed)
         for step in range(6):
             choice = int(logits(model, collator.pad([made]))[0, -1].argmax())
             assert choice == tokens[row, step], (row, step)
@@ -196,10 +200,23 @@ def test_padding_batch_and_neighbours_do_not_change_a_result(tiny: tuple[CremMod
     model, collator = tiny
     alone = torch.cat([prefill(model, collator.items([item])).embeddings_BD for item in ITEMS])
     together = prefill(model, collator.items(ITEMS)).embeddings_BD
-    crowded = prefill(model, collator.items([*ITEMS[::-1], *ITEMS * 3])).embeddings_BD[:4].flip(0)
+    crowded = prefill(model, collator.items([*ITEMS[::-1], *ITEMS * 3])).embeddings_BD[: len(ITEMS)].flip(0)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(crowded, alone, atol=1e-5, rtol=0)
     assert (alone @ alone.T).fill_diagonal_(0).max() < 0.999, "different items have different embeddings"
+
+
+def test_the_order_of_text_and_images_is_part_of_an_item(tiny: tuple[CremModel, Collator]) -> None:
+    """The same tokens in another order, or the same images at other places, are another embedding."""
+    model, collator = tiny
+    text = "what is beside the animals?"
+    orders = [(0, 0), (0, 8), (8, 8), (8, 15), (15, len(text)), (len(text), len(text))]
+    items = [Item(text, [RED, STRIPES], image_at=places) for places in orders]
+    items += [Item(text, [STRIPES, RED], image_at=(8, 15)), Item(text, [RED, STRIPES])]
+    vectors = model(collator.items(items)).embeddings
+    similar = vectors @ vectors.T
+    assert torch.equal(vectors[0], vectors[-1]), "places of zero mean that the images precede the text"
+    assert similar[:-1, :-1].fill_diagonal_(0).max() < 0.999, similar
 
 
 def test_left_padding_does_not_change_a_result(tiny: tuple[CremModel, Collator]) -> None:
@@ -262,7 +279,9 @@ def test_two_part_attention_is_the_dense_mask(seed: int, template_visible: bool)
 
     pairs = [
         TrainingExample(
-            Item(text(), [Image.new("RGB", (64, 64), (9 * i, 3, 7))] if seed and i % 3 else []),
+            Item(text(), [Image.new("RGB", (64, 64), (9 * i, 3, 7))], image_at=(i % 2,))
+            if seed and i % 3
+            else Item(text()),
             Item(text()) if i % 4 else None,
             (Item(text()),) if i % 5 == 1 else (),
             text() if i % 2 else None,
