@@ -35,6 +35,35 @@ def demo(
 
 
 @job
+def inspect(
+    source: Place,
+    /,
+    *settings: Setting,
+    html: str | None = None,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Say what a place holds and what prepare would do with it: format, rows, columns, samples, rejections.
+
+    example:
+      crem inspect s3://bucket/corpus --html corpus.html
+
+    Args:
+        source: raw corpus, as for prepare
+        html: also write it as a page with the images of the samples
+    """
+    from pipelines.corpus.inspection import inspect_source
+    from pipelines.corpus.inspection_page import inspection_page, inspection_text
+
+    found = inspect_source(source, config)
+    print(inspection_text(found))
+    if html is not None:
+        Path(html).write_text(inspection_page(found), encoding="utf-8")
+        print(f"page: {html}")
+
+
+@job
 def prepare(
     source: Place,
     /,
