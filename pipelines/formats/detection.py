@@ -119,9 +119,10 @@ def detect_source(source: SourceFiles, settings: LayoutConfig, *, section: str) 
 
 def detect(sample: FileSample, settings: LayoutConfig, *, section: str) -> Layout:
     """The layout of one file. Raises as ``detect_source`` does."""
-    columns = tuple(dict.fromkeys(renamed({name: name for name in sample.columns}, settings.columns, sample.file)))
+    columns = tuple(renamed({name: name for name in sample.columns}, settings.columns, sample.file))
     records = [renamed(record, settings.columns, sample.file) for record in sample.records]
     known = _format(sample.file, columns, records, settings, section)
+    columns = tuple(dict.fromkeys([*columns, *(name for record in records for name in known.names(record))]))
     _check_side(sample.file, known, settings)
     wrong = _misspelt_in(known, columns, records)
     if wrong and not settings.allow_unknown:
@@ -167,7 +168,7 @@ def misspelt(known: Format, names: Sequence[str]) -> dict[str, str]:
 
 def _misspelt_in(known: Format, columns: Sequence[str], records: Sequence[RawRecord]) -> dict[str, str]:
     """``misspelt`` over the first records, each distinct set of names once."""
-    sets = {tuple(record) for record in records} or {tuple(columns)}
+    sets = {tuple(known.names(record)) for record in records} or {tuple(columns)}
     found: dict[str, str] = {}
     for names in sorted(sets):
         found |= misspelt(known, names)

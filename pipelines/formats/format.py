@@ -13,7 +13,7 @@ from typing import Literal, Protocol, TypeAlias
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
 
-__all__ = ["Column", "Format", "RowContext", "Side", "column_named"]
+__all__ = ["Column", "Format", "RowContext", "Side"]
 
 Side: TypeAlias = Literal["query", "target"]
 
@@ -46,7 +46,7 @@ class RowContext:
 
 
 class Format(Protocol):
-    """A layout that publishers use."""
+    """A layout that publishers use. A format is a subclass, and takes ``column`` and ``names`` from here."""
 
     name: str
     """As ``prepare.format`` and ``crem inspect`` name it."""
@@ -59,6 +59,11 @@ class Format(Protocol):
 
     def column(self, name: str) -> Column | None:
         """The column of this name, or None where the format does not know it."""
+        return next((column for column in self.columns if column.name == name), None)
+
+    def names(self, record: RawRecord) -> Sequence[str]:
+        """The names of what a record holds, to be told from unknown ones."""
+        return tuple(record)
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         """Whether a table with these columns, and these first records, is of this format."""
@@ -76,8 +81,3 @@ class Format(Protocol):
         Raises:
             ItemError: the record is bad, or holds no item.
         """
-
-
-def column_named(columns: Sequence[Column], name: str) -> Column | None:
-    """The declared column of exactly this name."""
-    return next((column for column in columns if column.name == name), None)

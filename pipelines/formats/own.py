@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.formats.format import Column, RowContext, column_named
+from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, parse_row
 from pipelines.sources.records import RawRecord
 
@@ -18,16 +18,13 @@ _DISTINCTIVE = frozenset(c for c in COLUMNS if c.startswith(("query_", "target_"
 """The rest (``key``, ``source``, ``question`` …) are words that others use too."""
 
 
-class OwnRows:
+class OwnRows(Format):
     """Rows in the columns that this project documents."""
 
     name = "crem"
     title = "rows of this project"
     columns = tuple(Column(name, name.replace("_", " ")) for name in COLUMNS)
     pairs = True
-
-    def column(self, name: str) -> Column | None:
-        return column_named(self.columns, name)
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return not columns.isdisjoint(_DISTINCTIVE)

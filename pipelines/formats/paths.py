@@ -5,10 +5,10 @@ from __future__ import annotations
 import posixpath
 import re
 
-__all__ = ["folder_of", "split_of", "subset_of"]
+__all__ = ["folder_of", "split_named", "split_of", "subset_of"]
 
 _SPLITS = {
-    "train": ("train", "training"),
+    "train": ("train", "training", "restval"),  # Karpathy's split of COCO trains on restval
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
@@ -30,6 +30,11 @@ def split_of(file: str) -> str:
     """
     words = [_WORDS[word] for word in re.split(r"[^a-z]+", file.lower()) if word in _WORDS]
     return words[-1] if words else "train"
+
+
+def split_named(name: str) -> str:
+    """The split that a publisher's word means: ``val`` is ``validation``; other names stay."""
+    return _WORDS.get(name.strip().lower(), name)
 
 
 def subset_of(file: str) -> str | None:

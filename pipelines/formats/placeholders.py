@@ -9,14 +9,30 @@ InternLM-XComposer, Gemma 3, and ``[IMG]``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from crem.errors import ItemError
 
-__all__ = ["ImageName", "PlacedText", "count_marks", "place_images", "remove_marks", "split_marks"]
+__all__ = [
+    "MARK",
+    "ImageName",
+    "Parts",
+    "PlacedText",
+    "count_marks",
+    "joined",
+    "place_images",
+    "placed",
+    "remove_marks",
+]
 
-ImageName = str | bytes
+ImageName: TypeAlias = str | bytes
 
+Parts: TypeAlias = list[str | int]
+"""A text in pieces: words, and the numbers of images (from 0) in their places."""
+
+MARK = "<image>"
 _MARK = re.compile(
     r"<\|vision_start\|>\s*(?:<\|image_pad\|>\s*)+<\|vision_end\|>"
     r"|<im_start>\s*<image>\s*<im_end>"
@@ -42,22 +58,11 @@ def count_marks(text: str | None) -> int:
     return 0 if text is None else sum(1 for _ in _MARK.finditer(text))
 
 
-def split_marks(text: str) -> tuple[list[str], list[int | None]]:
-    """The parts of a text between its marks (one more than there are marks), and the number in each mark."""
-    parts, numbers, end = [], [], 0
-    for mark in _MARK.finditer(text):
-        parts.append(text[end : mark.start()])
-        digits = mark["bar"] or mark["angle"] or mark["square"]
-        numbers.append(int(digits) if digits else None)
-        end = mark.end()
-    return [*parts, text[end:]], numbers
-
-
 def remove_marks(text: str | None) -> str | None:
     """The text without marks, for a side that has no image by its publisher's habit; None where nothing is left."""
     if text is None or not count_marks(text):
         return text
-    parts, _ = split_marks(text)
+    parts, _ = _split(text)
     clean = parts[0]
     for part in parts[1:]:
         between = clean[len(clean.rstrip()) :] + part[: len(part) - len(part.lstrip())]
@@ -66,35 +71,66 @@ def remove_marks(text: str | None) -> str | None:
     return clean.strip() or None
 
 
-def place_images(text: str | None, images: tuple[ImageName, ...], where: str) -> PlacedText:
-    """Turn the marks of a text into the places of its images.
+def placed(texts: Sequence[str], images: int, where: str) -> list[Parts]:
+    """The parts of texts that share some images.
 
-    A text without marks follows its images. A mark with a number stands for the image of that number, counted from 1,
-    or from 0 where a text has a 0; the others stand for the remaining images in their order. Blanks around the whole
-    text go with the marks.
+    A mark with a number stands for the image of that number, counted from 1, or from 0 where a text has a 0; the others
+    stand for the remaining images in their order. Texts without any mark are one part each.
 
     Raises:
-        ItemError: ``image_count``: the marks do not stand for exactly the images.
+        ItemError: ``image_count``: there are marks, and they do not stand for exactly the images.
     """
-    marks = count_marks(text)
-    if text is None or not marks:
-        return PlacedText(text, images, ())
-    parts, numbers = split_marks(text)
+    found = [_split(text) for text in texts]
+    numbers = [number for _, marks in found for number in marks]
+    if not numbers:
+        return [[text] for text in texts]
     first = 0 if 0 in numbers else 1
     named = {number - first for number in numbers if number is not None}
-    unnamed = iter(i for i in range(len(images)) if i not in named)
-    order = [next(unnamed, len(images)) if number is None else number - first for number in numbers]
-    if set(order) != set(range(len(images))):
+    unnamed = iter(i for i in range(images) if i not in named)
+    order = [next(unnamed, images) if number is None else number - first for number in numbers]
+    if set(order) != set(range(images)):
+        shown = next(text for text in texts if count_marks(text))
         raise ItemError(
             "image_count",
-            f"{where} has {marks} image placeholder{'s' if marks > 1 else ''} and {len(images)} "
-            f"image{'' if len(images) == 1 else 's'}: {text[:60]!r}; give an image for each placeholder",
+            f"{where} has {len(numbers)} image placeholder{'s' if len(numbers) > 1 else ''} and {images} "
+            f"image{'' if images == 1 else 's'}: {shown[:60]!r}; give an image for each placeholder",
         )
-    whole = "".join(parts)
+    following = iter(order)
+    return [[words[0], *(part for word in words[1:] for part in (next(following), word))] for words, _ in found]
+
+
+def joined(parts: Parts, images: Sequence[ImageName]) -> PlacedText:
+    """Parts as one text with places. Blanks around the whole text go; no place means that all images precede it."""
+    whole = "".join(part for part in parts if isinstance(part, str))
     clean = whole.strip()
     cut = len(whole) - len(whole.lstrip())
-    places, passed = [], 0
-    for part in parts[:-1]:
-        passed += len(part)
-        places.append(min(max(passed - cut, 0), len(clean)))
-    return PlacedText(clean or None, tuple(images[i] for i in order), tuple(places) if any(places) else ())
+    order, places, passed = [], [], 0
+    for part in parts:
+        if isinstance(part, str):
+            passed += len(part)
+        else:
+            order.append(images[part])
+            places.append(min(max(passed - cut, 0), len(clean)))
+    return PlacedText(clean or None, tuple(order), tuple(places) if any(places) else ())
+
+
+def place_images(text: str | None, images: tuple[ImageName, ...], where: str) -> PlacedText:
+    """Turn the marks of one text into the places of its images; a text without marks follows its images.
+
+    Raises:
+        ItemError: ``image_count``, as ``placed``.
+    """
+    if text is None or not count_marks(text):
+        return PlacedText(text, images, ())
+    return joined(placed([text], len(images), where)[0], images)
+
+
+def _split(text: str) -> tuple[list[str], list[int | None]]:
+    """The words between the marks of a text (one piece more than there are marks), and the number in each mark."""
+    words, numbers, end = [], [], 0
+    for mark in _MARK.finditer(text):
+        words.append(text[end : mark.start()])
+        digits = mark["bar"] or mark["angle"] or mark["square"]
+        numbers.append(int(digits) if digits else None)
+        end = mark.end()
+    return [*words, text[end:]], numbers

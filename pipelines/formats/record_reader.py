@@ -61,7 +61,7 @@ class RecordReader:
             raise ItemError("bad_row", row.parse_error)
         record = renamed(row.record, self.detection.settings.columns, row.name)
         known = self._format(row.file, record)
-        names = self._look(known, tuple(record))
+        names = self._look(known, tuple(known.names(record)))
         self.unknown.add(names.unknown)
         if names.misspelt and not self.detection.settings.allow_unknown:
             name, meant = names.misspelt

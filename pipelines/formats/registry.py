@@ -7,15 +7,28 @@ from collections.abc import Sequence
 
 from crem.errors import ConfigError
 from pipelines.formats.format import Format
+from pipelines.formats.imagefolder import ImageFolder
+from pipelines.formats.llava import Llava
+from pipelines.formats.messages import ChatMessages, SwiftPairs
+from pipelines.formats.mmeb import MmebEval, MmebTrain
 from pipelines.formats.own import OwnRows
 from pipelines.formats.table import ImageTable, TextTable
+from pipelines.formats.webdataset import WebDataset
 from pipelines.sources.records import RawRecord
 
 __all__ = ["FORMATS", "format_named", "matching_formats"]
 
-DISTINCT: tuple[Format, ...] = (OwnRows(),)
+DISTINCT: tuple[Format, ...] = (
+    OwnRows(),
+    MmebTrain(),
+    MmebEval(),
+    SwiftPairs(),
+    ChatMessages(),
+    Llava(),
+    WebDataset(),
+)
 """Formats with column names of their own. A table that matches two of them is refused."""
-FALLBACKS: tuple[Format, ...] = (ImageTable(), TextTable())
+FALLBACKS: tuple[Format, ...] = (ImageFolder(), ImageTable(), TextTable())
 """Formats with names that many use, tried one after the other where no distinct one matches."""
 FORMATS: tuple[Format, ...] = (*DISTINCT, *FALLBACKS)
 

@@ -19,8 +19,10 @@ __all__ = ["FileSample", "chosen_files", "sample_files"]
 _FILES = 64
 _ROWS = 32
 _THREADS = 8
-_ONE_SCHEMA = frozenset({"parquet", "lance", "tar"})
-"""Containers whose rows all have the same columns, or hold the bytes of images: their rows need not be read."""
+_FEW_ROWS = {"tar": 4}
+"""Rows that hold the bytes of images, so that few are read."""
+_ONE_SCHEMA = frozenset({"parquet", "lance"})
+"""Containers whose rows all have the same columns, so that none needs to be read."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def _sample(file: InputFile) -> FileSample:
 
 
 def _records(file: InputFile) -> tuple[RawRecord, ...]:
-    container = container_named(file.container)
-    first = next(iter(container.split(file, _ROWS)), None)
+    container, rows = container_named(file.container), _FEW_ROWS.get(file.container, _ROWS)
+    first = next(iter(container.split(file, rows)), None)
     if first is None:
         return ()
-    parsed = islice(container.read(first, None), _ROWS)
+    parsed = islice(container.read(first, None), rows)
     return tuple(record for record, _ in parsed if record is not None)

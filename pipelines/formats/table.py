@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from crem.errors import ItemError
-from pipelines.formats.format import Column, RowContext
-from pipelines.formats.paths import split_of
+from pipelines.formats.format import Column, Format, RowContext
+from pipelines.formats.paths import split_named, split_of
+from pipelines.formats.placeholders import remove_marks
 from pipelines.formats.raw_rows import (
     RawItem,
     RawRow,
@@ -24,7 +25,7 @@ from pipelines.formats.raw_rows import (
 )
 from pipelines.sources.records import RawRecord
 
-__all__ = ["ImageTable", "TextTable", "caption_rows", "first_images", "side_of_pair"]
+__all__ = ["ImageTable", "TextTable", "caption_item", "caption_rows", "first_images", "lower_case"]
 
 IMAGES = (
     *("images", "image", "img", "imgs", "picture", "pictures", "photo", "photos"),
@@ -80,7 +81,7 @@ _BY_NAME = {column.name: column for column in _columns()}
 _WITHOUT_IMAGE = frozenset((*CAPTIONS, *LABELS, *QUESTIONS, *ANSWERS))
 
 
-class ImageTable:
+class ImageTable(Format):
     """A table with a column of images."""
 
     name = "table"
@@ -150,7 +151,7 @@ def caption_rows(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
     """The rows of an image with its captions (one row each), its label, or a question and answer.
 
     Raises:
-        ItemError: ``bad_row``, ``image_missing`` where there is no image, or ``image_count``.
+        ItemError: ``bad_row``, ``empty_query`` where there is no image, or ``image_count``.
     """
     if not images:
         raise ItemError("empty_query", "no column of the row holds an image; fill one or drop the row")
@@ -158,19 +159,19 @@ def caption_rows(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
     captions = captions or [_label(values, context)]
     question = next(iter(_texts(values, QUESTIONS)), None)
     answer = _answer(values)
+    split = parse_text_value(values.get("split"), "split")
     rows = []
     for number, caption in enumerate(captions):
-        query, target = _pair(images, caption, question, context)
         rows.append(
             RawRow(
                 source=parse_text_value(values.get("source"), "source") or context.source,
                 key=context.key if len(captions) == 1 else f"{context.key}/{number + 1}",
                 task=parse_text_value(values.get("task"), "task") or context.source,
-                split=parse_text_value(values.get("split"), "split") or split_of(context.file),
-                query=query,
-                target=target,
+                split=split_named(split) if split else split_of(context.file),
+                query=RawItem(None, images, None),
+                target=RawItem(_without_marks(caption, images, "caption"), (), None),
                 negatives=(),
-                question=None if question is None else placed_item(question, images, None, "question").text,
+                question=_without_marks(question, images, "question"),
                 answer=answer,
             )
         )
@@ -178,12 +179,10 @@ def caption_rows(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
     return rows
 
 
-def _pair(
-    images: tuple[str | bytes, ...], caption: str | None, question: str | None, context: RowContext
-) -> tuple[RawItem, RawItem]:
-    """Image and caption as the two sides. A caption's marks for its image go: the other side has the image."""
-    text = placed_item(caption, images, None, "caption").text
-    return RawItem(None, images, None), RawItem(text, (), None)
+def _without_marks(text: str | None, images: tuple[str | bytes, ...], where: str) -> str | None:
+    """A text about images that the other side holds; its marks must be as many. Raises ``ItemError("image_count")``."""
+    placed_item(text, images, None, where)
+    return remove_marks(text)
 
 
 def caption_item(values: RawRecord, images: tuple[str | bytes, ...], context: RowContext) -> RawItem:
@@ -195,15 +194,10 @@ def caption_item(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
         item = RawItem(text, (), instruction)
         return RawItem(None, (), instruction) if context.side == "query" else item
     item = placed_item(text, images, instruction, "text")
-    return side_of_pair(item, context)
-
-
-def side_of_pair(item: RawItem, context: RowContext) -> RawItem:
-    """The images alone for the query, the text alone for the target, both where no side is asked for."""
     if context.side == "query":
-        return RawItem(None, item.images, item.instruction)
+        return RawItem(None, item.images, instruction)
     if context.side == "target":
-        return RawItem(item.text, (), item.instruction)
+        return RawItem(remove_marks(text), (), instruction)
     return item
 
 

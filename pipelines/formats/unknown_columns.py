@@ -20,9 +20,13 @@ _NEAR = 0.85
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name of which ``name`` is another spelling: another case, ``-`` for ``_``, or a letter or two.
 
-    Exactly the same name does not count.
+    Exactly the same name does not count. Of ``json.caption`` only what stands behind the dot may differ.
     """
-    names = [k for k in known if k != name]
+    start, dot, _ = name.rpartition(".")
+    names = [k for k in known if k != name and k.rpartition(".")[0] == start]
+    if dot:
+        inner = nearest_name(name.removeprefix(start + dot), [k.removeprefix(start + dot) for k in names])
+        return inner and start + dot + inner
     plain = _plain(name)
     for alike in (_plain, _letters):
         same = next((k for k in names if alike(k) == alike(name)), None)

@@ -1,0 +1,193 @@
+"""Turns of a conversation about images to rows: one generation turn a row, with what came before as its query.
+
+The images of a turn that begins or ends with them precede the text. Where they stand between the words, the lines up to
+the last image belong to the query, which keeps their places, and the lines after it are the question. If no line
+follows, the question repeats the turn and says ``image 1`` for the first image. A first question without an image is
+its own query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crem.errors import ItemError
+from pipelines.formats.format import RowContext
+from pipelines.formats.paths import split_of
+from pipelines.formats.placeholders import MARK, ImageName, Parts, count_marks, joined, placed
+from pipelines.formats.raw_rows import RawItem, RawRow, parse_images, parse_text_value
+from pipelines.sources.records import RawRecord
+
+__all__ = ["Turn", "conversation_item", "conversation_rows", "read_turns", "refuse_other_media"]
+
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_NO_ITEM = RawItem(None, (), None)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says, with marks where images stand."""
+
+    role: str
+    """``user``, ``assistant`` or ``system``."""
+    text: str
+
+
+def read_turns(value: Any, column: str, images: Sequence[ImageName]) -> tuple[list[Turn], tuple[ImageName, ...]]:
+    """The turns of ``conversations`` (``from``, ``value``) or ``messages`` (``role``, ``content``), and all images.
+
+    Content may be a list of parts, as in OpenAI's API; an image part without data is the next of ``images``. Turns of
+    one role that follow each other are one.
+
+    Raises:
+        ItemError: ``bad_row``.
+    """
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise ItemError("bad_row", f"{column} is {repr(value)[:60]}; it must be a list of turns")
+    waiting, found = list(images), list[ImageName]()
+    turns: list[Turn] = []
+    for number, turn in enumerate(value):
+        name = turn.get("from", turn.get("role"))
+        role = _ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise ItemError("bad_row", f"{column}[{number}] is by {name!r}; known are {', '.join(_ROLES)}")
+        text = _content(turn.get("value", turn.get("content")), f"{column}[{number}]", waiting, found)
+        if turns and turns[-1].role == role:
+            text = "\n".join(filter(None, (turns.pop().text, text)))
+        turns.append(Turn(role, text))
+    return turns, (*found, *waiting)
+
+
+def _content(value: Any, where: str, waiting: list[ImageName], found: list[ImageName]) -> str:
+    """A turn's text. Images of its parts go to ``found``; each that has no data is taken from ``waiting``."""
+    if not isinstance(value, list | tuple):
+        return parse_text_value(value, where) or ""
+    pieces = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind == "text":
+            pieces.append(parse_text_value(part.get("text") if isinstance(part, dict) else part, where) or "")
+        elif kind in ("image", "image_url", "input_image"):
+            image = next((part[k] for k in ("image", "image_url", "url", "path") if part.get(k) is not None), None)
+            inline = parse_images(image.get("url", image) if isinstance(image, dict) else image, where)
+            if not inline and not waiting:
+                raise ItemError("image_count", f"{where} shows an image that the row does not hold; give it in images")
+            found += inline or [waiting.pop(0)]
+            pieces.append(MARK)
+        else:
+            raise ItemError("unsupported_media", f"{where} has a part of type {kind!r}; only text and images are read")
+    return "\n".join(pieces)
+
+
+def refuse_other_media(record: RawRecord, columns: Sequence[str]) -> None:
+    """Raise ``ItemError("unsupported_media")`` if a row holds video or sound, without which it says something else."""
+    for column in columns:
+        if record.get(column):
+            raise ItemError("unsupported_media", f"{column} is {repr(record[column])[:60]}; only images are read")
+
+
+def conversation_rows(turns: Sequence[Turn], images: tuple[ImageName, ...], context: RowContext) -> list[RawRow]:
+    """A row for each turn that is answered; one that is not is a row without an answer, which is then rejected.
+
+    Raises:
+        ItemError: ``image_count``, or ``missing_question`` where no turn is the user's.
+    """
+    parts = _placed_turns(turns, images)
+    asked = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    if not asked:
+        raise ItemError("missing_question", "no turn is by human or user; there is nothing to answer")
+    rows = []
+    for number, i in enumerate(asked):
+        answered = i + 1 < len(turns) and turns[i + 1].role == "assistant"
+        answer = turns[i + 1].text.strip() or None if answered else None
+        shown, question = _question(parts[i])
+        query = joined([*_history(turns, parts, i), *shown] or [question or ""], images)
+        alone = question is None and answer is not None  # an image and what it shows: a pair, not a question
+        rows.append(
+            RawRow(
+                source=context.source,
+                key=context.key if len(asked) == 1 else f"{context.key}/{number + 1}",
+                task=context.source,
+                split=split_of(context.file),
+                query=RawItem(query.text, query.images, None, query.image_at),
+                target=RawItem(answer, (), None) if alone else _NO_ITEM,
+                negatives=(),
+                question=question,
+                answer=None if alone else answer,
+            )
+        )
+    return rows
+
+
+def conversation_item(turns: Sequence[Turn], images: tuple[ImageName, ...], context: RowContext) -> RawItem:
+    """What the user says first, with its images; the first answer for the side ``target``. Raises as above."""
+    parts = _placed_turns(turns, images)
+    role = "assistant" if context.side == "target" else "user"
+    first = next((i for i, turn in enumerate(turns) if turn.role == role), None)
+    if first is None:
+        raise ItemError("empty_item", f"no turn is by the {role}")
+    text = joined(parts[first], images)
+    return RawItem(text.text, text.images, None, text.image_at)
+
+
+def _placed_turns(turns: Sequence[Turn], images: tuple[ImageName, ...]) -> list[Parts]:
+    """The parts of each turn. Images without any mark stand before what the user says first."""
+    asking = [i for i, turn in enumerate(turns) if turn.role != "assistant"]
+    if images and any(count_marks(turn.text) for turn in turns if turn.role == "assistant"):
+        raise ItemError("image_count", "an answer holds an image placeholder; an answer is text")
+    parts: list[Parts] = [[turn.text] for turn in turns]
+    for i, found in zip(asking, placed([turns[i].text for i in asking], len(images), "the conversation"), strict=True):
+        parts[i] = found
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is not None and not any(isinstance(part, int) for turn in parts for part in turn):
+        parts[first] = [*range(len(images)), *parts[first]]
+    return parts
+
+
+def _history(turns: Sequence[Turn], parts: Sequence[Parts], end: int) -> Parts:
+    """The turns before ``end``, a line each that says whose it is."""
+    lines: Parts = []
+    for turn, said in zip(turns[:end], parts, strict=False):
+        name = "" if turn.role == "system" else f"{turn.role}: "
+        leading = _leading(said)
+        lines += [*_images(said[:leading]), name, *_trimmed(said[leading:]), "\n"]
+    return lines
+
+
+def _question(said: Parts) -> tuple[Parts, str | None]:
+    """What of a turn belongs to the query, and its question."""
+    words = [i for i, part in enumerate(said) if isinstance(part, str) and part.strip()]
+    if not words or not _images(said[words[0] : words[-1]]):  # images only before the words, or after them
+        return [*_images(said)], "".join(part for part in said if isinstance(part, str)).strip() or None
+    last = max(i for i, part in enumerate(said) if isinstance(part, int))
+    line, _, following = "".join(part for part in said[last + 1 :] if isinstance(part, str)).partition("\n")
+    if following.strip():
+        return [*said[: last + 1], line], following.strip()
+    return said, "".join(part if isinstance(part, str) else f"image {part + 1}" for part in said).strip()
+
+
+def _images(said: Parts) -> list[int]:
+    return [part for part in said if isinstance(part, int)]
+
+
+def _leading(said: Parts) -> int:
+    """How many parts precede the first word."""
+    for i, part in enumerate(said):
+        if isinstance(part, str) and part.strip():
+            return i
+    return len(said)
+
+
+def _trimmed(said: Parts) -> Parts:
+    """Without the blanks before its first and after its last word."""
+    said = list(said)
+    if said and isinstance(said[0], str):
+        said[0] = said[0].lstrip()
+    if said and isinstance(said[-1], str):
+        said[-1] = said[-1].rstrip()
+    return said
