@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Sequence
 
 from crem.errors import ConfigError
+from pipelines.formats.chat_messages import ChatMessages, SwiftPairs
 from pipelines.formats.format import Format
 from pipelines.formats.imagefolder import ImageFolder
 from pipelines.formats.llava import Llava
-from pipelines.formats.messages import ChatMessages, SwiftPairs
 from pipelines.formats.mmeb import MmebEval, MmebTrain
 from pipelines.formats.own import OwnRows
 from pipelines.formats.table import ImageTable, TextTable

@@ -7,6 +7,7 @@ be the image or the caption, the first in the order below that is not empty is t
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -123,6 +124,9 @@ def lower_case(record: RawRecord) -> RawRecord:
     for name, value in record.items():
         if is_absent(values.get(name.lower())):
             values[name.lower()] = value
+    folder, name = values.get("filepath"), values.get("filename")
+    if isinstance(folder, str) and isinstance(name, str) and not folder.endswith(name):  # Karpathy's split of COCO
+        values["filepath"] = posixpath.join(folder, name)
     return values
 
 

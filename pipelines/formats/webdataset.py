@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.formats.chat_messages import ChatMessages
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.llava import Llava
-from pipelines.formats.messages import ChatMessages
 from pipelines.formats.raw_rows import RawItem, RawRow, is_absent, parse_images
 from pipelines.formats.table import IMAGES, ImageTable, lower_case
 from pipelines.sources.records import RawRecord
