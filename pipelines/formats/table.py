@@ -124,9 +124,9 @@ def lower_case(record: RawRecord) -> RawRecord:
     for name, value in record.items():
         if is_absent(values.get(name.lower())):
             values[name.lower()] = value
-    folder, name = values.get("filepath"), values.get("filename")
-    if isinstance(folder, str) and isinstance(name, str) and not folder.endswith(name):  # Karpathy's split of COCO
-        values["filepath"] = posixpath.join(folder, name)
+    folder, file = values.get("filepath"), values.get("filename")
+    if isinstance(folder, str) and isinstance(file, str) and not folder.endswith(file):  # Karpathy's split of COCO
+        values["filepath"] = posixpath.join(folder, file)
     return values
 
 
