@@ -174,6 +174,8 @@ class CheckpointInfo:
     """number in use: K, or K' of a nested checkpoint"""
     max_pixels: int
     """larger images are reduced to this area before the model reads them"""
+    max_text_tokens: int
+    """longer texts are cut"""
 
 
 def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> CheckpointInfo:
@@ -185,11 +187,13 @@ def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> Check
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = ModelConfig.model_validate(description["model"])
     return CheckpointInfo(
         fingerprint=fingerprint(folder, description["model"]["dtype"], chorus_tokens),
         dim=int(config.get("text_config", config)["hidden_size"]),
         chorus_tokens=description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
-        max_pixels=ModelConfig.model_validate(description["model"]).image.max_pixels,
+        max_pixels=model.image.max_pixels,
+        max_text_tokens=model.prompt.max_text_tokens,
     )
 
 

@@ -12,6 +12,7 @@ Batch actors, online replicas and notebooks all use this class, which makes thei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +28,14 @@ from crem.config import ModelConfig
 from crem.data.collator import Collator
 from crem.data.items import as_item
 from crem.data.prompts import Prompt
-from crem.data.sequence import PreparedSequence
+from crem.data.sequence import CutCount, PreparedSequence
 from crem.model.chorus import pool
 from crem.model.crem import CremModel
 from crem.model.generation import GREEDY, Context, Sampling, decode, prefill
 
 __all__ = ["Answer", "Crem", "load"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,12 @@ class Crem:
             instruction: embedding instruction of the items without one.
             chorus_tokens: K' of a nested checkpoint for this call; vectors of different K' are not comparable.
 
+        Where texts are cut to the model's limit of tokens, one warning says how many.
+
         Raises:
             ItemError: the first item that cannot be used. ConfigError: not trained with that many chorus tokens.
         """
-        count = self._count(chorus_tokens)
+        count, cuts = self._count(chorus_tokens), CutCount()
         out = np.zeros((len(items), self.dim), dtype=np.float32)
         window = batch_size * 8  # bounds the memory; sorted by length within
         for start in range(0, len(items), window):
@@ -144,6 +149,8 @@ class Crem:
                 for item in items[start : start + window]
             ]
             out[start : start + window] = self.embed_prepared(sequences, batch_size=batch_size)
+            cuts += CutCount.of(sequences)
+        self._warn_of(cuts)
         return out
 
     @torch.inference_mode()
@@ -197,15 +204,19 @@ class Crem:
         if len(prompts) != len(items):
             raise ValueError(f"{len(items)} items and {len(prompts)} prompts; give one prompt, or one for each item")
         answers: list[Answer] = []
+        cuts = CutCount()
         for start in range(0, len(items), batch_size):
             stop = start + batch_size
+            sequences = [self.prepare(item, chorus_tokens=count) for item in items[start:stop]]
+            cuts += CutCount.of(sequences)
             answers += self.answer_prepared(
-                [self.prepare(item, chorus_tokens=count) for item in items[start:stop]],
+                sequences,
                 prompts[start:stop],
                 compressed=compressed,
                 max_new_tokens=max_new_tokens,
                 sampling=Sampling(temperature, top_p, seed),
             )
+        self._warn_of(cuts)
         return answers
 
     @torch.inference_mode()
@@ -283,6 +294,10 @@ class Crem:
     def prompt_tokens(self, sequence: PreparedSequence, prompt: str | None = None) -> int:
         """Tokens read to answer ``prompt`` about the sequence."""
         return sequence.tokens + len(self.collator.prompts.question(prompt).input_ids)
+
+    def _warn_of(self, cuts: CutCount) -> None:
+        if (sentence := cuts.sentence("items", self.config.prompt.max_text_tokens)) is not None:
+            logger.warning("%s", sentence)
 
     def _context(self, sequences: Sequence[PreparedSequence], compressed: bool) -> Context:
         context = prefill(self.model, self.collator.pad(sequences).to(self.device))

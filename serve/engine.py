@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import crem
-from crem.data.sequence import PreparedSequence
+from crem.data.sequence import CutCount, PreparedSequence
 from crem.errors import ItemError
 from crem.inference import Answer
 from crem.model.generation import Sampling
@@ -76,6 +76,7 @@ class Engine:
 
     def __init__(self, model: crem.Crem):
         self._model = model
+        self._cut_said = False
 
     def embed(self, items: Sequence[crem.Item]) -> list[Embedded | Exception]:
         """One result per item, in order; an ``Exception`` for an item that cannot be embedded."""
@@ -90,12 +91,20 @@ class Engine:
 
     def _prepared(self, item: crem.Item) -> PreparedSequence | Exception:
         try:
-            return self._model.prepare(item)
+            return self._prepare(item)
         except ItemError as error:
             return error
         except Exception as error:
             logger.exception("an item could not be prepared")
             return error
+
+    def _prepare(self, item: crem.Item) -> PreparedSequence:
+        sequence = self._model.prepare(item)
+        limit = self._model.config.prompt.max_text_tokens
+        if not self._cut_said and (sentence := CutCount.of([sequence]).sentence("items", limit)):
+            self._cut_said = True
+            logger.warning("%s; this replica logs no further cuts", sentence)
+        return sequence
 
     def generate(self, request: GenerationRequest) -> Generator[Delta]:
         """The answer, one decoding step at a time; closing the iterator ends the decoding.
@@ -104,7 +113,7 @@ class Engine:
             ItemError: from the first step.
         """
         cutter, steps = StopCutter(request.stop), 0
-        sequence = self._model.prepare(request.item)
+        sequence = self._prepare(request.item)
         with closing(self._pieces(request, sequence)) as pieces:
             for piece in pieces:
                 if isinstance(piece, Answer):

@@ -196,6 +196,8 @@ def embed(
         f"rows in {made.rows_in} = embedded {made.embedded} + errors {made.errors}   "
         f"{made.items_per_s:.0f} items/s   fingerprint {made.fingerprint}"
     )
+    if made.cut_sentence is not None:
+        print(f"  {made.cut_sentence}; split such texts into several items")
 
 
 @job

@@ -29,7 +29,7 @@ from crem.data.images import load_image
 from crem.data.items import Item, TrainingExample
 from crem.data.packing import TwoPart, two_part
 from crem.data.prompts import PromptBuilder, Segment
-from crem.data.sequence import Grid, PixelTable, PreparedSequence, rope_positions
+from crem.data.sequence import CutCount, Grid, PixelTable, PreparedSequence, rope_positions
 from crem.errors import ItemError
 
 __all__ = ["Batch", "Collator"]
@@ -61,6 +61,8 @@ class Batch:
     """int64 [J]: which of the I images stands at each place, in the order of the tokens"""
     chorus_tokens: int = 1
     """tokens that each embedding is pooled over"""
+    cuts: CutCount = field(default_factory=CutCount)
+    """how many of the N sequences lost the end of a text"""
     two_part: TwoPart | None = None
     """how attention is split into calls, where all sequences share one row"""
     queries: Tensor = field(default_factory=_EMPTY.clone)
@@ -238,6 +240,7 @@ class Collator:
             image_grid_thw=grids,
             image_index=image_index,
             chorus_tokens=counts[0],
+            cuts=CutCount.of(placed),
             two_part=two_part(
                 [s.prompt.segments for s in placed], [s.z for s in placed], template_visible=self.template_visible
             )

@@ -12,7 +12,7 @@ Shape suffixes: T tokens, P patches, C colour channels, N pixels of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from crem.data.prompts import Prompt, Segment
 
-__all__ = ["Grid", "PixelTable", "PreparedSequence", "rope_positions"]
+__all__ = ["CutCount", "Grid", "PixelTable", "PreparedSequence", "rope_positions"]
 
 Grid = tuple[int, int, int]
 """Patches of one image along time, height and width."""
@@ -50,6 +50,36 @@ class PreparedSequence:
     def chorus_tokens(self) -> int:
         """Tokens that the embedding is pooled over."""
         return int((self.prompt.segments == Segment.U).sum())
+
+
+@dataclass(frozen=True)
+class CutCount:
+    """How many sequences lost the end of a text to its limit: an embedding says nothing of what was cut."""
+
+    sequences: int = 0
+    cut: int = 0
+    """Those of which a text was cut."""
+    longest: int = 0
+    """Tokens of the longest text, before any was cut."""
+
+    @classmethod
+    def of(cls, sequences: Iterable[PreparedSequence]) -> CutCount:
+        """The count over some sequences."""
+        prompts = [s.prompt for s in sequences]
+        cut = sum(p.cut_texts > 0 for p in prompts)
+        return cls(len(prompts), cut, max((p.longest_text for p in prompts), default=0))
+
+    def __add__(self, other: CutCount) -> CutCount:
+        return CutCount(self.sequences + other.sequences, self.cut + other.cut, max(self.longest, other.longest))
+
+    def sentence(self, what: str, limit: int) -> str | None:
+        """For a person to read, as ``3 of 10 items …``; ``None`` where nothing was cut."""
+        if not self.cut:
+            return None
+        return (
+            f"{self.cut:,} of {self.sequences:,} {what} lost the end of a text, which is cut to {limit:,} tokens "
+            f"(model.prompt.max_text_tokens); the longest had {self.longest:,}"
+        )
 
 
 class PixelTable:

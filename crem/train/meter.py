@@ -12,6 +12,7 @@ import torch
 
 from crem.config import RunConfig
 from crem.data.collator import Batch
+from crem.data.sequence import CutCount
 from crem.distributed import sum_over_ranks, world_size
 from crem.forecast.devices import peak_flops
 from crem.forecast.flops import ModelFlops
@@ -37,6 +38,7 @@ class Meter:
         """Begin an interval."""
         self._tokens = self._useful = self._padding = self._waited = 0.0
         self._steps = self._chunks = 0
+        self._cuts = CutCount()
         self._began = time.perf_counter()
 
     @contextmanager
@@ -52,16 +54,24 @@ class Meter:
         for chunk in chunks:
             self._chunks += 1
             self._tokens += chunk.tokens
+            self._cuts += chunk.cuts
             self._padding += chunk.padding_share
             self._useful += self._flops.of_batch(chunk)
 
     def progress(self, done: int, result: StepResult) -> Progress:
         """The figures after ``done`` steps; begins a new interval."""
         seconds = time.perf_counter() - self._began
-        counts = [self._tokens, self._useful, self._peak, self._padding / self._chunks, self._waited / seconds]
+        counts = [
+            self._tokens,
+            self._useful,
+            self._peak,
+            self._padding / self._chunks,
+            self._waited / seconds,
+            self._cuts.cut / self._cuts.sequences,
+        ]
         # every backend can sum float32, which is precise enough for rates
         totals = sum_over_ranks(torch.tensor(counts, dtype=torch.float32, device=self._device)).tolist()
-        tokens, useful, peak, padding, waited = totals
+        tokens, useful, peak, padding, waited, cut = totals
         norm = self._engine.get_global_grad_norm()
         progress = Progress(
             step=done,
@@ -80,6 +90,7 @@ class Meter:
             peak_flops=peak,
             waiting_share=waited / world_size(),
             padding_share=padding / world_size(),
+            cut_share=cut / world_size(),
             seconds_left=seconds / self._steps * (self._config.train.steps - done),
         )
         self.restart()

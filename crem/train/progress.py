@@ -59,6 +59,8 @@ class Progress:
     """share of the time in which ranks waited for their rows"""
     padding_share: float
     seconds_left: float
+    cut_share: float = 0.0
+    """share of the sequences that lost the end of a text to its limit of tokens"""
     validation: ValidationResult | None = None
     """where the step was validated"""
 

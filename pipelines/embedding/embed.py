@@ -17,12 +17,11 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
 
 from crem.config import EmbedConfig, RunConfig
-from crem.data.sequence import PreparedSequence
+from crem.data.sequence import CutCount, PreparedSequence
 from crem.errors import CheckpointError, ConfigError, ResourceError
 from pipelines.embedding import item_table as items
 from pipelines.embedding.item_table import LoadedItem
@@ -34,6 +33,7 @@ from pipelines.embedding.output import (
     finished_part,
     part_name,
     start_or_resume,
+    write_part,
 )
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
@@ -105,7 +105,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
         target.claim(JobKind.EMBED)
         require_shared(target)
         start_or_resume(target, plan, fresh=fresh)
-        return _run(target, plan, shards, reader, settings)
+        return _run(target, plan, shards, reader, settings, description.max_text_tokens)
 
 
 def _item_table(source: str) -> SourceFiles:
@@ -118,7 +118,12 @@ def _item_table(source: str) -> SourceFiles:
 
 
 def _run(
-    target: Folder, plan: EmbedPlan, shards: list[EmbedShard], reader: ImageReader, config: EmbedConfig
+    target: Folder,
+    plan: EmbedPlan,
+    shards: list[EmbedShard],
+    reader: ImageReader,
+    config: EmbedConfig,
+    max_text_tokens: int,
 ) -> EmbedManifest:
     """Embed the shards that have no finished part, and write the manifest."""
     began = logged = time.monotonic()
@@ -127,12 +132,13 @@ def _run(
     finished = [counts for counts in parts if counts is not None]
     missing = [shard for shard, counts in zip(shards, parts, strict=True) if counts is None]
     embedded, errors = (sum(getattr(counts, name) for counts in finished) for name in ("embedded", "errors"))
+    cuts = sum((counts.cuts for counts in finished), CutCount())
     resumed = embedded + errors
     log.info("embedding %d items with %s, %d already done", rows_in, plan.fingerprint, resumed)
     if missing:
         target.remove(EmbedManifest.FILE)
     for counts in _embed_shards(target, plan, missing, reader, config):
-        embedded, errors = embedded + counts.embedded, errors + counts.errors
+        embedded, errors, cuts = embedded + counts.embedded, errors + counts.errors, cuts + counts.cuts
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
             done = embedded + errors
@@ -158,6 +164,9 @@ def _run(
         errors=errors,
         resumed=resumed,
         items_per_s=round((rows_out - resumed) / seconds, 1),
+        cut=cuts.cut,
+        longest_text=cuts.longest,
+        max_text_tokens=max_text_tokens,
     )
     manifest.write(target)
     log.info("embedded %d items (%d errors, %d resumed) in %.1f s", rows_out, errors, resumed, seconds)
@@ -208,12 +217,9 @@ class ShardEmbedder:
                 f"{self.plan.model} changed during the run: it was {self.plan.fingerprint} and is "
                 f"{self.model.fingerprint}; run again once nothing writes to it"
             )
+        self.cuts = CutCount()
         table = pa.concat_tables([self._embed(batch) for batch in self._batches(shard.ranges)])
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        self.target.write_bytes(sink.getvalue().to_pybytes(), part_name(shard.number))
-        embedded = table["error"].null_count
-        return ShardCounts(embedded=embedded, errors=table.num_rows - embedded)
+        return write_part(self.target, shard.number, table, self.cuts)
 
     def _batches(self, ranges: tuple[RowRange, ...]) -> Iterator[list[LoadedItem]]:
         """Batches of prepared items; the next one is prepared while the caller embeds the last."""
@@ -232,7 +238,9 @@ class ShardEmbedder:
         dim = self.model.dim
         values = np.zeros((len(batch), dim), np.float32)
         places = [place for place, row in enumerate(batch) if row.sequence is not None]
-        values[places] = self._vectors([row.sequence for row in batch if row.sequence is not None])
+        sequences = [row.sequence for row in batch if row.sequence is not None]
+        values[places] = self._vectors(sequences)
+        self.cuts += CutCount.of(sequences)
         errors = [row.error for row in batch]
         null = pa.array([error is not None for error in errors])
         columns = [

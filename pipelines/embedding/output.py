@@ -7,22 +7,35 @@ interrupted run has finished. ``manifest.json`` is written last.
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
-from typing import IO, ClassVar, Literal
+from dataclasses import asdict, dataclass, field
+from typing import IO, ClassVar, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crem.data.sequence import CutCount
 from crem.errors import ConfigError
 from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["EmbedManifest", "EmbedPlan", "EmbedShard", "ShardCounts", "finished_part", "part_name", "start_or_resume"]
+__all__ = [
+    "EmbedManifest",
+    "EmbedPlan",
+    "EmbedShard",
+    "ShardCounts",
+    "finished_part",
+    "part_name",
+    "start_or_resume",
+    "write_part",
+]
 
 log = logging.getLogger(__name__)
+
+_CUTS_KEY = b"crem_cuts"
 
 
 class EmbedPlan(JsonFile):
@@ -59,6 +72,17 @@ class EmbedManifest(JsonFile):
     """Rows that an earlier run had finished."""
     items_per_s: float
     """Of the rows that this run embedded."""
+    cut: int = 0
+    """Embedded items of which a text was longer than the model reads, and lost its end."""
+    longest_text: int = 0
+    """Tokens of the longest text, before any was cut."""
+    max_text_tokens: int = 0
+    """The model's limit."""
+
+    @property
+    def cut_sentence(self) -> str | None:
+        """How many items lost the end of a text, for a person to read; ``None`` where none did."""
+        return CutCount(self.embedded, self.cut, self.longest_text).sentence("items", self.max_text_tokens)
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,17 @@ class ShardCounts:
 
     embedded: int
     errors: int
+    cuts: CutCount = field(default_factory=CutCount)
+
+
+def write_part(target: Folder, shard: int, table: pa.Table, cuts: CutCount) -> ShardCounts:
+    """Write a shard's part, in one piece, with its count of cut texts in the metadata of its schema."""
+    metadata = {**(table.schema.metadata or {}), _CUTS_KEY: json.dumps(asdict(cuts))}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
+    target.write_bytes(sink.getvalue().to_pybytes(), part_name(shard))
+    embedded = table["error"].null_count
+    return ShardCounts(embedded=embedded, errors=table.num_rows - embedded, cuts=cuts)
 
 
 def part_name(shard: int) -> str:
@@ -125,20 +160,29 @@ def finished_part(target: Folder, shard: int, plan: EmbedPlan) -> ShardCounts | 
         return None
     try:
         with target.open(name) as file:
-            stamp, errors = _stamp_and_errors(file)
+            part = _checked(file)
     except (pa.ArrowException, OSError):
         data = target.read_bytes(name)  # raises again if the storage failed, so that below only the file is to blame
         try:
-            stamp, errors = _stamp_and_errors(pa.BufferReader(data))
+            part = _checked(pa.BufferReader(data))
         except (pa.ArrowException, OSError) as error:
             log.warning("%s is damaged (%s) and is embedded again", target.path(name), error)
             return None
-    if stamp is None or stamp.fingerprint != plan.fingerprint or len(errors) != plan.shards[shard]:
+    if part.stamp is None or part.stamp.fingerprint != plan.fingerprint or len(part.errors) != plan.shards[shard]:
         return None
-    return ShardCounts(embedded=errors.null_count, errors=len(errors) - errors.null_count)
+    embedded = part.errors.null_count
+    return ShardCounts(embedded=embedded, errors=len(part.errors) - embedded, cuts=part.cuts)
 
 
-def _stamp_and_errors(file: IO[bytes] | pa.BufferReader) -> tuple[EmbeddingStamp | None, pa.ChunkedArray]:
-    """The stamp of a part and its column of errors; reads the whole part, to verify the checksums of its pages."""
+class _Part(NamedTuple):
+    stamp: EmbeddingStamp | None
+    errors: pa.ChunkedArray
+    cuts: CutCount
+
+
+def _checked(file: IO[bytes] | pa.BufferReader) -> _Part:
+    """What a part says of itself; reads the whole part, to verify the checksums of its pages."""
     part = pq.ParquetFile(file, page_checksum_verification=True)
-    return EmbeddingStamp.of(part.schema_arrow), part.read()["error"]
+    metadata = part.schema_arrow.metadata or {}
+    cuts = CutCount(**json.loads(metadata[_CUTS_KEY])) if _CUTS_KEY in metadata else CutCount()
+    return _Part(EmbeddingStamp.of(part.schema_arrow), part.read()["error"], cuts)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from crem.config import BackboneShape, RunConfig
+from crem.data.sequence import CutCount
 from crem.fetch import shipped
 from crem.forecast.estimate import Forecast, TaskShare, forecast, rows_of_chunk
 from crem.forecast.flops import Load
@@ -117,6 +118,7 @@ def _sample(
         patches = _stored_patches(images, wanted.cast(pa.int64()), config, shape)
         rows = chosen.to_pylist()
         chunks = [_estimated(rows[at : at + size], patches, config, shape) for at in starts]
+        cuts = _estimated_cuts(rows, config.model.prompt.max_text_tokens)
         notes = [
             f"the tokenizer of {config.model.backbone} is not on this machine: texts are taken as {_CHARS_PER_TOKEN:g} "
             "characters a token. Images are counted from their stored sizes."
@@ -127,12 +129,16 @@ def _sample(
         retrieval, generation = config.loss.alpha_r > 0, config.loss.alpha_g > 0
         examples = prepared_rows.examples(numbers, z, retrieval=retrieval, generation=generation)
         visible = config.model.prompt.template_visible
-        chunks = [Load.of(collator.examples(examples[at : at + size]), template_visible=visible) for at in starts]
+        batches = [collator.examples(examples[at : at + size]) for at in starts]
+        chunks = [Load.of(batch, template_visible=visible) for batch in batches]
+        cuts = sum((batch.cuts for batch in batches), CutCount())
         notes = []
     notes.append(
         f"tokens are those of {len(chunks)} chunks of the first steps; memory is that of the largest, and "
         f"{100 * (MARGIN - 1):.0f} % more."
     )
+    if (sentence := cuts.sentence("sampled sequences", config.model.prompt.max_text_tokens)) is not None:
+        notes.append(f"{sentence}: {cuts.cut / cuts.sequences:.1%}.")
     total = chunks[0]
     for chunk in chunks[1:]:
         total = total + chunk
@@ -198,6 +204,11 @@ def _estimated(rows: list[dict[str, Any]], patches: dict[int, int], config: RunC
         text_pairs=sum(n * n / 2 for n in lengths),
         vision_pairs=sum(patches[i] ** 2 for i in distinct),
     )
+
+
+def _estimated_cuts(rows: list[dict[str, Any]], limit: int) -> CutCount:
+    tokens = [_tokens(side["text"], 10**9) for row in rows for side in _sides(row)]
+    return CutCount(len(tokens), sum(count > limit for count in tokens), max(tokens, default=0))
 
 
 def _tokens(text: str | None, limit: int) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from ray.util.queue import Empty, Queue
 
-from crem.config import RunConfig
+from crem.config import PromptConfig, RunConfig
 from crem.train.progress import Progress, ValidationResult
 from pipelines.tables.storage import Folder
 from pipelines.training.held_out import DataMixRow
@@ -17,7 +19,10 @@ from pipelines.training.messages import Exported, Message, Resumed, WorkerWarnin
 from pipelines.training.metrics_log import MetricsLog
 from pipelines.training.trackers import Tracker
 
-__all__ = ["Follower", "duration", "progress_line"]
+if TYPE_CHECKING:  # it draws charts
+    from pipelines.reports.training_page import MetricEntry
+
+__all__ = ["Follower", "cuts_line", "duration", "progress_line"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,22 @@ def _validation_line(step: int, v: ValidationResult) -> str:
     )
 
 
+def cuts_line(entries: Sequence[MetricEntry], prompt: PromptConfig) -> str | None:
+    """What share of the sequences lost the end of a text, over the steps of all entries; ``None`` where none did."""
+    cut = done = 0.0
+    for entry in entries:
+        step = entry["step"] or 0.0
+        cut += (step - done) * (entry.get("cut_share") or 0.0)
+        done = step
+    if not cut:
+        return None
+    return (
+        f"in {done:.0f} steps {100 * cut / done:.2g} % of the sequences lost the end of a text "
+        f"(model.prompt.max_text_tokens={prompt.max_text_tokens}, max_answer_tokens={prompt.max_answer_tokens}); "
+        "raise the limit or shorten the texts"
+    )
+
+
 class Follower:
     """Receives the workers' messages in a thread of the driver. On leaving it finishes metrics and report, also if the
     run failed.
@@ -74,6 +95,7 @@ class Follower:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="crem-follower")
         self._began = self._drawn = time.monotonic()
+        self._cuts_said = False
         self.last: Progress | None = None
         self.exported: Exported | None = None
 
@@ -89,6 +111,7 @@ class Follower:
         except Exception:  # as in ``_on_progress``
             log.warning("the last metrics could not be written", exc_info=True)
         self._queue.shutdown()
+        self._say_cuts()
         self._draw("complete" if error is None else f"failed: {error or type(error).__name__}")
 
     def _listen(self) -> None:
@@ -119,10 +142,17 @@ class Follower:
         except Exception:  # a run does not end because a metric could not be written
             log.warning("the metrics of step %d could not be written", p.step, exc_info=True)
         log.info("%s", progress_line(p, self._config.train.steps))
+        if p.cut_share and not self._cuts_said:  # at the first line, while a run may still be stopped
+            self._cuts_said = True
+            self._say_cuts()
         if p.validation is not None:
             log.info("%s", _validation_line(p.step, p.validation))
         if time.monotonic() - self._drawn > _REPORT_EVERY_S:
             self._draw("running")
+
+    def _say_cuts(self) -> None:
+        if (line := cuts_line(self._metrics.entries, self._config.model.prompt)) is not None:
+            log.warning("%s", line)
 
     def _draw(self, state: str) -> None:
         from pipelines.reports.training_page import write_training_report

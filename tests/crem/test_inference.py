@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +121,18 @@ def test_answers_count_tokens_and_bytes(model: crem.Crem) -> None:
             assert answer.completion_tokens == 3 if answer.finish_reason == "length" else answer.completion_tokens <= 3
     food = model.prepare("food")
     assert model.prompt_tokens(food, "what?") > food.tokens
+
+
+def test_texts_that_are_cut_are_counted_in_one_warning(model: crem.Crem, caplog: pytest.LogCaptureFixture) -> None:
+    long = "q z x j " * 50
+    tokens = len(model.collator.prompts.tokenizer(long).input_ids)
+    cut = rf"2 of 9 items lost the end of a text, which is cut to 64 tokens .*; the longest had {tokens}$"
+    with caplog.at_level(logging.WARNING, logger="crem.inference"):
+        model.embed(["short", RED] * 10, batch_size=2)
+        assert not caplog.messages
+        model.embed([*["short"] * 7, long, Item(long, [RED])], batch_size=1)
+        model.generate([*["short"] * 7, long, Item(long, [RED])], "what?", batch_size=3, max_new_tokens=1)
+    assert len(caplog.messages) == 2 and all(re.search(cut, message) for message in caplog.messages)
 
 
 def test_the_halves_are_the_whole_to_the_last_bit(model: crem.Crem) -> None:

@@ -13,6 +13,7 @@ from crem import Item
 from crem.data.collator import Batch, Collator
 from crem.data.items import TrainingExample
 from crem.data.prompts import Segment
+from crem.data.sequence import CutCount
 from crem.errors import ItemError
 
 WORDS = ["a", "red", "apple", "what", "is", "this", "green", "animals", "and", "nature", "food", "drink", "describe"]
@@ -119,6 +120,20 @@ def test_a_hard_negative_brings_its_content(collator: Collator) -> None:
     unknown = TrainingExample(Item("e"), Item("f"), (Item("g"),), target_key=7)
     batch = collator.examples([known, unknown])
     assert (batch.target_keys.tolist(), batch.negative_keys.tolist()) == ([4, 7], [5, 6, -1])
+
+
+def test_a_batch_counts_the_sequences_that_lost_text(collator: Collator) -> None:
+    long = "q z x j " * 50  # over 64 tokens, and over the 32 of an answer
+    examples = [
+        TrainingExample(Item(long), Item("short"), (Item(long),), "what?", "short"),
+        TrainingExample(Item("short"), None, (), long, long),  # two texts of one sequence
+        TrainingExample(Item("short"), Item("short")),
+    ]
+    cuts = collator.examples(examples).cuts
+    longest = len(collator.prompts.tokenizer(long).input_ids)
+    assert cuts == CutCount(sequences=6, cut=3, longest=longest)
+    assert cuts + CutCount(4, 1, longest + 1) == CutCount(10, 4, longest + 1)
+    assert collator.examples(examples[2:]).cuts.sentence("rows", 64) is None
 
 
 def test_z_stays_with_its_row(collator: Collator) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from crem.config import RunConfig
 from crem.data.collator import Batch, Collator
+from crem.data.sequence import CutCount
 from crem.errors import DivergenceError, TrainingError
 from crem.forecast.flops import ModelFlops
 from crem.losses import info_nce
@@ -82,13 +83,17 @@ def run(
 def test_progress_of_an_interval() -> None:
     """Rates are over the interval: tokens/s over samples/s is tokens per sample of its steps, whatever the clock says;
     so is utilisation, with the FLOPs of its batches."""
-    config, engine, collator = started("train.log_every=4", "train.checkpoint_every=8", "loss.temperature=0.3")
+    config, engine, collator = started(
+        "train.log_every=4", "train.checkpoint_every=8", "loss.temperature=0.3", "model.prompt.max_answer_tokens=2"
+    )
     reported = run(config, engine, collator)
     assert [p.step for p in reported] == [4, 8]
     chunks = [share(collator, "mixed", step, 0, 1)[0] for step in range(4)]
     per_sample = sum(chunk.tokens for chunk in chunks) / (4 * ROWS)
     assert reported[0].tokens_per_s / reported[0].samples_per_s == pytest.approx(per_sample, rel=1e-5)
     assert reported[0].padding_share == pytest.approx(sum(c.padding_share for c in chunks) / 4, abs=1e-5)
+    cuts = sum((chunk.cuts for chunk in chunks), CutCount())
+    assert reported[0].cut_share == pytest.approx(cuts.cut / cuts.sequences) and 0 < cuts.cut < cuts.sequences
     flops = ModelFlops.of(engine.module)
     useful = sum(flops.of_batch(chunk) for chunk in chunks) / (4 * ROWS)
     assert reported[0].flops_utilisation == pytest.approx(

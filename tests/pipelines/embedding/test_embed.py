@@ -95,6 +95,24 @@ def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Pa
     assert json.loads((out / "manifest.json").read_text()) == counts.model_dump(mode="json")
 
 
+def test_cut_texts_are_counted_also_of_parts_that_an_earlier_run_wrote(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
+) -> None:
+    long = "q z x j " * 5_000
+    tokens = len(crem.load(tiny_model_dir).collator.prompts.tokenizer(long).input_ids)
+    rows = [{"id": i, "text": long if i == 2 else "q z x j " * 50 if i == 5 else "short"} for i in range(8)]
+    write_rows(tmp_path / "items.jsonl", rows)
+    monkeypatch.setattr(job, "_SHARD_ROWS", 4)
+    for _ in range(2):  # the second run finds the first part finished, and the third row in it
+        made = embed(tiny_model_dir, str(tmp_path / "items.jsonl"), str(tmp_path / "out"), config())
+        assert (made.embedded, made.cut, made.longest_text, made.max_text_tokens) == (8, 2, tokens, 64)
+        assert made.cut_sentence == (
+            "2 of 8 items lost the end of a text, which is cut to 64 tokens (model.prompt.max_text_tokens); "
+            f"the longest had {tokens:,}"
+        )
+        (tmp_path / "out" / "part-000001.parquet").unlink()
+
+
 def test_vectors_are_those_of_the_model_itself(
     embedded: tuple[Path, EmbedManifest], items: Path, tiny_model_dir: str
 ) -> None:

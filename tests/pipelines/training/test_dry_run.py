@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +112,36 @@ def test_tokens_are_those_of_the_runs_own_batches(prepared: str, monkeypatch: py
     assert max(b.tokens for b in batches) <= forecast.chunk.tokens <= 1.1 * max(b.tokens for b in batches) + 1
 
 
+def test_tables_poorer_than_the_preset_are_said(prepared: str, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "small")
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    shrunk = {"images_shrunk": 5, "config": {"prepare": {"encode_max_pixels": 4096}}}
+    (tmp_path / "small" / "manifest.json").write_text(json.dumps(manifest | shrunk))
+    settings = ["train.global_batch=32", "train.chunk_rows=4"]
+    shown = summary(dry_run(str(tmp_path / "small"), load_config("2b", settings)))
+    assert "WARNING: the tables hold 5 of the" in shown and "prepare.encode_max_pixels=1003520" in shown
+    assert "WARNING" not in summary(dry_run(prepared, load_config("2b", settings)))
+
+
 def test_without_the_tokenizer_it_is_estimated_and_said(prepared: str) -> None:
     config = load_config("2b", ["train.global_batch=32", "train.chunk_rows=4"])
     forecast = dry_run(prepared, config)
     assert "tokenizer of Qwen/Qwen2-VL-2B-Instruct is not on this machine" in summary(forecast)
     assert 60 < forecast.row.tokens < 250 and forecast.row.patches > 4
     assert [need.workers for need in forecast.needs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["with the tokenizer", "estimated"])
+def test_texts_that_would_be_cut_are_counted(prepared: str, monkeypatch: pytest.MonkeyPatch, measured: bool) -> None:
+    if not measured:
+        monkeypatch.setattr(dryrun, "_collator", lambda *_: None)
+    limit = "model.prompt.max_text_tokens=10"
+    shown = summary(dry_run(prepared, load_config("micro", [*RUN, limit])))
+    found = re.search(r"([\d,]+) of ([\d,]+) sampled sequences lost .* cut to 10 tokens .* had (\d+): ([\d.]+)%", shown)
+    assert found is not None, shown
+    cut, sequences, longest = (int(number.replace(",", "")) for number in found.groups()[:3])
+    assert 0 < cut < sequences and longest > 10 and float(found[4]) == pytest.approx(100 * cut / sequences, abs=0.05)
+    assert "lost the end" not in summary(dry_run(prepared, load_config("micro", RUN)))
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["with the tokenizer", "estimated"])

@@ -13,7 +13,7 @@ from crem.config import load_config
 from crem.errors import ConfigError
 from crem.train.progress import Progress, ValidationResult
 from pipelines.tables.storage import Folder
-from pipelines.training.follow import duration, progress_line
+from pipelines.training.follow import cuts_line, duration, progress_line
 from pipelines.training.metrics_log import MetricsLog, read_metrics
 from pipelines.training.trackers import check_tracker, open_tracker
 
@@ -70,6 +70,16 @@ def test_the_line_that_a_person_reads() -> None:
         "21.5k tokens/s  MFU 18.4 %  67 min left"
     )
     assert [duration(s) for s in (0, 45.4, 600, 3 * 3600 + 300)] == ["0 s", "45 s", "10 min", "3 h 05 min"]
+
+
+def test_the_share_of_cut_texts_is_that_of_all_steps() -> None:
+    prompt = load_config("micro").model.prompt
+    entries = [progress(10, cut_share=0.5).as_dict(), progress(30).as_dict(), progress(40, cut_share=0.1).as_dict()]
+    line = cuts_line(entries, prompt)
+    assert line is not None and line.startswith("in 40 steps 15 % of the sequences lost the end of a text")
+    assert "max_text_tokens=64" in line
+    old = [{k: v for k, v in progress(10).as_dict().items() if k != "cut_share"}]  # of a run begun before the figure
+    assert cuts_line(old, prompt) is None and cuts_line([], prompt) is None
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb"])
