@@ -13,6 +13,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "GraftConfig",
+    "ImageAccess",
     "IndexConfig",
     "LayoutConfig",
     "PrepareConfig",
@@ -44,7 +45,30 @@ class LayoutConfig(Section):
     """Whether to go on where a column is nearly one that is known: ``Split``, ``query_image``. Source: ours."""
 
 
-class PrepareConfig(LayoutConfig):
+class ImageAccess(Section):
+    """What the rows of a corpus may name outside of it. Nothing by default: a corpus comes from elsewhere."""
+
+    image_roots: tuple[str, ...] = ()
+    """Folders and URIs from which images are read, e.g. ``[/data/coco, s3://bucket/images]``; the corpus folder, and
+    its bucket, need not be named. Source: ours."""
+    url_hosts: tuple[str, ...] = ()
+    """Hosts from which ``http(s)`` images are fetched: ``example.org``, ``*.example.org``, ``example.org:8080``, or
+    ``*`` for any. A host that is named must answer, or the job fails; one that only ``*`` allows costs its row."""
+    url_private: bool = False
+    """Whether these hosts may have private or loopback addresses; link-local ones are refused always. Source: ours."""
+    url_timeout_s: float = Field(60.0, gt=0)
+    """Longest time for one image by URL, with all attempts. Source: ours."""
+
+    @model_validator(mode="after")
+    def _whole_places(self) -> ImageAccess:
+        if relative := [root for root in self.image_roots if "://" not in root and not root.startswith("/")]:
+            raise ValueError(f"image_roots has {relative[0]!r}; give an absolute path or a URI")
+        if urls := [host for host in self.url_hosts if "/" in host or not host]:
+            raise ValueError(f"url_hosts has {urls[0]!r}; give host names such as example.org, without http://")
+        return self
+
+
+class PrepareConfig(LayoutConfig, ImageAccess):
     """From a raw corpus to prepared tables (``crem prepare``)."""
 
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
@@ -56,7 +80,7 @@ class PrepareConfig(LayoutConfig):
     """Rows per Ray Data task. Source: ours."""
 
 
-class EmbedConfig(LayoutConfig):
+class EmbedConfig(LayoutConfig, ImageAccess):
     """Batch embedding with a Ray Data actor pool."""
 
     side: Literal["query", "target"] | None = None

@@ -54,7 +54,7 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
     target = Folder.at(out)
     if target.uri == corpus.root.uri:
         raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
-    reader = ImageReader.of(corpus.root, _decoding_limits(config))
+    reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare)
     ranges = list(sources.split(corpus, COLUMNS, config.prepare.rows_per_task))
     rows_in = sum(rows.rows for rows in ranges)
     if not rows_in:

@@ -100,7 +100,7 @@ JSON_ROWS: list[tuple[str, dict[str, Any] | str, str]] = [
     ("missing", {"query_text": "q", "target_images": ["nowhere.png"]}, "image_missing"),
     ("http", {"query_text": "q", "target_images": ["https://example.invalid/a.png"]}, "uri_refused"),
     ("scheme", {"query_text": "q", "target_images": ["nosuch://x/a.png"]}, "uri_refused"),
-    ("folder", {"query_text": "q", "target_images": ["/"]}, "image_missing"),
+    ("folder", {"query_text": "q", "target_images": ["/"]}, "uri_refused"),
     ("negative", {"query_text": "q", "target_text": "t", "negatives": [{"images": ["gone.png"]}]}, "image_missing"),
     ("nothing", {}, "empty_item"),
     ("no query", {"query_text": " \t\n", "target_text": "t"}, "empty_query"),

@@ -170,7 +170,7 @@ def test_images_from_zip_bytes_data_urls_and_absolute_paths(tmp_path: Path, loca
     with zipfile.ZipFile(corpus / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("in.png", encoded(random_image(9)))
         archive.writestr("huge.png", bytes(2**20 + 1))
-    limits = load_config("micro", ["model.image.max_source_bytes=1048576"])
+    limits = load_config("micro", ["model.image.max_source_bytes=1048576", f"prepare.image_roots=[{outside}]"])
     manifest = prepare(str(corpus), str(tmp_path / "out"), limits)
     assert manifest.by_reason == {"image_corrupt": 1, "image_missing": 1, "image_too_large": 1}
     assert (manifest.rows_in, manifest.rows_out, manifest.images) == (7, 4, 3)
