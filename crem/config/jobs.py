@@ -48,10 +48,10 @@ class LayoutConfig(Section):
 class ImageAccess(Section):
     """What the rows of a corpus may name outside of it. Nothing by default: a corpus comes from elsewhere."""
 
-    image_roots: tuple[str, ...] = ()
+    image_roots: list[str] = Field(default_factory=list)
     """Folders and URIs from which images are read, e.g. ``[/data/coco, s3://bucket/images]``; the corpus folder, and
     its bucket, need not be named. Source: ours."""
-    url_hosts: tuple[str, ...] = ()
+    url_hosts: list[str] = Field(default_factory=list)
     """Hosts from which ``http(s)`` images are fetched: ``example.org``, ``*.example.org``, ``example.org:8080``, or
     ``*`` for any. A host that is named must answer, or the job fails; one that only ``*`` allows costs its row."""
     url_private: bool = False

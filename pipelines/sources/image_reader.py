@@ -203,7 +203,7 @@ class ImageReader:
 
     @property
     def _roots(self) -> ImageRoots:
-        return ImageRoots(self.root, self.access.image_roots)
+        return ImageRoots(self.root, tuple(self.access.image_roots))
 
 
 def _entries(folder: Folder) -> list[dict[str, Any]]:
