@@ -24,7 +24,7 @@ _BUFFER_BYTES = 2**20
 
 def is_compressed(name: str) -> bool:
     """Whether the name says so."""
-    return name.lower().endswith(COMPRESSIONS[1:])
+    return name.lower().endswith((*COMPRESSIONS[1:], ".tgz"))
 
 
 def without_compression(name: str) -> str:
@@ -33,14 +33,13 @@ def without_compression(name: str) -> str:
 
 
 def decompressed(file: InputFile, offset: int = 0) -> IO[bytes]:
-    """A stream of the file's content; ``offset`` is a byte of a file that is not compressed."""
+    """A stream of the file's content from a byte of it; a compressed one is decompressed from its start."""
     suffix = file.name.lower().rpartition(".")[2]
     if not is_compressed(file.name):
         return file.open(offset)
-    assert offset == 0, f"{file.uri} is compressed and cannot be read from byte {offset}"
     source = file.open()
     stream: IO[bytes]
-    if suffix == "gz":
+    if suffix in ("gz", "tgz"):
         stream = gzip.GzipFile(fileobj=source)  # type: ignore[assignment]
     elif suffix == "bz2":
         stream = bz2.BZ2File(source)  # type: ignore[assignment]
@@ -48,7 +47,10 @@ def decompressed(file: InputFile, offset: int = 0) -> IO[bytes]:
         stream = lzma.LZMAFile(source)  # noqa: SIM115
     else:
         stream = _ZstdStream(source)  # type: ignore[assignment]
-    return io.BufferedReader(stream, _BUFFER_BYTES)  # type: ignore[type-var, arg-type]
+    content = io.BufferedReader(stream, _BUFFER_BYTES)  # type: ignore[type-var, arg-type]
+    while offset and (passed := len(content.read(min(offset, _BUFFER_BYTES)))):
+        offset -= passed
+    return content
 
 
 class _ZstdStream(io.RawIOBase):

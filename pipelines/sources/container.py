@@ -7,12 +7,12 @@ row that is bad: it gives ``(None, why)`` for it, because the other rows of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pipelines.sources.input_file import InputFile
-from pipelines.sources.records import FileSchema, ParsedRow, RowRange
+from pipelines.sources.records import FileSchema, FileStamp, ParsedRow, RowRange
 
-__all__ = ["Container"]
+__all__ = ["Container", "FolderContainer"]
 
 
 class Container(Protocol):
@@ -41,3 +41,14 @@ class Container(Protocol):
 
     def schema(self, file: InputFile) -> FileSchema:
         """What the file says of its columns. Raises as ``split``."""
+
+
+@runtime_checkable
+class FolderContainer(Protocol):
+    """A container whose "file" is a folder, and which therefore knows itself what identifies it."""
+
+    def stamp(self, file: InputFile) -> FileStamp:
+        """As it is now."""
+
+    def fingerprint(self, file: InputFile) -> str:
+        """Of its content: 16 hexadecimal digits."""

@@ -20,7 +20,7 @@ from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import retry_storage
 
-__all__ = ["InputFile", "storage_call"]
+__all__ = ["InputFile", "current_stamp", "stamp_of", "storage_call"]
 
 T = TypeVar("T")
 
@@ -94,14 +94,17 @@ class InputFile:
                     digest.update(raw.read_exactly(start, _BLOCK_BYTES))
         return replace(self, fingerprint=digest.hexdigest())
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, now: FileStamp | None = None) -> None:
         """Refuse a file that has been written since the corpus was listed.
+
+        Args:
+            now: its stamp as it is now, if the caller has it.
 
         Raises:
             ConfigError: it has another size, entity tag or time of change, or is gone.
         """
         folder = Folder(self.folder)
-        now = storage_call(self.uri, lambda: current_stamp(folder, self.name))
+        now = now or storage_call(self.uri, lambda: current_stamp(folder, self.name))
         if (now.size, now.version) != (self.size, self.version):
             raise ConfigError(
                 f"{self.uri} has changed since this job began: it had {self.size} bytes (version {self.version}) "

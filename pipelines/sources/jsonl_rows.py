@@ -15,11 +15,12 @@ from pipelines.sources.compression import COMPRESSIONS, STREAM_ERRORS, decompres
 from pipelines.sources.input_file import InputFile
 from pipelines.sources.records import FileSchema, ParsedRow, RawRecord, RowRange, unreadable_file
 
-__all__ = ["JsonlRows", "parse_object", "physical_lines"]
+__all__ = ["COMPRESSED_RANGE_ROWS", "JsonlRows", "parse_json", "parse_object", "physical_lines"]
 
 _MAX_LINE_BYTES = 64 * 2**20
 """A longer line is a bad row; it is never held in memory as a whole."""
-_COMPRESSED_RANGE_ROWS = 16_384
+COMPRESSED_RANGE_ROWS = 16_384
+"""A range of a compressed file decompresses all before it, so there are few."""
 _SNIFFED_ROWS = 100
 
 
@@ -31,14 +32,13 @@ class JsonlRows:
     suffixes: tuple[str, ...] = tuple(s + c for s in (".jsonl", ".ndjson") for c in COMPRESSIONS)
 
     def split(self, file: InputFile, rows: int) -> Iterator[RowRange]:
-        compressed = is_compressed(file.name)
-        size = max(rows, _COMPRESSED_RANGE_ROWS) if compressed else rows
+        size = max(rows, COMPRESSED_RANGE_ROWS) if is_compressed(file.name) else rows
         start = count = 0
         try:
             with decompressed(file) as stream:
                 for offset, _ in _lines(stream):
                     if count and count % size == 0:
-                        yield _range(file, compressed, count - size, size, start)
+                        yield file.range(count - size, size, offset=start)
                     if count % size == 0:
                         start = offset
                     count += 1
@@ -46,12 +46,12 @@ class JsonlRows:
             raise unreadable_file(file.folder, file.name, error) from error
         if count:
             last = (count - 1) // size * size
-            yield _range(file, compressed, last, count - last, start)
+            yield file.range(last, count - last, offset=start)
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
         try:
             with decompressed(InputFile.of(rows), rows.offset) as stream:
-                for _, line in islice(_lines(stream), rows.skip, rows.skip + rows.rows):
+                for _, line in islice(_lines(stream, rows.offset), rows.rows):
                     yield _parse(line)
         except STREAM_ERRORS as error:
             raise unreadable_file(rows.folder, rows.file, error) from error
@@ -65,19 +65,22 @@ class JsonlRows:
         return FileSchema(tuple(dict.fromkeys(name for record in records if record for name in record)))
 
 
-def _range(file: InputFile, compressed: bool, first: int, rows: int, offset: int) -> RowRange:
-    return file.range(first, rows, skip=first) if compressed else file.range(first, rows, offset=offset)
-
-
 def parse_object(data: bytes, what: str) -> ParsedRow:
-    """A JSON object as a record; one with two values of one name is refused, because only one could be read."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        return None, f"not {what}: {error}: {data[:60]!r}"
+    """A JSON object as a record."""
+    value, why = parse_json(data, what)
+    if why:
+        return None, why
     if not isinstance(value, dict):
         return None, f"a JSON {type(value).__name__}, not an object: {data[:60]!r}"
     return value, ""
+
+
+def parse_json(data: bytes, what: str) -> tuple[Any, str]:
+    """A value, or why it cannot be used; an object with two values of one name is refused: only one could be read."""
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique), ""
+    except (ValueError, RecursionError) as error:
+        return None, f"not {what}: {error}: {data[:60]!r}"
 
 
 def physical_lines(file: IO[bytes], limit: int = _MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
@@ -94,9 +97,9 @@ def physical_lines(file: IO[bytes], limit: int = _MAX_LINE_BYTES) -> Iterator[tu
             yield start, line
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[int, bytes | None]]:
     for offset, line in physical_lines(file):
-        if line is not None and offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if line is not None and offset == start == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise OSError("its text is UTF-16; convert it to UTF-8")
         if line is None or line.strip(b" \t\r\n\v\f\xef\xbb\xbf"):
             yield offset, line

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pipelines.sources.container import Container
+from pipelines.sources.csv_rows import CsvRows
+from pipelines.sources.image_rows import ImageRows
+from pipelines.sources.json_rows import JsonRows
 from pipelines.sources.jsonl_rows import JsonlRows
 from pipelines.sources.parquet_rows import ParquetRows
+from pipelines.sources.tar_rows import TarRows
 
 __all__ = ["CONTAINERS", "container_named", "container_of"]
 
-CONTAINERS: tuple[Container, ...] = (ParquetRows(), JsonlRows())
+CONTAINERS: tuple[Container, ...] = (ParquetRows(), JsonlRows(), JsonRows(), CsvRows(), TarRows(), ImageRows())
 
 _BY_NAME = {container.name: container for container in CONTAINERS}
 _BY_SUFFIX = {suffix: container.name for container in CONTAINERS for suffix in container.suffixes}

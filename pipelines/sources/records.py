@@ -75,9 +75,11 @@ class RowRange:
     skip: int = 0
     """Rows to pass over, from where reading begins, before the first."""
     offset: int = 0
-    """Byte at which reading begins."""
+    """Byte of the (decompressed) file at which reading begins."""
     end: int = 0
-    """Byte at which reading may stop, where the container needs to know it."""
+    """Tar: byte at which reading may stop; 0 where the members of the rows are scattered over the file."""
+    aside: int = -1
+    """COCO: byte of the first of the images that its annotations refer to."""
 
     @property
     def stamp(self) -> FileStamp:
