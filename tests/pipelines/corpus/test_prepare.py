@@ -259,14 +259,6 @@ def test_an_output_folder_of_something_else_is_refused_untouched(tmp_path: Path,
     assert (nasty / "images" / "good_a.png").exists()
 
 
-def test_a_table_that_would_be_overlooked_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_rows(tmp_path / "rows" / "a.jsonl", [{"query_text": "q"}])
-    (tmp_path / "rows" / "b.csv").write_text("q,t")
-    with caplog.at_level(logging.WARNING):
-        assert sources.find(str(tmp_path)).names == ("a.jsonl",)
-    assert "b.csv" in caplog.text
-
-
 def test_the_resolution_of_duplicates_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
     def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> StagedLedger:
         columns = rows, images, [r for r, _ in refs], [i for _, i in refs]
