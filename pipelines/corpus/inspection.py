@@ -138,7 +138,7 @@ def _first_rows(files: SourceFiles) -> Iterator[SourceRow]:
     each = -(-_RECORDS // max(1, len(chosen)))
     for file in files.files():
         if file.name in chosen:
-            first = next(iter(container_named(file.container).split(file.identified(), each)), None)
+            first = next(iter(container_named(file.container).split(sources.identified(file), each)), None)
             if first is not None:
                 yield from islice(sources.read(first), each)
 

@@ -26,7 +26,7 @@ from pipelines.sources.partitions import partition_columns, with_partitions
 from pipelines.sources.records import FileSchema, FileStamp, RowRange, SourceRow
 from pipelines.sources.source_files import SourceFiles
 
-__all__ = ["FileStamp", "SourceFiles", "find", "group", "read", "schema_of", "split", "stamps"]
+__all__ = ["FileStamp", "SourceFiles", "find", "group", "identified", "read", "schema_of", "split", "stamps"]
 
 _SPLIT_THREADS = 16
 _SPLIT_AHEAD = 64
@@ -54,7 +54,7 @@ def split(source: SourceFiles, columns: Sequence[str] | None, rows: int) -> Iter
             raise ConfigError(
                 f"{file.uri} has the columns {list(present)}; none of them is known here: {list(columns)}"
             )
-        return list(container.split(_identified(file), rows))
+        return list(container.split(identified(file), rows))
 
     pending: deque[Future[list[RowRange]]] = deque()
     with ThreadPoolExecutor(max(1, min(_SPLIT_THREADS, len(source)))) as threads:
@@ -119,7 +119,7 @@ def schema_of(file: InputFile | RowRange) -> FileSchema:
     return replace(schema, columns=tuple(dict.fromkeys([*schema.columns, *partition_columns(file.folder, file.name)])))
 
 
-def _identified(file: InputFile) -> InputFile:
+def identified(file: InputFile) -> InputFile:
     """With the fingerprint of its content, to which the columns of its path belong."""
     container = container_named(file.container)
     if isinstance(container, FolderContainer):
