@@ -97,6 +97,38 @@ def prepare(
 
 
 @job
+def synthesise(
+    prepared: Place,
+    /,
+    *settings: Setting,
+    out: str,
+    preset: Preset = "2b",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Have another model write questions and answers about the queries of prepared tables; continues where it stopped.
+
+    example:
+      vllm serve Qwen/Qwen2.5-VL-7B-Instruct
+      crem synthesise s3://bucket/prepared --out s3://bucket/asked \\
+        synthesise.base_url=http://localhost:8000/v1 synthesise.model=Qwen/Qwen2.5-VL-7B-Instruct
+
+    Args:
+        prepared: folder or URI of prepared tables
+        out: folder or URI for a new version of the tables, with the questions; crem train takes it
+    """
+    from pipelines.synthesis.synthesise import synthesise
+
+    made = synthesise(prepared, out, config)
+    print(f"rows in {made.rows_in} = asked and answered or left as they were; questions {made.questions}")
+    for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
+        print(f"  no new question {count:>8}  {reason}")
+    print(f"requests {made.spent.requests}   tokens {made.spent.prompt_tokens} in, {made.spent.answer_tokens} out")
+    if made.cost:
+        print(f"cost     {made.cost:.4f}")
+
+
+@job
 def graft(
     language_model: Place,
     /,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crem.config.derived_tables import SynthesiseConfig
 from crem.config.jobs import (
     AblateConfig,
     EmbedConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "PromptConfig",
     "RunConfig",
     "ServeConfig",
+    "SynthesiseConfig",
     "TrainConfig",
     "load_config",
     "overlay_names",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from crem.config.derived_tables import SynthesiseConfig
 from crem.config.jobs import (
     AblateConfig,
     EmbedConfig,
@@ -27,6 +28,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     graft: GraftConfig = GraftConfig()
     prepare: PrepareConfig = PrepareConfig()
+    synthesise: SynthesiseConfig = SynthesiseConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

@@ -25,7 +25,8 @@ class PrepareManifest(JsonFile):
 
     FILE: ClassVar[str] = "manifest.json"
 
-    kind: Literal[JobKind.PREPARE] = JobKind.PREPARE
+    kind: Literal[JobKind.PREPARE, JobKind.SYNTHESISE, JobKind.MINE] = JobKind.PREPARE
+    """The job that wrote this version of the tables."""
     rows_in: int
     rows_out: int
     rejected: int

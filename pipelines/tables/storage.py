@@ -40,6 +40,8 @@ class JobKind(StrEnum):
     """The kinds of job that own an output folder, each named after its sub-command."""
 
     PREPARE = "prepare"
+    SYNTHESISE = "synthesise"
+    MINE = "mine"
     TRAIN = "train"
     EMBED = "embed"
     INDEX = "index"

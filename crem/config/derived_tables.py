@@ -1,0 +1,84 @@
+"""Settings of the jobs that make a new version of prepared tables. Sources are named as in ``crem.config.model``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from crem.config.section import Section
+
+__all__ = ["SynthesiseConfig"]
+
+
+class SynthesiseConfig(Section):
+    """Questions and answers about the queries of prepared tables, by a model behind an OpenAI-compatible endpoint
+    (``crem synthesise``).
+
+    What decides the answers (``model``, ``prompt``, ``kinds``, ``questions``, ``temperature``, ``request`` …) is kept
+    in the output's plan, and a run with other values is refused there. Bounds, prices and speeds may change between
+    the runs that make one output.
+    """
+
+    engine: Literal["endpoint", "vllm"] = "endpoint"
+    """``endpoint`` asks ``base_url``; ``vllm`` loads ``model`` on the cluster's GPUs through ``ray.data.llm``."""
+    base_url: str | None = None
+    """Where the endpoint is, up to and with ``/v1``. The key comes from ``OPENAI_API_KEY`` in the environment."""
+    model: str | None = None
+    """Name of the model there. Source of a choice: the paper took Qwen2.5-VL-7B."""
+    prompt: str = "grounded-1"
+    """A prompt of ``pipelines/synthesis/prompts``, or the path of a YAML file of yours with the same keys."""
+    kinds: tuple[str, ...] = ("describe", "attribute", "count", "relation", "activity", "text", "reason")
+    """Kinds of question, of those that the prompt explains; they take turns over the rows. Source: ours."""
+    questions: int = Field(1, ge=1, le=8)
+    """Questions per row. The row takes the first; each further one becomes a copy of the row. Source: ours."""
+    split: str = "train"
+    """Only rows whose split starts with this are asked about."""
+    text_queries: bool = False
+    """Whether rows whose query has no image are asked about too. Source: the paper's data are about images."""
+    max_image_pixels: int = Field(1024 * 1024, ge=64)
+    """Larger images are reduced to this area before they are sent. Source: ours, about 1,300 tokens in Qwen2-VL."""
+    structured: Literal["auto", "json_schema", "json_object", "text"] = "auto"
+    """The ``response_format`` that is asked for; ``auto`` steps down from a JSON schema where the endpoint refuses."""
+    temperature: float = Field(0.7, ge=0, le=2)
+    """Source: ours; above 0, so that a second attempt differs from the first."""
+    max_answer_tokens: int = Field(512, ge=1)
+    """Longest completion of one request."""
+    request: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further fields of every request, e.g. ``{seed: 1}``."""
+    attempts: int = Field(3, ge=1)
+    """Invalid answers after which a row stays without a question. Source: ours."""
+    max_failed_share: float = Field(0.5, gt=0, le=1)
+    """A run in which a larger share of rows fails ends with the reasons, once 50 rows are done. Source: ours."""
+    concurrency: int = Field(32, ge=1)
+    """Requests in flight, of all workers together. Source: ours."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """Upper bound of all workers together; ``null`` is none."""
+    timeout_s: float = Field(120, gt=0)
+    """Longest wait for one answer. Source: ours."""
+    away_s: float = Field(600, ge=0)
+    """How long the endpoint may give no answer to anyone before the job ends; it resumes when run again."""
+    max_requests: int | None = Field(None, ge=1)
+    """The job ends before it sends more, those of earlier runs into the same output included."""
+    max_tokens: int | None = Field(None, ge=1)
+    """As ``max_requests``, in tokens of prompts and answers."""
+    max_cost: float | None = Field(None, gt=0)
+    """As ``max_requests``, in the currency of the prices."""
+    input_price: float = Field(0, ge=0)
+    """Price of a million prompt tokens."""
+    output_price: float = Field(0, ge=0)
+    """Price of a million answer tokens."""
+    when_spent: Literal["stop", "finish"] = "stop"
+    """At a bound: ``stop``, to be continued, or ``finish`` the tables with the questions that there are."""
+    actors: int = Field(2, ge=1)
+    """Workers that send requests; each takes 1 CPU. Source: ours."""
+    rows_per_shard: int = Field(256, ge=1)
+    """Rows that one worker asks about at a time, and that become one part. Source: ours."""
+
+    @model_validator(mode="after")
+    def _prices(self) -> SynthesiseConfig:
+        if self.max_cost is not None and not self.input_price and not self.output_price:
+            raise ValueError("synthesise.max_cost needs synthesise.input_price and synthesise.output_price")
+        if not self.kinds:
+            raise ValueError("synthesise.kinds is empty; name at least one kind of question")
+        return self

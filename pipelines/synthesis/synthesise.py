@@ -1,0 +1,289 @@
+"""``crem synthesise``: questions and answers about the queries of prepared tables, written by another model.
+
+CREM trains L_r and L_g on the same sample (method.md §4): "homogeneous" generation data are questions and answers that
+an off-the-shelf model writes about the very images and instructions of the retrieval rows. So the output is a new
+version of the tables, in which a row has the question and answer that it lacked; ``crem train`` takes it as it is.
+
+The rows are split into *shards* of some hundred. One worker asks about the rows of a shard, many at a time, and writes
+them as one part. All that concerns money is in one place, the *meter*; each answer is stored within a second
+(``answer_table``). Rows in = rows out: a row that cannot be asked about stays as it was, and its reason is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from crem.config import RunConfig, SynthesiseConfig
+from crem.errors import ConfigError, ResourceError
+from pipelines.synthesis.answer_table import (
+    JOURNAL,
+    AskShard,
+    ShardOutcome,
+    SynthesisPlan,
+    finished_shard,
+    journal_spent,
+    start_or_resume,
+)
+from pipelines.synthesis.endpoint import host_of
+from pipelines.synthesis.meter import MeterReading, Spent, start_meter
+from pipelines.synthesis.question_prompt import QuestionPrompt
+from pipelines.synthesis.shard_asking import ShardAsker, parameters_of
+from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables.manifest import PrepareManifest, read_manifest, table_parts
+from pipelines.tables.shared_folders import require_readable_tables, require_shared
+from pipelines.tables.storage import Folder, JobKind
+from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.stored_images import locate_images
+from pipelines.tables.table_copies import copy_parts
+
+__all__ = ["Synthesised", "synthesise"]
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 10.0
+_ROWS_BEFORE_JUDGEMENT = 50
+"""Rows done before ``synthesise.max_failed_share`` ends a run. Source: ours."""
+_NOT_ASKED = frozenset({"other_split", "has_question", "no_image", "bound_reached"})
+"""Reasons of rows that were not asked about; all others are failures."""
+
+
+@dataclass(frozen=True)
+class Synthesised:
+    """What a run came to, earlier runs into the same output included."""
+
+    rows_in: int
+    questions: int
+    """Rows out with a new question."""
+    by_reason: dict[str, int]
+    """Rows without a new question by reason."""
+    spent: Spent
+    cost: float
+    was_complete: bool
+    """Whether the output was complete before, and nothing was asked."""
+
+
+def synthesise(prepared: str, out: str, config: RunConfig) -> Synthesised:
+    """Write a version of the tables at ``prepared`` whose rows have questions and answers, into ``out``.
+
+    Raises:
+        ConfigError: there are no tables, ``out`` holds something else or the answers of other settings, the endpoint is
+            not set or refuses the key.
+        ResourceError: the endpoint is away, or a bound was reached; run again to continue.
+    """
+    settings = config.synthesise
+    source, target = Folder.at(prepared), Folder.at(out)
+    if source.uri == target.uri:
+        raise ConfigError(f"--out {out!r} holds the tables themselves; choose another folder")
+    manifest = read_manifest(source)
+    prompt = QuestionPrompt.load(settings.prompt, settings.kinds)
+    if not settings.model or (not settings.base_url and settings.engine == "endpoint"):
+        raise ConfigError(
+            "who writes the questions? Give synthesise.model=NAME and the endpoint that serves it, "
+            "synthesise.base_url=http://HOST:8000/v1 (or synthesise.engine=vllm)"
+        )
+    shards = _shards(source, settings.rows_per_shard)
+    plan = _plan(source, manifest, prompt, shards, settings)
+    target.claim(JobKind.SYNTHESISE)
+    start_or_resume(target, plan)
+    finished = {s.number: outcome for s in shards if (outcome := finished_shard(target, s)) is not None}
+    if len(finished) == len(shards) and PrepareManifest.read(target) is not None:
+        log.info("%s is complete: nothing to ask", target.uri)
+        return _summary(list(finished.values()), settings, was_complete=True)
+    session.connect()
+    require_readable_tables(prepared)
+    require_shared(target)
+    with ray_tasks.remote_errors():
+        outcomes = _ask(source, target, [s for s in shards if s.number not in finished], finished, prompt, settings)
+        copy_parts(source, target, "images")
+    _finish(source, target, manifest, plan, outcomes, settings)
+    return _summary(outcomes, settings, was_complete=False)
+
+
+def _shards(source: Folder, rows_per_shard: int) -> list[AskShard]:
+    """The rows of every part, in pieces."""
+    found: list[AskShard] = []
+    rows = source.child("rows")
+    for name in table_parts(source, "rows"):
+        with rows.open(name) as file:
+            count = pq.ParquetFile(file).metadata.num_rows
+        for first in range(0, count, rows_per_shard):
+            found.append(AskShard(len(found), name, first, min(rows_per_shard, count - first)))
+    if not found:
+        raise ConfigError(f"{source.uri} has no rows; there is nothing to ask about")
+    return found
+
+
+def _plan(
+    source: Folder,
+    manifest: PrepareManifest,
+    prompt: QuestionPrompt,
+    shards: Sequence[AskShard],
+    settings: SynthesiseConfig,
+) -> SynthesisPlan:
+    decisive = {"engine", "model", "attempts", "split", "text_queries", "rows_per_shard"}
+    return SynthesisPlan(
+        source=source.uri,
+        source_id=manifest.content_id,
+        prompt=prompt.name,
+        prompt_hash=prompt.digest,
+        settings=settings.model_dump(mode="json", include=decisive) | parameters_of(settings),
+        shards=tuple((shard.part, shard.first, shard.rows) for shard in shards),
+    )
+
+
+def _ask(
+    source: Folder,
+    target: Folder,
+    shards: list[AskShard],
+    finished: dict[int, ShardOutcome],
+    prompt: QuestionPrompt,
+    settings: SynthesiseConfig,
+) -> list[ShardOutcome]:
+    """Ask about the shards that are not finished; the outcomes of all."""
+    outcomes = list(finished.values())
+    before = sum((o.spent for o in outcomes), journal_spent(target))
+    total = sum(shard.rows for shard in shards)
+    log.info(
+        "asking %s at %s about %d rows, %d in finished parts; %d requests and %d tokens were spent before",
+        settings.model,
+        host_of(settings.base_url or ""),
+        total,
+        sum(o.rows_in for o in outcomes),
+        before.requests,
+        before.tokens,
+    )
+    if not shards:
+        return outcomes
+    images = ray.put(locate_images(source))
+    meter = start_meter(settings, before)
+    dataset = ray_tasks.task_dataset(shards).map_batches(
+        ShardAsker,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(settings.actors, len(shards))),
+        num_cpus=1,
+        fn_constructor_args=(source, target, [images], prompt, meter, settings),
+    )
+    bound = ""
+    with _progress(meter, total, settings):
+        for outcome in ray_tasks.results(dataset):
+            bound = bound or outcome.bound
+            outcomes += [] if outcome.bound else [outcome]
+    if bound:
+        spent = ray.get(meter.reading.remote()).spent
+        raise ResourceError(
+            f"stopped at {bound}: {spent.requests} requests, {spent.tokens} tokens{_cost(spent, settings)}. The answers "
+            f"are kept in {target.uri}: raise the bound and run again to continue, or give synthesise.when_spent=finish "
+            "to complete the tables with the questions that there are"
+        )
+    return outcomes
+
+
+@contextmanager
+def _progress(meter: ray.actor.ActorHandle, rows: int, settings: SynthesiseConfig) -> Iterator[None]:
+    """Log what the meter says from time to time; a shard can take minutes."""
+    stopped, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not stopped.wait(_LOG_EVERY_S):
+            reading = ray.get(meter.reading.remote())
+            log.info("%s", _progress_line(reading, rows, time.monotonic() - began, settings))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        log.info("%s", _progress_line(ray.get(meter.reading.remote()), rows, time.monotonic() - began, settings))
+
+
+def _progress_line(reading: MeterReading, rows: int, seconds: float, settings: SynthesiseConfig) -> str:
+    rate = reading.rows / seconds
+    left = f"{(rows - reading.rows) / rate / 60:.0f} min left at most" if rate else "no answer yet"
+    return (
+        f"{reading.rows} of at most {rows} rows asked about, {reading.failed} without a valid answer, {rate:.1f} rows/s, "
+        f"{reading.spent.tokens} tokens{_cost(reading.spent, settings)}, {reading.in_flight} in flight, "
+        f"{reading.busy} times busy, {left}"
+    )
+
+
+def _cost(spent: Spent, settings: SynthesiseConfig) -> str:
+    return f", cost {spent.cost(settings):.2f}" if settings.input_price or settings.output_price else ""
+
+
+def _finish(
+    source: Folder,
+    target: Folder,
+    manifest: PrepareManifest,
+    plan: SynthesisPlan,
+    outcomes: Sequence[ShardOutcome],
+    settings: SynthesiseConfig,
+) -> None:
+    """Check the counts, and write what makes the tables complete."""
+    rows_in, rows_out = (sum(getattr(o, name) for o in outcomes) for name in ("rows_in", "rows_out"))
+    if rows_in != manifest.rows_out:
+        raise RuntimeError(f"{manifest.rows_out} rows went in and {rows_in} are accounted for")
+    retry_storage("rejected", lambda: _write_empty_rejected(target))
+    spent = sum((o.spent for o in outcomes), Spent())
+    made = PrepareManifest(
+        kind=JobKind.SYNTHESISE,
+        rows_in=rows_out,  # a row with three questions counts as three, as a conversation of three turns does
+        rows_out=rows_out,
+        rejected=0,
+        images=manifest.images,
+        by_reason={},
+        by_split_task=dict(sorted(sum((o.by_split_task for o in outcomes), Counter()).items())),
+        source_uri=source.uri,
+        created_with={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("ray", "pyarrow", "openai")},
+        config=manifest.config
+        | {
+            "synthesise": plan.settings
+            | {
+                "prompt": plan.prompt,
+                "prompt_hash": plan.prompt_hash,
+                "endpoint": host_of(settings.base_url or ""),
+                "source_id": plan.source_id,
+                "without_a_question": dict(sorted(sum((o.by_reason for o in outcomes), Counter()).items())),
+                "requests": spent.requests,
+                "prompt_tokens": spent.prompt_tokens,
+                "answer_tokens": spent.answer_tokens,
+            }
+        },
+    )
+    target.remove(JOURNAL)
+    made.write(target)
+
+
+def _write_empty_rejected(target: Folder) -> None:
+    """An empty table of rejections: this job rejects no row."""
+    from pipelines.synthesis.answer_table import parquet
+
+    target.write_bytes(parquet(schema.REJECTED.empty_table()), "rejected", "part-000000.parquet")
+
+
+def _summary(outcomes: Sequence[ShardOutcome], settings: SynthesiseConfig, *, was_complete: bool) -> Synthesised:
+    by_reason = sum((o.by_reason for o in outcomes), Counter[str]())
+    spent = sum((o.spent for o in outcomes), Spent())
+    return Synthesised(
+        rows_in=sum(o.rows_in for o in outcomes),
+        questions=sum(o.rows_out for o in outcomes) - sum(by_reason.values()),
+        by_reason=dict(by_reason),
+        spent=spent,
+        cost=spent.cost(settings),
+        was_complete=was_complete,
+    )
