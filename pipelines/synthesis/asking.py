@@ -2,12 +2,12 @@
 
 Three kinds of failure are told apart:
 
-- *The answer is invalid* (no JSON, another form, cut off): asked again, ``synthesise.attempts`` times in all; then the row
-  stays without a question, with the reason.
+- *The answer is invalid* (no JSON, another form, cut off): asked again, ``synthesise.attempts`` times in all; then the
+  row stays without a question, with the reason.
 - *The endpoint is busy or away* (429, timeout, 5xx, broken connection): asked again with growing pauses, for as long as
   anyone gets answers, or ``synthesise.away_s`` without one; then the job ends, and goes on when it is run again.
-- *This request brings the server down* (it fails time after time, and a smaller request does not): the row stays without a
-  question. Without the smaller request a single image could end the job at every run.
+- *This request brings the server down* (it fails time after time, and a smaller request does not): the row stays
+  without a question. Without the smaller request a single image could end the job at every run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Asked", "Asker", "ask"]
 
 _LONGEST_PAUSE_S = 60.0
 _FAILURES_BEFORE_PROBE = 8
-"""Failures of one request after which the endpoint itself is tried. Source: ours; the pauses before add up to minutes."""
+"""Failures of one request after which the endpoint itself is tried. Source: ours; the pauses add up to minutes."""
 
 
 class Asker(Protocol):
@@ -133,6 +133,6 @@ def _checked(completion: Completion, kinds: Sequence[str], wanted: int) -> tuple
 
 
 def _pause_s(failure: EndpointBusyError, failures: int, jitter: float) -> float:
-    """What the server asks for, else doubling pauses; up to half as much again, so that workers do not return at once."""
+    """What the server asks for, else doubling pauses; up to half as much again, so that not all return at once."""
     asked = failure.pause_s if failure.pause_s is not None else min(_LONGEST_PAUSE_S, 2.0 ** (failures - 1))
     return asked * (1 + jitter / 2)

@@ -1,10 +1,10 @@
 """One request to an OpenAI-compatible endpoint, and what its outcome means for the row and for the job.
 
-Why not ``ray.data.llm``'s ``HttpRequestProcessorConfig`` (Ray 2.60): it retries neither status 500 nor what a server says in
+Why not ``ray.data.llm``'s ``HttpRequestProcessorConfig`` (Ray 2.60): it does not retry status 500 and does not read
 ``Retry-After``; its pauses have no jitter and double without bound; it takes any other status, 401 and 400 among them,
-for an answer; its rate holds per batch and not for the job; an exhausted row ends the job with an exception that carries
-the whole payload, images included; and it can neither stop at a cost nor keep the answers of a batch that is killed. So
-``openai``'s client sends the requests, with its own retries off: every attempt has to be counted before it is sent.
+for an answer; its rate holds per batch and not for the job; an exhausted row ends the job with an exception that
+carries the whole payload, images included; and it can neither stop at a cost nor keep the answers of a batch that is
+killed. So ``openai``'s client sends the requests, with its own retries off: every attempt is counted before it is sent.
 
 Endpoints differ in what they accept. A request is first sent in the strictest form; where an endpoint refuses a field
 by name, the form is relaxed for all further requests (``Dialect``).

@@ -1,9 +1,9 @@
 """The one place that counts requests, tokens and money of a run: bounds hold over all workers together.
 
 A worker asks ``admit`` before each request and tells ``settle`` what came of it. The meter lets a request go when fewer
-than ``concurrency`` are in flight, the rate allows it, no pause is on, and the bounds cannot be passed: for each request
-in flight it reserves as much as the dearest one so far has cost. It lives in one Ray actor (two calls of about a
-millisecond per request), and its state is plain numbers, so it is tested without Ray.
+than ``concurrency`` are in flight, the rate allows it, no pause is on, and the bounds cannot be passed: for each
+request in flight it reserves as much as the dearest one so far has cost. It lives in one Ray actor (two calls of about
+a millisecond per request), and its state is plain numbers, so it is tested without Ray.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -24,8 +25,10 @@ __all__ = ["BoundReachedError", "Meter", "MeterClient", "RemoteMeter", "Spent", 
 _LONGEST_PAUSE_S = 300.0
 """A ``Retry-After`` beyond it is cut: the next request asks again. Source: ours."""
 _FIRST_PROMPT_TOKENS = 2_000
-"""Reserved for the prompt of a request before any has come back. Source: ours, an image of a megapixel and the rules."""
+"""Reserved for the prompt of a request before any has come back. Source: ours, an image of a megapixel and rules."""
 
+_ROWS_BEFORE_JUDGEMENT = 50
+"""Rows done before ``synthesise.max_failed_share`` counts. Source: ours."""
 _LOST_AFTER_S = 60.0
 """A request that is not settled so long after its timeout belongs to a worker that died."""
 
@@ -93,8 +96,8 @@ class MeterClient(Protocol):
     async def silent_s(self) -> float:
         """Seconds since anyone got an answer, or since the start of the run."""
 
-    async def row_done(self, failed: bool) -> None:
-        """A row has its question, or stays without one."""
+    async def row_done(self, reason: str | None) -> str:
+        """A row has its question, or stays without one for ``reason``; what is wrong, where too many of them do."""
 
 
 class Meter:
@@ -103,7 +106,8 @@ class Meter:
     def __init__(self, config: SynthesiseConfig, spent: Spent = Spent(), clock: Callable[[], float] = time.monotonic):
         self.config = config
         self.spent = spent
-        self.rows = self.failed = self.busy = 0
+        self.rows = self.busy = 0
+        self.reasons: Counter[str] = Counter()
         self.bound = ""
         self._clock = clock
         self._open_at = self._answered_at = clock()
@@ -149,11 +153,18 @@ class Meter:
     async def silent_s(self) -> float:
         return self._clock() - self._answered_at
 
-    async def row_done(self, failed: bool) -> None:
-        self.rows, self.failed = self.rows + 1, self.failed + failed
+    async def row_done(self, reason: str | None) -> str:
+        self.rows += 1
+        if reason is not None:
+            self.reasons[reason] += 1
+        failed = self.reasons.total()
+        if self.rows < _ROWS_BEFORE_JUDGEMENT or failed <= self.config.max_failed_share * self.rows:
+            return ""
+        reasons = ", ".join(f"{name} {count}" for name, count in self.reasons.most_common())
+        return f"{failed} of {self.rows} rows got no valid answer ({reasons})"
 
     async def reading(self) -> MeterReading:
-        return MeterReading(self.spent, self.rows, self.failed, len(self._in_flight), self.busy, self.bound)
+        return MeterReading(self.spent, self.rows, self.reasons.total(), len(self._in_flight), self.busy, self.bound)
 
     def _bound_of_one_more(self) -> str:
         """The bound that one more request could pass; empty where there is none."""
@@ -194,8 +205,8 @@ class RemoteMeter:
     async def silent_s(self) -> float:
         return float(await self._actor.silent_s.remote())
 
-    async def row_done(self, failed: bool) -> None:
-        await self._actor.row_done.remote(failed)
+    async def row_done(self, reason: str | None) -> str:
+        return str(await self._actor.row_done.remote(reason))
 
 
 class _MeterActor(Meter):

@@ -84,7 +84,8 @@ class QuestionPrompt:
             ) from None
         except (OSError, yaml.YAMLError, ValidationError, ValueError) as error:
             raise ConfigError(
-                f"the prompt {os.fspath(path)!r} cannot be used: {error}; begin with a copy of {_SHIPPED}/grounded-1.yaml"
+                f"the prompt {os.fspath(path)!r} cannot be used: {error}; begin with a copy of "
+                f"{_SHIPPED}/grounded-1.yaml"
             ) from error
         if unknown := [kind for kind in wanted if kind not in file.kinds]:
             raise ConfigError(

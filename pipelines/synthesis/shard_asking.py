@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import ray
 
 from crem.config import SynthesiseConfig
-from crem.errors import CremError
+from crem.errors import ConfigError, CremError
 from pipelines.synthesis.answer_table import (
     ANSWERS,
     AskShard,
@@ -90,9 +90,13 @@ class ShardAsker:
                     return
                 records[row["id"]] = record
                 if record["model"] is not None:
-                    await self.meter.row_done(record["reason"] is not None)
                     if journal.add(record):
                         await asyncio.to_thread(retry_storage, "journal", journal.flush)
+                    if hopeless := await self.meter.row_done(record["reason"]):
+                        raise ConfigError(
+                            f"{hopeless}; the last said: {record['detail']}. Take another model or prompt, or raise "
+                            "synthesise.max_failed_share"
+                        )
 
         try:
             async with asyncio.TaskGroup() as group:

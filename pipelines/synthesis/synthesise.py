@@ -53,10 +53,6 @@ __all__ = ["Synthesised", "synthesise"]
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
-_ROWS_BEFORE_JUDGEMENT = 50
-"""Rows done before ``synthesise.max_failed_share`` ends a run. Source: ours."""
-_NOT_ASKED = frozenset({"other_split", "has_question", "no_image", "bound_reached"})
-"""Reasons of rows that were not asked about; all others are failures."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +180,9 @@ def _ask(
     if bound:
         spent = ray.get(meter.reading.remote()).spent
         raise ResourceError(
-            f"stopped at {bound}: {spent.requests} requests, {spent.tokens} tokens{_cost(spent, settings)}. The answers "
-            f"are kept in {target.uri}: raise the bound and run again to continue, or give synthesise.when_spent=finish "
-            "to complete the tables with the questions that there are"
+            f"stopped at {bound}: {spent.requests} requests, {spent.tokens} tokens{_cost(spent, settings)}. The "
+            f"answers are kept in {target.uri}: raise the bound and run again to continue, or give "
+            "synthesise.when_spent=finish to complete the tables with the questions that there are"
         )
     return outcomes
 
@@ -215,8 +211,8 @@ def _progress_line(reading: MeterReading, rows: int, seconds: float, settings: S
     rate = reading.rows / seconds
     left = f"{(rows - reading.rows) / rate / 60:.0f} min left at most" if rate else "no answer yet"
     return (
-        f"{reading.rows} of at most {rows} rows asked about, {reading.failed} without a valid answer, {rate:.1f} rows/s, "
-        f"{reading.spent.tokens} tokens{_cost(reading.spent, settings)}, {reading.in_flight} in flight, "
+        f"{reading.rows} of at most {rows} rows asked about, {reading.failed} without a valid answer, "
+        f"{rate:.1f} rows/s, {reading.spent.tokens} tokens{_cost(reading.spent, settings)}, {reading.in_flight} in flight, "
         f"{reading.busy} times busy, {left}"
     )
 
