@@ -55,6 +55,7 @@ class Asked:
 async def ask(
     messages: Sequence[Message],
     wanted: int,
+    kinds: Sequence[str],
     *,
     endpoint: Asker,
     meter: MeterClient,
@@ -62,7 +63,7 @@ async def ask(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     jitter: Callable[[], float] = random.random,
 ) -> Asked:
-    """Ask for ``wanted`` pairs.
+    """Ask for ``wanted`` pairs, each of one of ``kinds``.
 
     Raises:
         BoundReachedError: a bound forbids a further request; what was asked so far is counted by the meter.
@@ -79,7 +80,7 @@ async def ask(
         spent += cost
         if isinstance(outcome, Completion):
             try:
-                return done(_checked(outcome, config.kinds, wanted))
+                return done(_checked(outcome, kinds, wanted))
             except ItemError as error:
                 invalid += 1
                 if invalid >= config.attempts or error.reason == "refused":

@@ -121,18 +121,21 @@ class Dialect:
 class Endpoint:
     """An open connection to the endpoint of ``synthesise.base_url``; one per worker.
 
+    Args:
+        kinds: of the pairs of a valid answer.
+
     Raises:
         ConfigError: there is no address.
     """
 
-    def __init__(self, config: SynthesiseConfig):
+    def __init__(self, config: SynthesiseConfig, kinds: Sequence[str]):
         if not config.base_url or not config.model:
             missing = "base_url" if not config.base_url else "model"
             raise ConfigError(
                 f"synthesise.{missing} is not set; name the endpoint and its model: "
                 "synthesise.base_url=http://HOST:8000/v1 synthesise.model=NAME"
             )
-        self.config = config
+        self.config, self.kinds = config, kinds
         self.host = host_of(config.base_url)
         self.dialect = Dialect(_MODES[0] if config.structured == "auto" else config.structured)
         self._key = os.environ.get(KEY, "")
@@ -185,7 +188,7 @@ class Endpoint:
         if dialect.temperature:
             request["temperature"] = config.temperature
         if dialect.response_format == "json_schema":
-            schema = {"name": "pairs", "strict": True, "schema": answer_schema(config.kinds)}
+            schema = {"name": "pairs", "strict": True, "schema": answer_schema(self.kinds)}
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif dialect.response_format == "json_object":
             request["response_format"] = {"type": "json_object"}

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -57,7 +58,7 @@ class ShardAsker:
         self.images: StoredImages = ray.get(images[0])
         self.meter: MeterClient = RemoteMeter(meter)
         self.runner = asyncio.Runner()  # one loop for all calls: connections are kept open between them
-        self.endpoint = Endpoint(config)
+        self.endpoint = Endpoint(config, tuple(prompt.kinds))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
@@ -115,19 +116,16 @@ class ShardAsker:
         messages = await asyncio.to_thread(
             self.prompt.messages, row["query"], kinds, self.images.read, self.config.max_image_pixels
         )
-        asked = await ask(messages, len(kinds), endpoint=self.endpoint, meter=self.meter, config=self.config)
+        accepted = tuple(self.prompt.kinds)  # where the kind that is asked for does not fit, another one may stand
+        asked = await ask(messages, len(kinds), accepted, endpoint=self.endpoint, meter=self.meter, config=self.config)
         return row_record(row["id"], asked=asked, prompt=self.prompt, endpoint=self.endpoint.host, config=self.config)
 
     def _write(self, shard: AskShard, rows: pa.Table, records: dict[int, ArrowRow], journal: Journal) -> ShardOutcome:
         answers = pa.Table.from_pylist([records[row_id] for row_id in rows["id"].to_pylist()], schema=ANSWERS)
         made = rows_with_answers(rows, answers)
         name = part_name(shard.number)
-        for table, folder in (
-            (made, "rows"),
-            (answers, "answers"),
-        ):  # the answers last: they say that the shard is done
-            data = parquet(table)
-            retry_storage(name, lambda data=data, folder=folder: self.target.write_bytes(data, folder, name))
+        for table, folder in ((made, "rows"), (answers, "answers")):  # answers last: they say that the shard is done
+            retry_storage(name, partial(self.target.write_bytes, parquet(table), folder, name))
         retry_storage("journal", journal.remove)
         return outcome_of(answers, made)
 

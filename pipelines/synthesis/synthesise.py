@@ -212,8 +212,8 @@ def _progress_line(reading: MeterReading, rows: int, seconds: float, settings: S
     left = f"{(rows - reading.rows) / rate / 60:.0f} min left at most" if rate else "no answer yet"
     return (
         f"{reading.rows} of at most {rows} rows asked about, {reading.failed} without a valid answer, "
-        f"{rate:.1f} rows/s, {reading.spent.tokens} tokens{_cost(reading.spent, settings)}, {reading.in_flight} in flight, "
-        f"{reading.busy} times busy, {left}"
+        f"{rate:.1f} rows/s, {reading.spent.tokens} tokens{_cost(reading.spent, settings)}, "
+        f"{reading.in_flight} in flight, {reading.busy} times busy, {left}"
     )
 
 
