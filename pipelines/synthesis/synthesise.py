@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import logging
 import platform
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -36,8 +33,9 @@ from pipelines.synthesis.answer_table import (
     journal_spent,
     start_or_resume,
 )
+from pipelines.synthesis.asking_progress import cost_text, progress
 from pipelines.synthesis.endpoint import host_of
-from pipelines.synthesis.meter import MeterReading, Spent, start_meter
+from pipelines.synthesis.meter import Spent, start_meter
 from pipelines.synthesis.question_prompt import QuestionPrompt
 from pipelines.synthesis.shard_asking import ShardAsker, parameters_of
 from pipelines.tables import ray_tasks, schema, session
@@ -51,8 +49,6 @@ from pipelines.tables.table_copies import copy_parts
 __all__ = ["Synthesised", "synthesise"]
 
 log = logging.getLogger(__name__)
-
-_LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -173,52 +169,18 @@ def _ask(
         fn_constructor_args=(source, target, [images], prompt, meter, settings),
     )
     bound = ""
-    with _progress(meter, total, settings):
+    with progress(meter, total, settings):
         for outcome in ray_tasks.results(dataset):
             bound = bound or outcome.bound
             outcomes += [] if outcome.bound else [outcome]
     if bound:
         spent = ray.get(meter.reading.remote()).spent
         raise ResourceError(
-            f"stopped at {bound}: {spent.requests} requests, {spent.tokens} tokens{_cost(spent, settings)}. The "
+            f"stopped at {bound}: {spent.requests} requests, {spent.tokens} tokens{cost_text(spent, settings)}. The "
             f"answers are kept in {target.uri}: raise the bound and run again to continue, or give "
             "synthesise.when_spent=finish to complete the tables with the questions that there are"
         )
     return outcomes
-
-
-@contextmanager
-def _progress(meter: ray.actor.ActorHandle, rows: int, settings: SynthesiseConfig) -> Iterator[None]:
-    """Log what the meter says from time to time; a shard can take minutes."""
-    stopped, began = threading.Event(), time.monotonic()
-
-    def watch() -> None:
-        while not stopped.wait(_LOG_EVERY_S):
-            reading = ray.get(meter.reading.remote())
-            log.info("%s", _progress_line(reading, rows, time.monotonic() - began, settings))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
-        log.info("%s", _progress_line(ray.get(meter.reading.remote()), rows, time.monotonic() - began, settings))
-
-
-def _progress_line(reading: MeterReading, rows: int, seconds: float, settings: SynthesiseConfig) -> str:
-    rate = reading.rows / seconds
-    left = f"{(rows - reading.rows) / rate / 60:.0f} min left at most" if rate else "no answer yet"
-    return (
-        f"{reading.rows} of at most {rows} rows asked about, {reading.failed} without a valid answer, "
-        f"{rate:.1f} rows/s, {reading.spent.tokens} tokens{_cost(reading.spent, settings)}, "
-        f"{reading.in_flight} in flight, {reading.busy} times busy, {left}"
-    )
-
-
-def _cost(spent: Spent, settings: SynthesiseConfig) -> str:
-    return f", cost {spent.cost(settings):.2f}" if settings.input_price or settings.output_price else ""
 
 
 def _finish(

@@ -9,7 +9,8 @@ import pytest
 
 from crem.config import SynthesiseConfig
 from crem.errors import ConfigError
-from pipelines.synthesis.meter import BoundReachedError, Meter, Spent
+from pipelines.synthesis.asking_progress import progress_line
+from pipelines.synthesis.meter import BoundReachedError, Meter, MeterReading, Spent
 from tests.pipelines.synthesis.conftest import settings
 
 
@@ -128,3 +129,13 @@ def test_a_bound_on_the_cost_needs_prices() -> None:
     with pytest.raises(ConfigError, match="synthesise.input_price"):
         settings("max_cost=1")
     assert Spent(1, 2_000_000, 500_000).cost(SynthesiseConfig(input_price=0.5, output_price=2)) == 2.0
+
+
+def test_the_log_tells_speed_cost_and_time_left() -> None:
+    reading = MeterReading(Spent(30, 900_000, 100_000), rows=20, failed=2, in_flight=4, busy=3, bound="")
+    line = progress_line(reading, 100, 40.0, settings("input_price=1", "output_price=6"))
+    assert line == (
+        "20 of at most 100 rows asked about, 2 without a valid answer, 0.5 rows/s, 1000000 tokens, cost 1.50, "
+        "4 in flight, 3 times busy, 3 min left at most"
+    )
+    assert "no answer yet" in progress_line(MeterReading(Spent(), 0, 0, 0, 0, ""), 9, 1.0, settings())

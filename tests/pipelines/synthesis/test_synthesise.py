@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -66,18 +65,13 @@ def flaky(number: int, request: Request) -> Reply:
     return bad.get(number % 16) or good(request)
 
 
-def test_rows_get_questions_and_the_tables_can_be_trained_on(
-    prepared: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "pipelines.synthesis.synthesise")
+def test_rows_get_questions_and_the_tables_can_be_trained_on(prepared: str, tmp_path: Path) -> None:
     with answering(flaky) as server:
         made = synthesise(prepared, str(tmp_path), config(server, "input_price=1", "output_price=2", "actors=2"))
         sent = len(server.requests)
     assert (made.rows_in, made.questions, made.by_reason) == (ROWS, ASKABLE, SKIPPED)
     assert made.spent.requests == sent > ASKABLE
     assert made.cost == pytest.approx(sum(made_cost(record) for record in answers(tmp_path)))
-    assert f"{ASKABLE} of at most {ROWS} rows asked about, 0 without a valid answer" in caplog.text
-    assert "cost 0.00, 0 in flight" in caplog.text
     before = {row["id"]: row for row in table(f"{prepared}/rows")}
     after = {row["id"]: row for row in table(tmp_path / "rows")}
     assert before.keys() == after.keys()
@@ -270,7 +264,3 @@ def test_our_own_server_speaks_the_same_language(prepared: str, tmp_path: Path, 
     reasons = {reason: n for reason, n in made.by_reason.items() if reason not in SKIPPED}
     assert sum(reasons.values()) == ASKABLE and set(reasons) <= {"invalid_json", "cut_off"}, made.by_reason
     assert made.spent.prompt_tokens > 100 * ASKABLE and 0 < made.spent.answer_tokens <= 8 * ASKABLE
-    with pytest.raises(CremError):
-        synthesise(
-            prepared, str(tmp_path / "b"), load_config("micro", ["synthesise.base_url=nowhere", "synthesise.model=x"])
-        )
