@@ -112,6 +112,8 @@ class Meter:
         self._clock = clock
         self._open_at = self._answered_at = clock()
         self._dearest = Spent(1, _FIRST_PROMPT_TOKENS, config.max_answer_tokens)
+        if spent.tokens:  # what a request of earlier runs cost is a better guess
+            self._dearest = Spent(1, *(-(-n // spent.requests) for n in (spent.prompt_tokens, spent.answer_tokens)))
         self._seen = False
         self._next = 0
         self._in_flight: dict[int, float] = {}  # when each was admitted

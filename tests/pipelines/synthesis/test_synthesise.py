@@ -45,13 +45,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
 
 
 def config(server: AnsweringServer, *overrides: str) -> RunConfig:
-    basic = [
-        f"synthesise.base_url={server.base_url}",
-        "synthesise.model=m",
-        "synthesise.rows_per_shard=25",
-        "synthesise.actors=1",
-    ]
-    return load_config("micro", [*basic, *(f"synthesise.{override}" for override in overrides)])
+    basic = [f"base_url={server.base_url}", "model=m", "rows_per_shard=25", "actors=1"]
+    return load_config("micro", [f"synthesise.{override}" for override in (*basic, *overrides)])
 
 
 def flaky(number: int, request: Request) -> Reply:
@@ -157,10 +152,10 @@ def test_bounds_stop_the_job_and_it_goes_on(prepared: str, tmp_path: Path) -> No
         with pytest.raises(ResourceError, match=r"stopped at synthesise.max_requests=7: 7 requests, 840 tokens"):
             synthesise(prepared, str(tmp_path), config(server, "max_requests=7"))
         assert len(server.requests) == 7 and not (tmp_path / "manifest.json").exists()
-        prices = config(server, "input_price=1", "output_price=10", "max_cost=0.02", "concurrency=1")
-        with pytest.raises(ResourceError, match=r"max_cost=0.02: \d+ requests, \d+ tokens, cost 0.0\d"):
+        prices = config(server, "input_price=1000", "output_price=1000", "max_cost=1.9")
+        with pytest.raises(ResourceError, match="max_cost=1.9: 15 requests, 1800 tokens, cost 1.80"):
             synthesise(prepared, str(tmp_path), prices)
-        assert 7 < len(server.requests) < ASKABLE
+        assert len(server.requests) == 15
         made = synthesise(prepared, str(tmp_path), config(server))
         assert len(server.requests) == made.spent.requests == ASKABLE == made.questions
 
