@@ -20,8 +20,6 @@ class SynthesiseConfig(Section):
     the runs that make one output.
     """
 
-    engine: Literal["endpoint", "vllm"] = "endpoint"
-    """``endpoint`` asks ``base_url``; ``vllm`` loads ``model`` on the cluster's GPUs through ``ray.data.llm``."""
     base_url: str | None = None
     """Where the endpoint is, up to and with ``/v1``. The key comes from ``OPENAI_API_KEY`` in the environment."""
     model: str | None = None

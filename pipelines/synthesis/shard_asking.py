@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ from pipelines.synthesis.question_prompt import QuestionPrompt, kinds_of_row
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import require_storage
 from pipelines.tables.stored_images import StoredImages
 
 __all__ = ["ShardAsker", "parameters_of", "row_record", "rows_with_answers", "skip_reason"]
@@ -67,9 +66,9 @@ class ShardAsker:
 
     def ask_shard(self, shard: AskShard) -> ShardOutcome:
         """Ask about the rows of a shard and write its parts; or stop at a bound, with what is there in the journal."""
-        rows = retry_storage(shard.part, lambda: read_rows_of(self.source, shard))
+        rows = read_rows_of(self.source, shard)
         journal = Journal(self.target, shard.number)
-        records = retry_storage("journal", journal.read)
+        records = journal.read()
         if bound := self.runner.run(self._ask_rows(rows, records, journal)):
             if self.config.when_spent == "stop":
                 return ShardOutcome(0, 0, Counter(), Counter(), Spent(), bound)
@@ -92,7 +91,7 @@ class ShardAsker:
                 records[row["id"]] = record
                 if record["model"] is not None:
                     if journal.add(record):
-                        await asyncio.to_thread(retry_storage, "journal", journal.flush)
+                        await asyncio.to_thread(journal.flush)
                     if hopeless := await self.meter.row_done(record["reason"]):
                         raise ConfigError(
                             f"{hopeless}; the last said: {record['detail']}. Take another model or prompt, or raise "
@@ -106,7 +105,7 @@ class ShardAsker:
         except* CremError as errors:
             raise _first(errors) from None
         finally:
-            retry_storage("journal", journal.flush)
+            journal.flush()
         return bounds[0] if bounds else ""
 
     async def _record(self, row: ArrowRow) -> ArrowRow:
@@ -125,24 +124,28 @@ class ShardAsker:
         made = rows_with_answers(rows, answers)
         name = part_name(shard.number)
         for table, folder in ((made, "rows"), (answers, "answers")):  # answers last: they say that the shard is done
-            retry_storage(name, partial(self.target.write_bytes, parquet(table), folder, name))
-        retry_storage("journal", journal.remove)
+            self.target.write_bytes(parquet(table), folder, name)
+        journal.remove()
         return outcome_of(answers, made)
 
 
 def read_rows_of(source: Folder, shard: AskShard) -> pa.Table:
     """The rows of a shard, ``schema.ROWS``."""
-    rows = source.child("rows")
-    with rows.open(shard.part) as file:
-        parquet_file = pq.ParquetFile(file)
-        start, found = 0, []
-        for group in range(parquet_file.num_row_groups):
-            count = parquet_file.metadata.row_group(group).num_rows
-            begin, end = max(shard.first - start, 0), min(shard.first + shard.rows - start, count)
-            if begin < end:
-                found.append(parquet_file.read_row_group(group, columns=schema.ROWS.names).slice(begin, end - begin))
-            start += count
-    return pa.concat_tables(found).cast(schema.ROWS)
+
+    def read() -> pa.Table:
+        with source.open("rows", shard.part) as file:
+            parquet_file = pq.ParquetFile(file)
+            start, found = 0, []
+            for group in range(parquet_file.num_row_groups):
+                count = parquet_file.metadata.row_group(group).num_rows
+                begin, end = max(shard.first - start, 0), min(shard.first + shard.rows - start, count)
+                if begin < end:
+                    piece = parquet_file.read_row_group(group, columns=schema.ROWS.names)
+                    found.append(piece.slice(begin, end - begin))
+                start += count
+        return pa.concat_tables(found).cast(schema.ROWS)
+
+    return require_storage(f"reading {source.uri}/rows/{shard.part}", read)
 
 
 def skip_reason(row: ArrowRow, config: SynthesiseConfig) -> str | None:

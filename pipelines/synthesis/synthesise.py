@@ -31,6 +31,7 @@ from pipelines.synthesis.answer_table import (
     SynthesisPlan,
     finished_shard,
     journal_spent,
+    parquet,
     start_or_resume,
 )
 from pipelines.synthesis.asking_progress import cost_text, progress
@@ -39,10 +40,11 @@ from pipelines.synthesis.meter import Spent, start_meter
 from pipelines.synthesis.question_prompt import QuestionPrompt
 from pipelines.synthesis.shard_asking import ShardAsker, parameters_of
 from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import PrepareManifest, read_manifest, table_parts
 from pipelines.tables.shared_folders import require_readable_tables, require_shared
 from pipelines.tables.storage import Folder, JobKind
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import TIMEOUT_S
 from pipelines.tables.stored_images import locate_images
 from pipelines.tables.table_copies import copy_parts
 
@@ -75,30 +77,46 @@ def synthesise(prepared: str, out: str, config: RunConfig) -> Synthesised:
         ResourceError: the endpoint is away, or a bound was reached; run again to continue.
     """
     settings = config.synthesise
-    source, target = Folder.at(prepared), Folder.at(out)
+    source, target = (Folder.at(place).patient(TIMEOUT_S) for place in (prepared, out))
     if source.uri == target.uri:
         raise ConfigError(f"--out {out!r} holds the tables themselves; choose another folder")
     manifest = read_manifest(source)
     prompt = QuestionPrompt.load(settings.prompt, settings.kinds)
-    if not settings.model or (not settings.base_url and settings.engine == "endpoint"):
+    if not settings.model or not settings.base_url:
         raise ConfigError(
             "who writes the questions? Give synthesise.model=NAME and the endpoint that serves it, "
-            "synthesise.base_url=http://HOST:8000/v1 (or synthesise.engine=vllm)"
+            "synthesise.base_url=http://HOST:8000/v1"
         )
     shards = _shards(source, settings.rows_per_shard)
     plan = _plan(source, manifest, prompt, shards, settings)
     target.claim(JobKind.SYNTHESISE)
+    with Lease.take(target, JobKind.SYNTHESISE) as lease:
+        return _run(source, target, manifest, plan, shards, prompt, lease, settings)
+
+
+def _run(
+    source: Folder,
+    target: Folder,
+    manifest: PrepareManifest,
+    plan: SynthesisPlan,
+    shards: list[AskShard],
+    prompt: QuestionPrompt,
+    lease: Lease,
+    settings: SynthesiseConfig,
+) -> Synthesised:
+    """Ask about what has no answer yet, and complete the tables."""
     start_or_resume(target, plan)
     finished = {s.number: outcome for s in shards if (outcome := finished_shard(target, s)) is not None}
     if len(finished) == len(shards) and PrepareManifest.read(target) is not None:
         log.info("%s is complete: nothing to ask", target.uri)
         return _summary(list(finished.values()), settings, was_complete=True)
     session.connect()
-    require_readable_tables(prepared)
+    require_readable_tables(source.uri)
     require_shared(target)
     with ray_tasks.remote_errors():
         outcomes = _ask(source, target, [s for s in shards if s.number not in finished], finished, prompt, settings)
         copy_parts(source, target, "images")
+    lease.check()
     _finish(source, target, manifest, plan, outcomes, settings)
     return _summary(outcomes, settings, was_complete=False)
 
@@ -124,7 +142,7 @@ def _plan(
     shards: Sequence[AskShard],
     settings: SynthesiseConfig,
 ) -> SynthesisPlan:
-    decisive = {"engine", "model", "attempts", "split", "text_queries", "rows_per_shard"}
+    decisive = {"model", "attempts", "split", "text_queries", "rows_per_shard"}
     return SynthesisPlan(
         source=source.uri,
         source_id=manifest.content_id,
@@ -195,7 +213,7 @@ def _finish(
     rows_in, rows_out = (sum(getattr(o, name) for o in outcomes) for name in ("rows_in", "rows_out"))
     if rows_in != manifest.rows_out:
         raise RuntimeError(f"{manifest.rows_out} rows went in and {rows_in} are accounted for")
-    retry_storage("rejected", lambda: _write_empty_rejected(target))
+    target.write_bytes(parquet(schema.REJECTED.empty_table()), "rejected", "part-000000.parquet")  # it rejects none
     spent = sum((o.spent for o in outcomes), Spent())
     made = PrepareManifest(
         kind=JobKind.SYNTHESISE,
@@ -203,6 +221,8 @@ def _finish(
         rows_out=rows_out,
         rejected=0,
         images=manifest.images,
+        images_shrunk=manifest.images_shrunk,
+        largest_source_pixels=manifest.largest_source_pixels,
         by_reason={},
         by_split_task=dict(sorted(sum((o.by_split_task for o in outcomes), Counter()).items())),
         source_uri=source.uri,
@@ -225,13 +245,6 @@ def _finish(
     )
     target.remove(JOURNAL)
     made.write(target)
-
-
-def _write_empty_rejected(target: Folder) -> None:
-    """An empty table of rejections: this job rejects no row."""
-    from pipelines.synthesis.answer_table import parquet
-
-    target.write_bytes(parquet(schema.REJECTED.empty_table()), "rejected", "part-000000.parquet")
 
 
 def _summary(outcomes: Sequence[ShardOutcome], settings: SynthesiseConfig, *, was_complete: bool) -> Synthesised:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from crem.errors import ConfigError
 from pipelines.tables.manifest import table_parts
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["StoredImages", "locate_images"]
 
@@ -62,7 +62,7 @@ class StoredImages:
     def _group(self, part: int, group: int) -> dict[int, bytes]:
         if (part, group) not in self._groups:
             name = self.names[part]
-            self._groups[part, group] = retry_storage(name, lambda: self._read_group(name, group))
+            self._groups[part, group] = require_storage(name, lambda: self._read_group(name, group))
             while len(self._groups) > _GROUPS_IN_MEMORY:
                 self._groups.popitem(last=False)
         self._groups.move_to_end((part, group))
@@ -96,4 +96,4 @@ def _ids_and_groups(images: Folder, name: str) -> tuple[NDArray[np.int64], NDArr
             ids = parquet.read(columns=["id"])["id"].to_numpy()
         return ids, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
-    return retry_storage(name, read)
+    return require_storage(f"reading {images.uri}/{name}", read)

@@ -20,6 +20,7 @@ from crem.config import RunConfig, load_config
 JOBS = [
     "demo",
     "prepare",
+    "synthesise",
     "graft",
     "train",
     "embed",
