@@ -23,6 +23,7 @@ from pipelines.sources.file_kinds import IgnoredCounts, is_hidden, kind_of
 from pipelines.sources.image_rows import ALL_OF_FOLDER, FolderSum, ImageRows
 from pipelines.sources.input_file import InputFile, current_stamp
 from pipelines.sources.known_containers import CONTAINERS, container_named, container_of
+from pipelines.sources.lance_rows import LanceRows
 from pipelines.sources.listing import Entry, list_folder, list_tree
 from pipelines.sources.records import FileStamp, Ignored
 from pipelines.sources.source_files import FILES, SourceFiles
@@ -67,7 +68,7 @@ def _find(place: str, what: str) -> SourceFiles:
     root, pattern = Folder.at(place), None
     if not root.exists() and re.search(r"[*?\[]", place):
         root, pattern = _pattern(place)
-    if pattern is None and (root.fs.isfile(root.path()) or root.name.lower().endswith(".lance")):
+    if pattern is None and (root.fs.isfile(root.path()) or _is_lance(root)):
         return _single(place, root)
     if not root.exists():
         raise ConfigError(f"{what} {place!r} does not exist; give the folder or s3:// URI that holds rows/*.parquet")
@@ -88,7 +89,7 @@ def _find(place: str, what: str) -> SourceFiles:
 
 
 def _single(place: str, file: Folder) -> SourceFiles:
-    container = container_of(file.name)
+    container = LanceRows.name if _is_lance(file) else container_of(file.name)
     if container is None:
         raise ConfigError(f"{place!r} is no file of rows; known are {_known()}")
     parent = Folder(file.uri.rpartition("/")[0] or "/")
@@ -96,6 +97,11 @@ def _single(place: str, file: Folder) -> SourceFiles:
     of_folder = isinstance(container_named(container), FolderContainer)
     inventory.add_rows(FileStamp(file.name, 0, "") if of_folder else current_stamp(parent, file.name), container)
     return SourceFiles(parent, parent, inventory.table())
+
+
+def _is_lance(folder: Folder) -> bool:
+    """Whether a folder is itself a Lance dataset, whatever its name."""
+    return folder.exists("_versions") and folder.exists("data")
 
 
 def _pattern(place: str) -> tuple[Folder, tuple[str, ...]]:
@@ -187,9 +193,10 @@ class _Inventory:
             self.ignored.add(kinds.BAD_NAME, repr(name))
         elif self.pattern is not None and not _matches(name.split("/"), self.pattern):
             self.ignored.add(kinds.NOT_NAMED, name)
-        elif isinstance(kind, str):
+        elif isinstance(kind, str) and (kind == LanceRows.name) == entry.is_folder:
             self.add_rows(FileStamp(name, entry.size, entry.version), kind)
         else:
+            kind = kinds.TABLES if isinstance(kind, str) else kind  # a file of Lance without its dataset
             self.ignored.add(kind, name)
             if kind is kinds.IMAGES and not self.has_rows:
                 below, _, image = name.rpartition("/")

@@ -26,7 +26,7 @@ __all__ = ["JsonRows"]
 _JOINED_RANGE_ROWS = 16_384
 """A range of COCO reads the whole list of images, so there are few."""
 _SNIFFED_ROWS = 100
-_SNIFFED_BYTES = 2**20
+_SNIFFED_BYTES = 64 * 2**20
 _BESIDE = ("licenses", "categories", "info")
 """Lists that describe a document and are no rows."""
 
@@ -44,6 +44,9 @@ class JsonRows:
             yield from self._lines.split(file, rows)
             return
         size = max(rows, COMPRESSED_RANGE_ROWS) if is_compressed(file.name) else rows
+        if _is_list(file):
+            yield from _split_list(file, size)
+            return
         table = _table(file, size)
         joined = table.images is not None and size < _JOINED_RANGE_ROWS
         step = _JOINED_RANGE_ROWS // size if joined else 1
@@ -71,10 +74,7 @@ class JsonRows:
     def schema(self, file: InputFile) -> FileSchema:
         if _is_lines(file):
             return self._lines.schema(file)
-        with _scanner(file) as scanner:
-            is_list = scanner.peek() == "["
-            first = file.range(0, _SNIFFED_ROWS, offset=scanner.offset + 1) if is_list else None
-        first = first or next(self.split(file, _SNIFFED_ROWS), None)  # an object tells its rows only at its end
+        first = next(self.split(file, _SNIFFED_ROWS), None)
         records = [] if first is None else [record for record, _ in islice(self.read(first, None), _SNIFFED_ROWS)]
         return FileSchema(tuple(dict.fromkeys(name for record in records if record for name in record)))
 
@@ -129,19 +129,38 @@ def _follows(stream: IO[bytes]) -> bool:
     return False
 
 
+def _is_list(file: InputFile) -> bool:
+    with _scanner(file) as scanner:
+        return scanner.peek() == "["
+
+
+def _split_list(file: InputFile, size: int) -> Iterator[RowRange]:
+    """The ranges of a document that is a list, as they come."""
+    count = start = objects = 0
+    with _scanner(file) as scanner:
+        scanner.skip("[")
+        for value in scanner.rest_of_list():
+            if count and count % size == 0:
+                yield file.range(count - size, size, offset=start)
+            if count % size == 0:
+                start = value.offset
+            count += 1
+            objects += isinstance(value.value, dict)
+        scanner.require_end()
+        if count and not objects:
+            raise ValueError("it is a list, but not of objects")
+    if count:
+        last = (count - 1) // size * size
+        yield file.range(last, count - last, offset=start)
+
+
 def _table(file: InputFile, size: int) -> _Table:
-    """Where the rows are; reads the whole document.
+    """Where the rows are in a document that is an object; reads all of it.
 
     Raises:
         ConfigError: it is damaged, or holds no list of objects, or several of which none is known to be the rows.
     """
     with _scanner(file) as scanner:
-        if scanner.peek() == "[":
-            rows = _walk_list(scanner, size)
-            scanner.require_end()
-            if rows.count and not rows.objects:
-                raise ValueError("it is a list, but not of objects")
-            return _Table(rows)
         lists: dict[str, _List] = {}
         scanner.skip("{")
         for name in scanner.names():

@@ -7,12 +7,21 @@ from pipelines.sources.csv_rows import CsvRows
 from pipelines.sources.image_rows import ImageRows
 from pipelines.sources.json_rows import JsonRows
 from pipelines.sources.jsonl_rows import JsonlRows
+from pipelines.sources.lance_rows import LanceRows
 from pipelines.sources.parquet_rows import ParquetRows
 from pipelines.sources.tar_rows import TarRows
 
 __all__ = ["CONTAINERS", "container_named", "container_of"]
 
-CONTAINERS: tuple[Container, ...] = (ParquetRows(), JsonlRows(), JsonRows(), CsvRows(), TarRows(), ImageRows())
+CONTAINERS: tuple[Container, ...] = (
+    ParquetRows(),
+    JsonlRows(),
+    JsonRows(),
+    CsvRows(),
+    TarRows(),
+    LanceRows(),
+    ImageRows(),
+)
 
 _BY_NAME = {container.name: container for container in CONTAINERS}
 _BY_SUFFIX = {suffix: container.name for container in CONTAINERS for suffix in container.suffixes}

@@ -258,7 +258,7 @@ def _records(samples: Iterable[_Sample], fetch: _Fetch, columns: Sequence[str] |
 
 def _record(sample: _Sample, fetch: _Fetch, columns: Sequence[str] | None) -> ParsedRow:
     record: RawRecord = {"__key__": sample.key}
-    for member in sample.members:
+    for member in sorted(sample.members, key=lambda member: _natural(member.extension)):  # 2.jpg, then 10.jpg
         if columns is not None and member.extension not in columns:
             continue
         if member.problem:
@@ -268,6 +268,10 @@ def _record(sample: _Sample, fetch: _Fetch, columns: Sequence[str] | None) -> Pa
             return None, f"{sample.key[:200]}.{member.extension[:60]} is {why}"
         record[member.extension] = value
     return record, ""
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", text)]
 
 
 def _value(extension: str, data: bytes) -> tuple[Any, str]:

@@ -1,0 +1,140 @@
+"""Lance datasets: a folder ``<name>.lance``, split at its fragments, at the version that it had when the job began.
+
+Read by ``pylance``, which is an extra of this project (``crem[lance]``). A version of a dataset never changes, so a job
+that others append to reads what it counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from crem.errors import ConfigError
+from pipelines.sources.input_file import InputFile, storage_call
+from pipelines.sources.parquet_rows import parsed_batch
+from pipelines.sources.records import FileSchema, FileStamp, ParsedRow, RowRange, unreadable_file
+from pipelines.tables.storage import Folder
+
+__all__ = ["LanceRows"]
+
+_READ_ROWS = 64
+_OF_STORAGE = re.compile(r"Generic \w+ error|error sending request|timed? ?out|connection|HTTP (5|429)", re.IGNORECASE)
+"""How Lance says that a store does not answer; it has no exception for it."""
+
+
+class LanceRows:
+    """A Lance dataset."""
+
+    name = "lance"
+    title = "Lance"
+    suffixes: tuple[str, ...] = (".lance",)
+
+    def split(self, file: InputFile, rows: int) -> Iterator[RowRange]:
+        first = 0
+        for fragment, count in _counts(file):
+            for skip in range(0, count, rows):
+                size = min(rows, count - skip)
+                yield file.range(first + skip, size, row_groups=(fragment,), skip=skip)
+            first += count
+
+    def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
+        file = InputFile.of(rows)
+        given = 0
+        batches: Iterator[pa.RecordBatch] | None = None
+
+        def following() -> pa.RecordBatch | None:
+            nonlocal batches
+            with _failures_told_apart(file):
+                dataset = _opened(file.folder, file.name, file.version)
+                wanted = [n for n in dataset.schema.names if columns is None or n in columns]
+                batches = batches or iter(
+                    dataset.get_fragment(rows.row_groups[0]).to_batches(
+                        columns=wanted, batch_size=_READ_ROWS, offset=rows.skip + given, limit=rows.rows - given
+                    )
+                )
+                try:
+                    return next(batches, None)
+                except BaseException:
+                    batches = None  # the next attempt begins after the rows that were given
+                    raise
+
+        while given < rows.rows and (batch := storage_call(file.uri, following)) is not None:
+            given += batch.num_rows
+            yield from parsed_batch(batch)
+
+    def schema(self, file: InputFile) -> FileSchema:
+        return FileSchema(tuple(_dataset(file.folder, file.name, file.version).schema.names))
+
+    def stamp(self, file: InputFile) -> FileStamp:
+        dataset = _dataset(file.folder, file.name, file.version)
+        return FileStamp(file.name, int(dataset.count_rows()), str(dataset.version))
+
+    def fingerprint(self, file: InputFile) -> str:
+        """Of the schema and the names of the files, which are random and stay when the dataset is copied."""
+        dataset = _dataset(file.folder, file.name, file.version)
+        parts = [str(dataset.schema)]
+        for fragment in dataset.get_fragments():
+            data = sorted(part.path for part in fragment.metadata.files)
+            parts.append(f"{fragment.fragment_id} {data} {fragment.count_rows()} {fragment.metadata.deletion_file}")
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _counts(file: InputFile) -> list[tuple[int, int]]:
+    """(id, rows that are not deleted) of each fragment."""
+
+    def count() -> list[tuple[int, int]]:
+        with _failures_told_apart(file):
+            dataset = _opened(file.folder, file.name, file.version)
+            return [(fragment.fragment_id, fragment.count_rows()) for fragment in dataset.get_fragments()]
+
+    return storage_call(file.uri, count)
+
+
+def _dataset(folder: str, name: str, version: str) -> Any:
+    """The dataset at a version, the newest if that is empty. Raises as ``InputFile.open`` does."""
+    file = InputFile(folder, name, LanceRows.name, 0, version)
+
+    def open_it() -> Any:
+        with _failures_told_apart(file):
+            return _opened(folder, name, version)
+
+    return storage_call(file.uri, open_it)
+
+
+@contextmanager
+def _failures_told_apart(file: InputFile) -> Iterator[None]:
+    """A failure of the storage passes as it is; any other is of the dataset."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, pa.ArrowException) as error:
+        if not Folder(file.folder).is_local and _OF_STORAGE.search(str(error)):
+            raise OSError(str(error)[:300]) from error
+        raise unreadable_file(file.folder, file.name, f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+@lru_cache(maxsize=8)
+def _opened_version(uri: str, version: str) -> Any:
+    return _open(uri, version)
+
+
+def _opened(folder: str, name: str, version: str) -> Any:
+    uri = f"{folder}/{name}"
+    return _opened_version(uri, version) if version else _open(uri, version)
+
+
+def _open(uri: str, version: str) -> Any:
+    try:
+        import lance
+    except ImportError as error:
+        raise ConfigError(f"{uri} is a Lance dataset, which needs pylance; pip install 'crem[lance]'") from error
+    # Lance's own store reads the credentials and the endpoint from the environment, and refuses http unless told.
+    plain_http = "://" in uri and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    options = {"allow_http": "true"} if plain_http else None
+    return lance.dataset(uri, version=int(version) if version else None, storage_options=options)
