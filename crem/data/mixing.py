@@ -45,10 +45,6 @@ def _task_draw(task: int, stream: _Draw) -> int:
     return 2 + 2 * task + stream
 
 
-_KNOWN_EPOCHS = 256
-"""Permutations kept in memory."""
-
-
 @dataclass(frozen=True)
 class StepRows:
     """Rows of one step or of one rank's slice of it."""
@@ -80,7 +76,8 @@ class MixingPlan:
     compression_probability: float
     config: DataConfig
     chorus_counts: tuple[int, ...] = ()
-    _epochs: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    _epochs: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)
+    """by draw, the epoch that was asked for last and its order: steps go on, so 8 bytes a row are enough"""
     _taken: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     _by_task: dict[int, dict[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)
 
@@ -176,9 +173,7 @@ class MixingPlan:
         return out
 
     def _epoch(self, rows: NDArray[np.int64], draw: int, epoch: int) -> NDArray[np.int64]:
-        key = (draw, epoch)
-        if key not in self._epochs:
-            if len(self._epochs) > _KNOWN_EPOCHS:
-                self._epochs.clear()
-            self._epochs[key] = np.random.default_rng([self.seed, draw, epoch]).permutation(rows)
-        return self._epochs[key]
+        known = self._epochs.get(draw)
+        if known is None or known[0] != epoch:
+            known = self._epochs[draw] = (epoch, np.random.default_rng([self.seed, draw, epoch]).permutation(rows))
+        return known[1]

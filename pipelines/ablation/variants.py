@@ -6,7 +6,7 @@ without chorus tokens), ``backbone@0``. Everything downstream (scores, trends, f
 Choices:
 
 - All variants start from the same backbone and have the same number of steps, rows and seeds.
-- A loss that weighs nothing takes no rows of its own (``PreparedRows.plan``): retrieval-only fills its batches with
+- A loss that weighs nothing takes no rows of its own (``RowIndex.plan``): retrieval-only fills its batches with
   retrieval rows, generation-only with rows that have an answer. Each specialist so gets the better end of the budget.
 - Retrieval-only and generation-only are without chorus tokens, as in Table 3. Figure 4 needs chorus tokens to look at,
   so both exist a second time with K of them.

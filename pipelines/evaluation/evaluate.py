@@ -31,7 +31,7 @@ from pipelines.evaluation.retrieval import (
 from pipelines.evaluation.workload import TaskResults, compute, evaluation_tasks
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.models import describe_model, load_model
-from pipelines.tables.prepared import PreparedRows, read_rows
+from pipelines.tables.prepared import PreparedRows, index_images, index_rows, load_rows
 from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables
 from pipelines.tables.storage import Folder, JobKind
@@ -55,7 +55,7 @@ def evaluate(model: str, prepared: str, out: str, config: RunConfig) -> Evaluati
         ConfigError: no test rows, or a chorus count that the model was not trained with. CheckpointError: the model
             cannot be loaded.
     """
-    rows = read_rows(prepared, split_prefix="test")
+    rows = _test_rows(prepared)
     target = Folder.at(out)
     target.claim(JobKind.EVALUATE)
     session.connect()
@@ -113,6 +113,11 @@ def _figures(
     )
 
 
+def _test_rows(prepared: str) -> PreparedRows:
+    """Only these and their images are read, however large the corpus is."""
+    return load_rows(index_rows(prepared, split_prefix="test"), index_images(prepared))
+
+
 def _compute_on_actors(model: str, prepared: str, count: int, config: RunConfig) -> TaskResults:
     """Results of all ``count`` tasks, from the actor pool."""
     settings, size = config.embed, _BATCHES_PER_CHUNK * config.evaluate.batch_size
@@ -144,7 +149,7 @@ class _Evaluator:
 
     def __init__(self, model: str, prepared: str, size: int, config: RunConfig):
         self._model = load_model(model, config.embed.threads_per_actor, config.evaluate.chorus_tokens)
-        self._rows = read_rows(prepared, split_prefix="test")
+        self._rows = _test_rows(prepared)
         self._tasks = evaluation_tasks(self._rows, config.evaluate)
         self._size = size
         self._config = config.evaluate

@@ -8,15 +8,14 @@ places of all images of a part in one request and then each image in one request
 program the part is plain Parquet. Because the id of an image is the hash of its bytes, a wrong place cannot go
 unnoticed.
 
-Parts from before this, or written by other programs, have no places; ``image_places`` then finds them by reading the
-part once.
+Parts from before this, or rewritten by other programs, have no places. Of their images the row is known, and reading
+one of them reads its row group.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, Any
 
@@ -25,14 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from crem.errors import ConfigError
 from pipelines.tables import schema
+from pipelines.tables.part_reads import read_part
 from pipelines.tables.storage import Folder
 
-__all__ = ["PLACE", "ImagePartWriter", "image_places"]
+__all__ = ["BY_ROW", "PLACE", "ImagePartWriter", "image_places"]
 
 PLACE = np.dtype([("id", "<i8"), ("start", "<i8"), ("length", "<i4")])
 """One image of a part: the file's bytes ``start`` to ``start + length`` are the encoded image."""
+BY_ROW = -1
+"""As ``length``: the place is not known, and ``start`` is the number of the row."""
 _KEY = b"crem.images"
 """Key of the footer's metadata; the value is an array of ``PLACE`` in base64, in the order of the rows."""
 _TAIL_BYTES = 512 * 2**10
@@ -112,19 +113,20 @@ def image_places(images: Folder, name: str) -> NDArray[Any]:
     """[images] ``PLACE`` of every image of a part, in the order of the rows.
 
     Raises:
-        ConfigError: the part is missing or damaged, or has no places and is stored compressed.
+        ConfigError: the part is missing or damaged. StorageError: storage did not answer.
     """
-    path = images.path(name)
-    try:
-        metadata = _footer(images, path)
-        stored = (metadata.metadata or {}).get(_KEY)
-        if stored is not None:
-            return np.frombuffer(base64.b64decode(stored), PLACE)
-        return np.concatenate([np.empty(0, PLACE), *_find_in_file(images, path, metadata)])
-    except FileNotFoundError as error:
-        raise ConfigError(f"{images.uri}/{name} is missing; run crem prepare again") from error
-    except (pa.ArrowInvalid, ValueError) as error:  # ValueError: base64, or an array cut short
-        raise ConfigError(f"{images.uri}/{name} is damaged: {error}; run crem prepare again") from error
+    return read_part(images, name, lambda: _places(images, images.path(name)))
+
+
+def _places(images: Folder, path: str) -> NDArray[Any]:
+    metadata = _footer(images, path)
+    if (stored := (metadata.metadata or {}).get(_KEY)) is not None:
+        return np.frombuffer(base64.b64decode(stored), PLACE)
+    with images.fs.open(path, "rb") as file:
+        ids = pq.ParquetFile(file, metadata=metadata).read(columns=["id"], use_threads=False)["id"]
+    places = np.empty(len(ids), PLACE)
+    places["id"], places["start"], places["length"] = ids.to_numpy(), np.arange(len(ids)), BY_ROW
+    return places
 
 
 def _footer(images: Folder, path: str) -> pq.FileMetaData:
@@ -135,27 +137,12 @@ def _footer(images: Folder, path: str) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(tail))
 
 
-def _find_in_file(images: Folder, path: str, metadata: pq.FileMetaData) -> Iterator[NDArray[Any]]:
-    column = metadata.schema.to_arrow_schema().get_field_index("bytes")
-    with images.fs.open(path, "rb") as file:
-        reader = pq.ParquetFile(file, metadata=metadata)
-        for index in range(metadata.num_row_groups):
-            chunk = metadata.row_group(index).column(column)
-            if chunk.compression != "UNCOMPRESSED":
-                raise ConfigError(f"{images.uri}: the images of {path} are stored compressed; run crem prepare again")
-            start = min(at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at is not None)
-            table = reader.read_row_group(index, columns=["id", "bytes"])
-            yield _find(table, images.fs.cat_file(path, start=start, end=start + chunk.total_compressed_size), start)
-
-
 def _find(images: pa.Table, written: bytes, start: int) -> NDArray[Any]:
     """``PLACE`` of the images in ``written``, which stands in the file from ``start`` on."""
     places = np.empty(images.num_rows, PLACE)
     position = 0
     for row, (image_id, data) in enumerate(zip(images["id"].to_pylist(), images["bytes"].to_pylist(), strict=True)):
         found = _position(written, data, position)
-        if found < 0:  # a dictionary holds equal images once
-            found = _position(written, data, 0)
         assert found >= 0, f"image {image_id} does not stand in one run of bytes"
         position = found + len(data)
         places[row] = (image_id, start + found, len(data))

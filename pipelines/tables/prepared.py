@@ -1,73 +1,53 @@
 """Prepared tables opened for use: the rows of some splits, and the images that they name.
 
-``read_rows`` reads both into this process. ``share_rows`` leaves the images in Ray's object store, which spills to
-disk, so that all workers of a node map one copy.
+``read_rows`` reads all of them plainly, into this process. ``index_rows`` and ``index_images`` read only what is needed
+to find them, and ``load_rows`` fetches the content of chosen rows by these indexes: the same rows, for a corpus of any
+size.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 from numpy.typing import NDArray
 
-from crem.config import RunConfig
 from crem.data.items import Item, TrainingExample
-from crem.data.mixing import MixingPlan
 from crem.errors import ConfigError
 from pipelines.tables import schema
+from pipelines.tables.image_index import ImageIndex
+from pipelines.tables.image_parts import image_places
 from pipelines.tables.manifest import read_manifest, table_parts
+from pipelines.tables.part_reads import in_threads, open_part, read_part
+from pipelines.tables.row_content import content_of
+from pipelines.tables.row_index import RowIndex, SplitPrefix, begins_with, index_of, scan_part
 from pipelines.tables.storage import Folder
 
-__all__ = ["ImageTable", "PreparedRows", "item_of", "read_part", "read_rows", "read_table", "share_rows", "texts_of"]
+__all__ = [
+    "PreparedRows",
+    "index_images",
+    "index_rows",
+    "item_of",
+    "load_rows",
+    "named_images",
+    "read_rows",
+    "texts_of",
+    "training_examples",
+]
+
+_S = TypeVar("_S")
+_T = TypeVar("_T")
 
 
-@dataclass
-class ImageTable:
-    """Encoded images by id, in parts; a part is a table (id, bytes) or its reference in Ray's object store."""
+class _Each(Protocol):
+    """``call`` of each item, in their order: ``part_reads.in_threads``, or the same on the nodes of a cluster."""
 
-    ids: NDArray[np.int64]
-    """sorted"""
-    places: NDArray[np.int64]
-    """[N, 2] part and row of each id"""
-    parts: list[Any]
-    _opened: dict[int, pa.Table] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, ids_of_parts: list[NDArray[np.int64]], parts: list[Any]) -> ImageTable:
-        """The table over ``parts``; ``ids_of_parts`` has the ids of each in the order of its rows."""
-        counts = [len(ids) for ids in ids_of_parts]
-        ids = np.concatenate([np.empty(0, np.int64), *ids_of_parts])
-        places = np.stack(
-            [
-                np.repeat(np.arange(len(parts)), counts),
-                np.concatenate([np.empty(0, np.int64), *map(np.arange, counts)]),
-            ],
-            axis=1,
-        )
-        order = np.argsort(ids, kind="stable")
-        return cls(ids[order], places[order], parts)
-
-    def __reduce__(self) -> tuple[type[ImageTable], tuple[Any, ...]]:
-        return ImageTable, (self.ids, self.places, self.parts)  # without the parts that this process has opened
-
-    def read(self, image_id: int) -> bytes:
-        """Encoded bytes of an image."""
-        at = int(np.searchsorted(self.ids, image_id))
-        assert at < len(self.ids) and self.ids[at] == image_id, f"image {image_id} is not in the image table"
-        part, row = self.places[at].tolist()
-        if part not in self._opened:
-            stored = self.parts[part]
-            self._opened[part] = ray.get(stored) if isinstance(stored, ray.ObjectRef) else stored  # mapped, not copied
-        data: bytes = self._opened[part].column("bytes")[row].as_py()
-        return data
+    def __call__(self, call: Callable[[_S], _T], items: Iterable[_S], /) -> list[_T]: ...
 
 
 @dataclass
@@ -76,11 +56,12 @@ class PreparedRows:
 
     table: pa.Table
     """``schema.ROWS``"""
-    image_table: ImageTable
+    images: Mapping[int, bytes]
+    """encoded bytes by id"""
 
     def image(self, image_id: int) -> bytes:
         """Encoded bytes of an image."""
-        return self.image_table.read(image_id)
+        return self.images[image_id]
 
     def examples(
         self,
@@ -91,54 +72,47 @@ class PreparedRows:
         retrieval: bool = True,
         generation: bool = True,
     ) -> list[TrainingExample]:
-        """Training examples of the rows with these numbers.
+        """``training_examples`` of the rows with these positions in ``table``."""
+        rows = self.table.take(pa.array(numbers)).to_pylist()
+        return training_examples(rows, numbers, z, self.image, seed, retrieval=retrieval, generation=generation)
 
-        Args:
-            numbers: [N] positions in ``table``.
-            z: [N] compression bits.
-            seed: of the run and step; the row number is appended to it.
-            retrieval: whether to include targets and negatives.
-            generation: whether to include questions and answers.
-        """
-        return [
-            TrainingExample(
-                query=item_of(row["query"], self.image),
-                target=item_of(row["target"], self.image) if row["target"] is not None and retrieval else None,
-                negatives=tuple(item_of(n, self.image) for n in row["negatives"] or ()) if retrieval else (),
-                question=row["question"] if generation else None,
-                answer=row["answer"] if generation else None,
-                z=bool(bit),
-                seed=(*seed, int(number)),
-                query_key=_content_key(row["query"]),
-                target_key=_content_key(row["target"]),
-                negative_keys=tuple(_content_key(n) for n in row["negatives"] or ()) if retrieval else (),
-            )
-            for row, bit, number in zip(self.table.take(pa.array(numbers)).to_pylist(), z, numbers, strict=True)
-        ]
 
-    def plan(self, config: RunConfig) -> MixingPlan:
-        """The order of a training run over these rows.
+def training_examples(
+    rows: Sequence[schema.ArrowRow],
+    numbers: NDArray[np.int64],
+    z: NDArray[np.bool_],
+    image: Callable[[int], bytes],
+    seed: tuple[int, ...] = (),
+    *,
+    retrieval: bool = True,
+    generation: bool = True,
+) -> list[TrainingExample]:
+    """Training examples of rows.
 
-        A loss of weight 0 gets no rows of its own: without L_r, pairs count only where they have a question; without
-        L_g, only pairs count.
-        """
-        paired = self.table.column("target").is_valid().to_numpy()
-        answered = self.table.column("answer").is_valid().to_numpy()
-        if config.loss.alpha_r == 0:
-            paired = paired & answered
-        if config.loss.alpha_g == 0:
-            answered = paired
-        tasks = self.table.column("task").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-        return MixingPlan(
-            retrieval=np.flatnonzero(paired),
-            heterogeneous=np.flatnonzero(~paired & answered),
-            tasks=np.nan_to_num(tasks.astype(np.float64)).astype(np.int64),
-            global_batch=config.train.global_batch,
-            seed=config.train.seed,
-            compression_probability=config.loss.compression_probability,
-            config=config.data,
-            chorus_counts=config.model.chorus_counts,
+    Args:
+        rows: [N] of ``schema.ROWS``.
+        numbers: [N] their row numbers.
+        z: [N] compression bits.
+        image: encoded bytes of an id.
+        seed: of the run and step; the row number is appended to it.
+        retrieval: whether to include targets and negatives.
+        generation: whether to include questions and answers.
+    """
+    return [
+        TrainingExample(
+            query=item_of(row["query"], image),
+            target=item_of(row["target"], image) if row["target"] is not None and retrieval else None,
+            negatives=tuple(item_of(n, image) for n in row["negatives"] or ()) if retrieval else (),
+            question=row["question"] if generation else None,
+            answer=row["answer"] if generation else None,
+            z=bool(bit),
+            seed=(*seed, int(number)),
+            query_key=_content_key(row["query"]),
+            target_key=_content_key(row["target"]),
+            negative_keys=tuple(_content_key(n) for n in row["negatives"] or ()) if retrieval else (),
         )
+        for row, bit, number in zip(rows, z, numbers, strict=True)
+    ]
 
 
 def item_of(side: schema.ArrowRow, image: Callable[[int], bytes]) -> Item:
@@ -157,58 +131,111 @@ def texts_of(rows: PreparedRows) -> list[str]:
     return texts
 
 
-def read_rows(prepared: str, *, split_prefix: str) -> PreparedRows:
-    """Rows whose split starts with ``split_prefix``, and their images, in this process.
+def read_rows(prepared: str, *, split_prefix: SplitPrefix) -> PreparedRows:
+    """Rows whose split starts with ``split_prefix``, in the order of their ids, and their images, in this process.
+
+    Reads all parts from their start to their end.
 
     Raises:
-        ConfigError: no completed prepared tables there, or none of these rows.
+        ConfigError: no completed prepared tables there, none of these rows, or a part that is missing or damaged.
     """
-    table, wanted = read_table(prepared, split_prefix)
-    images = Folder.at(prepared).child("images")
-    parts = [read_part(images, name, wanted) for name in table_parts(Folder.at(prepared), "images")]
-    return PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
-
-
-def share_rows(prepared: str, *, split_prefix: str | tuple[str, ...]) -> PreparedRows:
-    """``read_rows`` for one prefix or several; the images stay in Ray's object store, only their ids come here."""
-    table, wanted = read_table(prepared, split_prefix)
-    images = Folder.at(prepared).child("images")
-    reference = ray.put(wanted)
-    read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
-    parts = [read.remote(images, name, reference) for name in table_parts(Folder.at(prepared), "images")]
-    return PreparedRows(table, ImageTable.of(ray.get([ids for ids, _ in parts]), [part for _, part in parts]))
-
-
-def read_table(prepared: str, split_prefix: str | tuple[str, ...]) -> tuple[pa.Table, pa.Array]:
-    """The rows, in the order of their ids, and the ids of the images that they name."""
     folder = Folder.at(prepared)
     manifest = read_manifest(folder)
-    rows = folder.child("rows")
-    tables = [
-        pq.read_table(rows.path(name), schema=schema.ROWS, filesystem=rows.fs) for name in table_parts(folder, "rows")
-    ]
-    wanted = "^(" + "|".join(map(re.escape, [split_prefix] if isinstance(split_prefix, str) else split_prefix)) + ")"
-    table = pa.concat_tables([t.filter(pc.match_substring_regex(t.column("split"), wanted)) for t in tables])
+    rows, images = folder.child("rows"), folder.child("images")
+    tables = in_threads(lambda name: read_part(rows, name, lambda: _rows(rows, name)), table_parts(folder, "rows"))
+    chosen = [table.filter(begins_with(table["split"], split_prefix)) for table in tables]
+    table = pa.concat_tables([schema.ROWS.empty_table(), *chosen]).sort_by("id").combine_chunks()
     if not table.num_rows:
-        raise ConfigError(
-            f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has "
-            f"{sorted(manifest.by_split_task)}"
-        )
-    table = table.sort_by("id").combine_chunks()
-    named = [pc.list_flatten(pc.struct_field(table.column(s).combine_chunks(), "images")) for s in ("query", "target")]
-    return table, pa.chunked_array([*named, _negative_images(table)], type=pa.int64()).unique()
+        raise _no_rows(prepared, split_prefix, manifest.by_split_task)
+    found: dict[int, bytes] = {}
+    wanted = pa.array(named_images(table))
+    for name in table_parts(folder, "images"):
+        found |= read_part(images, name, lambda name=name: _images(images, name, wanted))  # type: ignore[misc]
+    return PreparedRows(table, found)
 
 
-def read_part(images: Folder, name: str, wanted: pa.Array) -> tuple[NDArray[np.int64], pa.Table]:
-    """Ids and encoded bytes of the wanted images in one file of the image table."""
-    part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
-    part = part.filter(pc.is_in(part.column("id"), value_set=wanted))
-    return part.column("id").to_numpy(), part
+def index_rows(prepared: str, *, split_prefix: SplitPrefix, each: _Each = in_threads) -> RowIndex:
+    """The rows that ``read_rows`` reads, without their content.
+
+    Raises:
+        ConfigError: as ``read_rows``.
+    """
+    folder = Folder.at(prepared)
+    manifest, rows, parts = read_manifest(folder), folder.child("rows"), table_parts(folder, "rows")
+    index = index_of(rows, parts, each(_RowScan(rows, split_prefix), parts))
+    if not len(index):
+        raise _no_rows(prepared, split_prefix, manifest.by_split_task)
+    return index
 
 
-def _negative_images(table: pa.Table) -> pa.Array:
-    flat = pc.list_flatten(table.column("negatives")).combine_chunks()
-    return pc.list_flatten(pc.struct_field(flat, "images"))
+def index_images(prepared: str, *, each: _Each = in_threads) -> ImageIndex:
+    """The places of all images of prepared tables.
+
+    Raises:
+        ConfigError: a part is missing or damaged.
+    """
+    folder = Folder.at(prepared)
+    images, parts = folder.child("images"), table_parts(folder, "images")
+    return ImageIndex.of(images, parts, each(_PlacesOf(images), parts))
+
+
+def load_rows(index: RowIndex, images: ImageIndex) -> PreparedRows:
+    """The content of the rows of an index, in its order, and their images.
+
+    Raises:
+        ConfigError: a part is missing or damaged. StorageError: storage did not answer.
+    """
+    table = content_of(index)
+    return PreparedRows(table, images.fetch(named_images(table)))
+
+
+def named_images(rows: pa.Table) -> NDArray[np.int64]:
+    """Ids of the images that rows name, each once."""
+    flat = pc.list_flatten(rows.column("negatives"))
+    sides = [rows.column("query"), rows.column("target"), flat]
+    named = [pc.list_flatten(pc.struct_field(side, "images")) for side in sides]
+    ids = pa.chunked_array([chunk for column in named for chunk in column.chunks], type=pa.int64())
+    return np.unique(ids.to_numpy())
+
+
+@dataclass(frozen=True)
+class _RowScan:
+    """``scan_part`` of a part: a task that pickles."""
+
+    rows: Folder
+    split_prefix: SplitPrefix
+
+    def __call__(self, name: str) -> pa.Table:
+        return scan_part(self.rows, name, self.split_prefix)
+
+
+@dataclass(frozen=True)
+class _PlacesOf:
+    images: Folder
+
+    def __call__(self, name: str) -> NDArray[np.void]:
+        return image_places(self.images, name)
+
+
+def _rows(rows: Folder, name: str) -> pa.Table:
+    with open_part(rows, name, whole=True) as file:
+        # parts from before a field was added to items lack it; the cast fills it with nulls
+        return pq.ParquetFile(file).read(use_threads=False).cast(schema.ROWS)
+
+
+def _images(images: Folder, name: str, wanted: pa.Array) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    with open_part(images, name, whole=True) as file:
+        for batch in pq.ParquetFile(file).iter_batches(1024, columns=["id", "bytes"], use_threads=False):
+            part = pa.table(batch).filter(pc.is_in(batch.column("id"), value_set=wanted))
+            found |= dict(zip(part["id"].to_pylist(), part["bytes"].to_pylist(), strict=True))
+    return found
+
+
+def _no_rows(prepared: str, split_prefix: SplitPrefix, splits: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"{prepared!r} has no rows of a split that starts with {split_prefix!r}; it has {sorted(splits)}"
+    )
 
 
 def _content_key(side: schema.ArrowRow | None) -> int:

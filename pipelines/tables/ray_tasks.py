@@ -10,21 +10,26 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
 
 from crem.errors import CremError, ResourceError
+from pipelines.tables.part_reads import in_threads
 
-__all__ = ["TASK", "attempt", "remote_errors", "results", "root_cause", "task_dataset"]
+__all__ = ["TASK", "attempt", "on_nodes", "remote_errors", "results", "root_cause", "task_dataset"]
 
 log = logging.getLogger(__name__)
 
 TASK = "task"
 """Column of ``task_dataset``: one pickled task a row."""
+_TASK_ITEMS = 32
+"""Items of one task of ``on_nodes``."""
+_S = TypeVar("_S")
+_T = TypeVar("_T")
 
 
 def task_dataset(tasks: Sequence[Any]) -> ray.data.Dataset:
@@ -52,6 +57,14 @@ def results(dataset: ray.data.Dataset) -> Iterator[Any]:
         if row["error"]:
             raise pickle.loads(row["error"])
         yield pickle.loads(row["value"])
+
+
+def on_nodes(call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
+    """``in_threads`` spread over the cluster: ``call`` of each item, in their order."""
+    known = list(items)
+    in_task = ray.remote(num_cpus=0.25)(in_threads)
+    tasks = [in_task.remote(call, known[at : at + _TASK_ITEMS]) for at in range(0, len(known), _TASK_ITEMS)]
+    return [result for results_of_task in ray.get(tasks) for result in results_of_task]
 
 
 @contextmanager

@@ -7,15 +7,14 @@ report says so. Memory and time are arithmetic over them (``crem.forecast``).
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from PIL import Image
 
 from crem.config import BackboneShape, RunConfig
 from crem.data.sequence import CutCount
@@ -24,9 +23,11 @@ from crem.forecast.estimate import Forecast, TaskShare, forecast, rows_of_chunk
 from crem.forecast.flops import Load
 from crem.forecast.shapes import image_patches, shape_of
 from pipelines.tables.manifest import read_manifest
-from pipelines.tables.prepared import ImageTable, PreparedRows, item_of, read_part, read_table, texts_of
+from pipelines.tables.prepared import index_images, index_rows, item_of, load_rows
 from pipelines.tables.richness import too_small_images
+from pipelines.tables.row_index import RowIndex
 from pipelines.tables.storage import Folder
+from pipelines.training.held_out import training_texts
 
 if TYPE_CHECKING:
     from crem.data.collator import Collator
@@ -59,49 +60,48 @@ def dry_run(prepared: str | None, config: RunConfig) -> Forecast:
         )
         return forecast(config, notes=[note])
     shape = shape_of(config.model)  # an unknown backbone is refused before tables are read
-    table, _ = read_table(prepared, "train")
-    plan = PreparedRows(table, ImageTable.of([], [])).plan(config)
-    tasks, epochs = _task_shares(table, plan, config)
-    row, chunk, notes = _sample(prepared, table, plan, config, shape)
+    rows = index_rows(prepared, split_prefix="train")
+    plan = rows.plan(config)
+    tasks, epochs = _task_shares(rows, plan, config)
+    row, chunk, notes = _sample(prepared, rows, plan, config, shape)
     poor = too_small_images(read_manifest(Folder.at(prepared)), config.model.image.max_pixels)
     notes = ([f"WARNING: {poor}."] if poor else []) + notes
     return forecast(config, row, chunk, tasks=tasks, epochs=epochs, notes=notes)
 
 
-def _task_shares(table: pa.Table, plan: MixingPlan, config: RunConfig) -> tuple[list[TaskShare], tuple[float, float]]:
+def _task_shares(rows: RowIndex, plan: MixingPlan, config: RunConfig) -> tuple[list[TaskShare], tuple[float, float]]:
     """Rows, shares and epochs by task, from the plan that the run will follow; then the epochs of both streams."""
     steps, batch, power = config.train.steps, config.train.global_batch, 1 / config.data.source_temperature
-    answered = table.column("answer").is_valid().to_numpy() & (config.loss.alpha_g > 0)
-    names = table.column("task").to_pylist()
+    answered = rows.answered & (config.loss.alpha_g > 0)
     per_step = (plan.retrieval_per_step, batch - plan.retrieval_per_step)
     streams = (plan.retrieval, plan.heterogeneous)
-    weights = [(np.unique(plan.tasks[rows], return_counts=True)[1] ** power).sum() for rows in streams]
+    weights = [(np.unique(plan.tasks[of], return_counts=True)[1] ** power).sum() for of in streams]
     shares = []
     for task in np.unique(plan.tasks):
-        retrieval, heterogeneous = (rows[plan.tasks[rows] == task] for rows in streams)
+        retrieval, heterogeneous = (of[plan.tasks[of] == task] for of in streams)
         taken = [
-            count * len(rows) ** power / weight if len(rows) else 0.0
-            for rows, count, weight in zip((retrieval, heterogeneous), per_step, weights, strict=True)
+            count * len(of) ** power / weight if len(of) else 0.0
+            for of, count, weight in zip((retrieval, heterogeneous), per_step, weights, strict=True)
         ]
         if not len(retrieval) and not len(heterogeneous):
             continue
-        first, rows = (0, retrieval) if len(retrieval) else (1, heterogeneous)
+        first, of_task = (0, retrieval) if len(retrieval) else (1, heterogeneous)
         shares.append(
             TaskShare(
-                task=str(names[int(np.flatnonzero(plan.tasks == task)[0])]),
+                task=str(rows.task.names[rows.task.codes[of_task[0]]]),
                 retrieval=len(retrieval),
                 with_turn=int(answered[retrieval].sum()),
                 heterogeneous=len(heterogeneous),
                 share=sum(taken) / batch,
-                epochs=steps * taken[first] / len(rows),
+                epochs=steps * taken[first] / len(of_task),
             )
         )
-    epochs = [steps * count / max(1, len(rows)) for rows, count in zip(streams, per_step, strict=True)]
+    epochs = [steps * count / max(1, len(of)) for of, count in zip(streams, per_step, strict=True)]
     return sorted(shares, key=lambda s: -s.share), (epochs[0], epochs[1])
 
 
 def _sample(
-    prepared: str, table: pa.Table, plan: MixingPlan, config: RunConfig, shape: BackboneShape
+    prepared: str, rows: RowIndex, plan: MixingPlan, config: RunConfig, shape: BackboneShape
 ) -> tuple[Load, Load, list[str]]:
     """An average row and a large chunk, from the rows that the run's first steps take."""
     size = rows_of_chunk(config)
@@ -109,25 +109,21 @@ def _sample(
     steps = [plan.step(s) for s in range(min(config.train.steps, math.ceil(count / config.train.global_batch)))]
     numbers = np.concatenate([s.rows for s in steps])[:count]
     z = np.concatenate([s.z for s in steps])[:count]
-    chosen = table.take(pa.array(numbers))
-    wanted = pa.array(sorted({i for row in chosen.to_pylist() for side in _sides(row) for i in side["images"] or ()}))
-    images = Folder.at(prepared).child("images")
-    collator = _collator(config, table)
+    chosen = load_rows(rows.select(numbers), index_images(prepared))
+    collator = _collator(config, rows)
     starts = range(0, max(1, len(numbers) - size + 1), size)
     if collator is None:
-        patches = _stored_patches(images, wanted.cast(pa.int64()), config, shape)
-        rows = chosen.to_pylist()
-        chunks = [_estimated(rows[at : at + size], patches, config, shape) for at in starts]
-        cuts = _estimated_cuts(rows, config.model.prompt.max_text_tokens)
+        patches = _stored_patches(chosen.images, config, shape)
+        listed = chosen.table.to_pylist()
+        chunks = [_estimated(listed[at : at + size], patches, config, shape) for at in starts]
+        cuts = _estimated_cuts(listed, config.model.prompt.max_text_tokens)
         notes = [
             f"the tokenizer of {config.model.backbone} is not on this machine: texts are taken as {_CHARS_PER_TOKEN:g} "
             "characters a token. Images are counted from their stored sizes."
         ]
     else:
-        parts = [read_part(images, name, wanted.cast(pa.int64())) for name in images.files(".parquet")]
-        prepared_rows = PreparedRows(table, ImageTable.of([ids for ids, _ in parts], [part for _, part in parts]))
         retrieval, generation = config.loss.alpha_r > 0, config.loss.alpha_g > 0
-        examples = prepared_rows.examples(numbers, z, retrieval=retrieval, generation=generation)
+        examples = chosen.examples(np.arange(len(numbers)), z, retrieval=retrieval, generation=generation)
         visible = config.model.prompt.template_visible
         batches = [collator.examples(examples[at : at + size]) for at in starts]
         chunks = [Load.of(batch, template_visible=visible) for batch in batches]
@@ -150,7 +146,7 @@ def _sides(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (side for side in (row["query"], row["target"], *(row["negatives"] or ())) if side is not None)
 
 
-def _collator(config: RunConfig, table: pa.Table) -> Collator | None:
+def _collator(config: RunConfig, rows: RowIndex) -> Collator | None:
     """The run's own collator, if that takes no download."""
     from crem.model.build import build_collator
 
@@ -163,17 +159,16 @@ def _collator(config: RunConfig, table: pa.Table) -> Collator | None:
         )
         if not cached:
             return None
-    texts = texts_of(PreparedRows(table, ImageTable.of([], []))) if backbone is None else None
+    texts = training_texts(rows) if backbone is None else None
     return build_collator(config.model, texts=texts)
 
 
-def _stored_patches(images: Folder, wanted: pa.Array, config: RunConfig, shape: BackboneShape) -> dict[int, int]:
-    """Patches of each wanted image, from its stored size."""
+def _stored_patches(images: Mapping[int, bytes], config: RunConfig, shape: BackboneShape) -> dict[int, int]:
+    """Patches of each image, from its stored size."""
     patches: dict[int, int] = {}
-    for name in images.files(".parquet"):
-        sizes = pq.read_table(images.path(name), columns=["id", "width", "height"], filesystem=images.fs)
-        for row in sizes.filter(pc.is_in(sizes.column("id"), value_set=wanted)).to_pylist():
-            patches[row["id"]] = image_patches(row["width"], row["height"], config.model.image, shape)
+    for image_id, data in images.items():
+        with Image.open(io.BytesIO(data)) as image:
+            patches[image_id] = image_patches(*image.size, config.model.image, shape)
     return patches
 
 

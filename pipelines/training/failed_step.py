@@ -11,7 +11,8 @@ from typing import Any
 
 from crem.config import RunConfig
 from crem.errors import DivergenceError, TrainingError
-from pipelines.tables.prepared import PreparedRows
+from pipelines.tables.row_content import content_of
+from pipelines.tables.row_index import RowIndex
 from pipelines.tables.storage import Folder
 
 __all__ = ["FAILED_STEP", "FailedRow", "RankRows", "rows_of_step", "save_failed_step"]
@@ -65,17 +66,17 @@ class RankRows:
         return {"rank": self.rank, "rows": [row.as_dict() for row in self.rows]}
 
 
-def rows_of_step(rows: PreparedRows, config: RunConfig, step: int, ranks: int) -> list[RankRows]:
+def rows_of_step(rows: RowIndex, config: RunConfig, step: int, ranks: int) -> list[RankRows]:
     """The global batch of a step, by rank."""
     plan, out = rows.plan(config), []
     for rank in range(ranks):
         share = plan.step(step, rank=rank, ranks=ranks)
-        found = rows.table.take(share.rows).to_pylist()
+        found = content_of(rows.select(share.rows)).to_pylist()
         out.append(RankRows(rank, [FailedRow.of(row, bool(z)) for row, z in zip(found, share.z, strict=True)]))
     return out
 
 
-def save_failed_step(error: DivergenceError, rows: PreparedRows, config: RunConfig, run: Folder) -> TrainingError:
+def save_failed_step(error: DivergenceError, rows: RowIndex, config: RunConfig, run: Folder) -> TrainingError:
     """Write the step's rows down; returns the error to raise, which names the file."""
     ranks = rows_of_step(rows, config, error.step, error.ranks)
     terms = {name: value if math.isfinite(value) else str(value) for name, value in error.terms.items()}

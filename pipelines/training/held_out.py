@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
 from pipelines.tables.prepared import PreparedRows, texts_of
+from pipelines.tables.row_content import content_of
+from pipelines.tables.row_index import RowIndex
 
 if TYPE_CHECKING:
     from crem.data.collator import Batch, Collator
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _MAX_SHARE = 0.1
 """Largest share of the training rows that is held out."""
+TEXT_ROWS = 200_000
+"""Most rows whose texts a tokenizer is trained on. Source: ours."""
 
 
 def hash_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -39,36 +41,43 @@ def hash_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def split_rows(rows: PreparedRows, config: RunConfig) -> tuple[PreparedRows, PreparedRows | None]:
+def split_rows(rows: RowIndex, config: RunConfig) -> tuple[RowIndex, RowIndex | None]:
     """Rows to train on, and rows to validate on, from those of all splits ``train…`` and ``validation…``.
 
     Without validation (``train.validate_every`` or ``train.validation_rows`` is 0) no training row is held out.
     """
-    in_split = pc.starts_with(rows.table.column("split"), "validation").to_numpy(zero_copy_only=False)
+    in_split = rows.split.starts_with("validation")
     wanted = config.train.validation_rows if config.train.validate_every else 0
     has_split = bool(in_split.any())
     pool = np.flatnonzero(in_split if has_split else ~in_split)
-    count = wanted if has_split else min(wanted, int(_MAX_SHARE * len(pool)))
-    order = np.argsort(hash_of(rows.table.column("id").to_numpy()[pool]), kind="stable")
+    count = min(len(pool), wanted if has_split else min(wanted, int(_MAX_SHARE * len(pool))))
     chosen = np.zeros(len(in_split), dtype=bool)
-    chosen[pool[order[:count]]] = True
-    training = _only(rows, ~(in_split | chosen))
+    chosen[_smallest(pool, hash_of(rows.ids[pool]), count)] = True
+    training = rows.select(~(in_split | chosen))
     if chosen.sum() < max(2, config.train.workers):
         if wanted:
             log.warning("no validation: too few rows for it (%d); add a split validation", int(chosen.sum()))
-            training = _only(rows, ~in_split)
+            training = rows.select(~in_split)
         return training, None
-    return training, _only(rows, chosen)
+    return training, rows.select(chosen)
 
 
-def training_texts(rows: PreparedRows) -> list[str]:
-    """The texts that a tokenizer is trained on: those of all splits ``train…``, held out or not."""
-    in_split = pc.starts_with(rows.table.column("split"), "train").to_numpy(zero_copy_only=False)
-    return texts_of(_only(rows, in_split))
+def training_texts(rows: RowIndex) -> list[str]:
+    """The texts that a tokenizer is trained on: those of all splits ``train…``, held out or not.
+
+    Of more than ``TEXT_ROWS`` rows, those with the smallest hashes of their ids: a vocabulary needs no more, and a
+    corpus of any size fits in the driver.
+    """
+    pool = np.flatnonzero(rows.split.starts_with("train"))
+    if len(pool) > TEXT_ROWS:
+        log.info("the tokenizer is trained on the texts of %d of %d rows", TEXT_ROWS, len(pool))
+        pool = np.sort(_smallest(pool, hash_of(rows.ids[pool]), TEXT_ROWS))
+    return texts_of(PreparedRows(content_of(rows.select(pool)), {}))
 
 
-def _only(rows: PreparedRows, chosen: NDArray[np.bool_]) -> PreparedRows:
-    return PreparedRows(rows.table.filter(pa.array(chosen)).combine_chunks(), rows.image_table)
+def _smallest(pool: NDArray[np.int64], hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """The ``count`` of ``pool`` with the smallest hashes."""
+    return pool[np.argpartition(hashes, count - 1)[:count]] if count else pool[:0]
 
 
 def validation_batches(
@@ -102,21 +111,21 @@ class DataMixRow:
     """that are validated on"""
 
 
-def data_mix(training: PreparedRows, held_out: PreparedRows | None) -> list[DataMixRow]:
+def data_mix(training: RowIndex, held_out: RowIndex | None) -> list[DataMixRow]:
     """What a run trains and validates on, by source and task; the largest first."""
     mix: dict[tuple[str, str], DataMixRow] = {}
     for rows in (training, held_out):
         if rows is None:
             continue
-        table = rows.table.select(["source", "task"])
-        for column, of in (("pairs", "target"), ("answers", "answer")):
-            table = table.append_column(column, pc.is_valid(rows.table.column(of)).cast("int64"))
-        sums = table.group_by(["source", "task"]).aggregate([([], "count_all"), ("pairs", "sum"), ("answers", "sum")])
-        for found in sums.to_pylist():
-            key = (found["source"], found["task"])
+        tasks = len(rows.task.names)
+        kinds = rows.source.codes.astype(np.int64) * tasks + rows.task.codes
+        size = len(rows.source.names) * tasks
+        counts = [np.bincount(kinds, weights, size) for weights in (None, rows.paired, rows.answered)]
+        for kind in np.flatnonzero(counts[0]).tolist():
+            key = (str(rows.source.names[kind // tasks]), str(rows.task.names[kind % tasks]))
             entry = mix.setdefault(key, DataMixRow(*key))
             if rows is training:
-                entry.rows, entry.pairs, entry.answers = found["count_all"], found["pairs_sum"], found["answers_sum"]
+                entry.rows, entry.pairs, entry.answers = (int(count[kind]) for count in counts)
             else:
-                entry.held_out = found["count_all"]
+                entry.held_out = int(counts[0][kind])
     return sorted(mix.values(), key=lambda entry: (-entry.rows, entry.source, entry.task))

@@ -23,7 +23,9 @@ class WorkerSpec:
     texts: list[str] | None
     """what a scratch model's tokenizer is trained on; None for a pretrained backbone"""
     rows: ray.ObjectRef
-    """``PreparedRows`` to train on"""
+    """``RowIndex`` of the rows to train on"""
+    images: ray.ObjectRef
+    """``ImageIndex``"""
     held_out: ray.ObjectRef | None
     """``PreparedRows`` to validate on; None without validation"""
     queue: Queue

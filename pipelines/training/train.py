@@ -1,7 +1,7 @@
 """``crem train``: the joint training run, DeepSpeed under Ray Train.
 
-The driver, below, reads the rows and starts the workers (``worker.py``); the step that they repeat is
-``crem.train.step``. What stays in the output folder:
+The driver, below, finds the rows (not their content, which ``feed.py`` fetches) and starts the workers (``worker.py``);
+the step that they repeat is ``crem.train.step``. What stays in the output folder:
 
     config.yaml, data.json   what the run is             metrics.jsonl, tensorboard/    one entry per log interval
     model/           the trained checkpoint              checkpoints/                   ``checkpoints.py``
@@ -26,9 +26,10 @@ from crem.data.mixing import MixingPlan
 from crem.errors import DivergenceError, TrainingError
 from crem.fetch import local_copy
 from pipelines.tables import session
-from pipelines.tables.prepared import PreparedRows, share_rows
-from pipelines.tables.ray_tasks import remote_errors
+from pipelines.tables.prepared import index_images, index_rows, load_rows
+from pipelines.tables.ray_tasks import on_nodes, remote_errors
 from pipelines.tables.richness import warn_of_small_images
+from pipelines.tables.row_index import RowIndex
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import retry_storage
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 
 _DATA_CPUS = 1
 """Kept free beside the workers: the tasks that gather their rows need it."""
+_TASK_CPUS = 0.25
+"""Of a task that mostly waits for storage."""
 
 
 def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, fresh: bool = False) -> TrainResult:
@@ -81,8 +84,10 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
     with remote_errors():
         if config.model.backbone is not None:
             ray.get(ray.remote(num_cpus=_DATA_CPUS)(local_copy).remote(config.model.backbone))  # a wrong one fails here
-        rows = share_rows(prepared, split_prefix=("train", "validation"))
-    training, held_out = split_rows(rows, config)
+        images = ray.remote(num_cpus=_TASK_CPUS)(index_images).remote(prepared, each=on_nodes)
+        rows = index_rows(prepared, split_prefix=("train", "validation"), each=on_nodes)
+        training, held_out = split_rows(rows, config)
+        ray.get(images)  # a damaged part fails here
     _log_plan(training.plan(config), held_out, config)
     run.remove(FAILED_STEP)
     if not resumed:  # only here: what was refused above has changed nothing
@@ -97,7 +102,8 @@ def train(prepared: str, out: str, config: RunConfig, *, resume: bool = False, f
         config=config,
         texts=training_texts(rows) if config.model.scratch is not None else None,
         rows=ray.put(training),
-        held_out=ray.put(held_out) if held_out else None,
+        images=images,
+        held_out=ray.remote(num_cpus=_TASK_CPUS)(load_rows).remote(held_out, images) if held_out is not None else None,
         queue=queue,
         heartbeats=watch.board,
         out=run,
@@ -126,23 +132,23 @@ def _require_devices(config: RunConfig) -> None:
     )
 
 
-def _log_plan(plan: MixingPlan, held_out: PreparedRows | None, config: RunConfig) -> None:
+def _log_plan(plan: MixingPlan, held_out: RowIndex | None, config: RunConfig) -> None:
     log.info(
         "%d retrieval rows, %d heterogeneous rows, %d for validation; %d steps of %d rows (%.1f epochs of the former)",
         len(plan.retrieval),
         len(plan.heterogeneous),
-        held_out.table.num_rows if held_out else 0,
+        len(held_out) if held_out is not None else 0,
         config.train.steps,
         config.train.global_batch,
         config.train.steps * plan.retrieval_per_step / max(1, len(plan.retrieval)),
     )
 
 
-def _result(follower: Follower, training: PreparedRows, run: Folder) -> TrainResult:
+def _result(follower: Follower, training: RowIndex, run: Folder) -> TrainResult:
     if follower.exported is None:
         raise TrainingError(f"the run in {run.uri} ended without a result from its workers; run again with --resume")
     if follower.last is None and (entries := read_metrics(run)):  # this start had only the model to write
         metrics = entries[-1]
     else:
         metrics = follower.last.as_dict() if follower.last else {}
-    return TrainResult(**asdict(follower.exported), rows=training.table.num_rows, metrics=metrics)
+    return TrainResult(**asdict(follower.exported), rows=len(training), metrics=metrics)

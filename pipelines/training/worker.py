@@ -74,7 +74,13 @@ class Worker:
         train_loop(
             self.engine,
             step_batches(
-                self.spec.rows, self.config, self.collator, start_step=start_step, rank=self.rank, ranks=self.ranks
+                ray.get(self.spec.rows),
+                self.spec.images,
+                self.config,
+                self.collator,
+                start_step=start_step,
+                rank=self.rank,
+                ranks=self.ranks,
             ),
             self.config,
             self._callbacks(),

@@ -25,7 +25,7 @@ from pipelines.ablation.ablation_text import ablation_table, verdict
 from pipelines.ablation.trends import NO_SEED, Claim, Estimate, claims, estimate, judge
 from pipelines.ablation.variants import BACKBONE, PAPER, variants
 from pipelines.corpus.prepare import prepare
-from pipelines.tables.prepared import ImageTable, PreparedRows
+from pipelines.tables.prepared import PreparedRows
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 
@@ -142,7 +142,7 @@ def test_the_shipped_result_still_loads_and_gives_the_same_report() -> None:
     assert cells["backbone"] == ["2.0", "50.1", "–"] and "| backbone | 2.0 | | 50.1 |" in readme
     assert cells["CREM, K = 16"] == ["4.0 ± 0.2", "50.4 ± 0.6", "50.0 ± 0.9"]
     assert "| CREM, K = 16 | 4.0 ± 0.2 | 66.7 | 50.4 ± 0.6 | 53.1 | 50.0 ± 0.9 | 44.2 |" in readme
-    page = ablation_page(result, {}, PreparedRows(pa.table({}), ImageTable.of([], [])))
+    page = ablation_page(result, {}, PreparedRows(pa.table({}), {}))
     assert page.html.count("<svg") == 1 and page.maps_chart is None
     assert len(result.trends) == 28 and all(str(escape(trend.text)) in page.html for trend in result.trends)
     assert page.chart.startswith(b"\x89PNG") and "30 of 34 runs" in page.html

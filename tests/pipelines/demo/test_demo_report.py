@@ -60,7 +60,7 @@ def report() -> DemoReport:
 
 
 def test_the_page_has_all_charts_and_escapes_texts() -> None:
-    page = demo_page(report(), _WithImage(PAIRS.table, PAIRS.image_table))
+    page = demo_page(report(), _WithImage(PAIRS.table, PAIRS.images))
     assert page.count("<svg") == 3 and "&lt;apple&gt;" in page and "<apple>" not in page
     assert "data:image/png;base64," in page and "1.5 M parameters" in page and "299 s" in page
 

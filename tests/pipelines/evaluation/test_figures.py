@@ -15,7 +15,7 @@ from pipelines.evaluation.evaluation_result import EvaluationResult, Examples
 from pipelines.evaluation.evaluation_text import evaluation_table
 from pipelines.evaluation.retrieval import mean_precision, precision, retrieval_examples, retrieval_set, target_ranks
 from pipelines.tables import schema
-from pipelines.tables.prepared import ImageTable, PreparedRows
+from pipelines.tables.prepared import PreparedRows
 
 
 def side(text: str | None) -> dict[str, Any] | None:
@@ -30,7 +30,7 @@ def rows_of(*rows: dict[str, Any]) -> PreparedRows:
         | {"query": side(row["query"]), "target": side(row.get("target"))}
         for i, row in enumerate(rows)
     ]
-    return PreparedRows(pa.Table.from_pylist(filled, schema.ROWS), ImageTable.of([], []))
+    return PreparedRows(pa.Table.from_pylist(filled, schema.ROWS), {})
 
 
 PAIRS = rows_of(

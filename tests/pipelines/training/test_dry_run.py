@@ -22,7 +22,7 @@ from crem.forecast.summary import summary
 from crem.model.build import build_model
 from pipelines.tables import schema
 from pipelines.tables.manifest import PrepareManifest
-from pipelines.tables.prepared import read_rows, texts_of
+from pipelines.tables.prepared import index_rows, read_rows, texts_of
 from pipelines.tables.storage import Folder
 from pipelines.training import dry_run as dryrun
 from pipelines.training.dry_run import dry_run
@@ -85,7 +85,7 @@ def test_shares_and_epochs_are_those_of_the_plan(prepared: str, temperature: flo
     counts = {m.task: (m.retrieval, m.with_turn, m.heterogeneous) for m in forecast.tasks}
     assert counts == {"i2t": (60, 60, 0), "t2i": (15, 0, 0), "caption": (0, 0, 20)}
     rows = read_rows(prepared, split_prefix="train")
-    plan = rows.plan(config)
+    plan = index_rows(prepared, split_prefix="train").plan(config)
     taken = np.concatenate([plan.step(s).rows for s in range(400)])
     tasks = np.array(rows.table.column("task").to_pylist())[taken]
     for m in forecast.tasks:
@@ -101,7 +101,7 @@ def test_tokens_are_those_of_the_runs_own_batches(prepared: str, monkeypatch: py
     config = load_config("micro", [*RUN, "train.chunk_rows=8"])
     forecast = dry_run(prepared, config)
     rows = read_rows(prepared, split_prefix="train")
-    plan = rows.plan(config)
+    plan = index_rows(prepared, split_prefix="train").plan(config)
     _, collator = build_model(config.model, texts=texts_of(rows))
     steps = [plan.step(s) for s in range(2)]
     numbers, z = np.concatenate([s.rows for s in steps]), np.concatenate([s.z for s in steps])

@@ -23,7 +23,7 @@ from pipelines.corpus.prepare import prepare
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluation_text import evaluation_table
 from pipelines.tables import session
-from pipelines.tables.prepared import read_rows
+from pipelines.tables.prepared import index_images, index_rows, load_rows
 from pipelines.tables.storage import Folder
 from pipelines.training.held_out import split_rows
 from pipelines.training.metrics_log import read_metrics
@@ -134,12 +134,12 @@ def test_a_run_that_diverges_saves_the_rows_of_the_step(prepared: str, tmp_path:
     with pytest.raises(TrainingError, match=r"loss of step (\d+) is (nan|inf).*optim\.lr.*failed_step\.json"):
         train(prepared, str(run), config)
     saved = json.loads((run / "failed_step.json").read_text())
-    rows = read_rows(prepared, split_prefix="train")
+    rows = index_rows(prepared, split_prefix="train")
     training, _ = split_rows(rows, config)
     plan = training.plan(config)
     for rank in (0, 1):
         share = plan.step(saved["step"], rank=rank, ranks=2)
-        ids = training.table.column("id").to_numpy()[share.rows].tolist()
+        ids = training.ids[share.rows].tolist()
         assert [row["id"] for row in saved["ranks"][rank]["rows"]] == ids and len(ids) == 8
     assert max(metrics(run), default=0) <= saved["step"]
     assert "failed: the loss of step" in (run / "report.html").read_text()
@@ -164,12 +164,12 @@ def test_a_run_on_object_storage(prepared: str, s3_server: Any, s3_env: Any) -> 
 
 
 def test_rows_and_the_plan_read_each_row_once_per_epoch(prepared: str) -> None:
-    rows = read_rows(prepared, split_prefix="train")
+    rows = index_rows(prepared, split_prefix="train")
     plan = rows.plan(load_config("micro", RUN))
     assert (len(plan.retrieval), len(plan.heterogeneous), plan.retrieval_per_step) == (48, 24, 12)
     seen = np.concatenate([plan.step(s).rows for s in range(4)])
     assert sorted(r for r in seen if r in set(plan.retrieval)) == sorted(plan.retrieval)
-    pair = rows.examples(plan.retrieval[:1], np.array([True]))[0]
+    pair = load_rows(rows, index_images(prepared)).examples(plan.retrieval[:1], np.array([True]))[0]
     assert pair.z and pair.target is not None and pair.target_key > 0
 
 

@@ -30,7 +30,7 @@ from cluster.local import LocalCluster
 from crem.config import load_config
 from crem.train.state import verify
 from pipelines.corpus.prepare import prepare
-from pipelines.tables.prepared import read_rows
+from pipelines.tables.prepared import index_rows
 from pipelines.tables.storage import Folder
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.held_out import split_rows
@@ -185,7 +185,7 @@ def same(job: Job, reference: Job, *, bound: float = 1e-6) -> None:
 def test_rows_come_once_in_an_epoch(prepared: str, reference: Job) -> None:
     """A step shuffles its rows, so an epoch that ends within one is seen at the step's end."""
     config = load_config("micro", RUN)
-    training, _ = split_rows(read_rows(prepared, split_prefix="train"), config)
+    training, _ = split_rows(index_rows(prepared, split_prefix="train"), config)
     rows, plan = reference.rows(), training.plan(config)
     assert sorted(rows) == list(range(STEPS))
     for pool in (plan.retrieval, plan.heterogeneous):
