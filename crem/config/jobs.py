@@ -79,6 +79,48 @@ class PrepareConfig(LayoutConfig, ImageAccess):
     rows_per_task: int = Field(512, ge=1)
     """Rows per Ray Data task. Source: ours."""
 
+    # Duplicates, contamination and language: pipelines/duplicates. Those beside exact_duplicates need the extra curate.
+    exact_duplicates: Literal["off", "report", "drop"] = "report"
+    """Rows whose query, target, question and answer another row has: clusters are reported, or all but the first row
+    are left out. Source: ours."""
+    near_duplicates: Literal["off", "report", "drop"] = "off"
+    """The same for rows that are nearly the same; every stored image is read again. Source: ours."""
+    near_image_bits: int = Field(6, ge=0, le=16)
+    """Bits of 64 in which the dHashes of near images differ at most. Source: tests/bench/README.md."""
+    near_text_jaccard: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity of near texts. Source: Lee et al. 2022 (arXiv:2107.06499), appendix A."""
+    minhash_permutations: int = Field(128, ge=16, le=1024)
+    """Minima of a MinHash signature; the estimate's standard deviation is 0.035. Source: datasketch's default."""
+    minhash_bands: int = Field(16, ge=1, le=256)
+    """Bands of the signature, 8 minima each: a pair of similarity 0.8 is found with 95 %, of 0.9 with 99.99 %.
+    Source: FineWeb (arXiv:2406.17557) has 14 of 8."""
+    minhash_shingle_chars: int = Field(5, ge=1, le=64)
+    """Source: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.2.2."""
+    minhash_min_chars: int = Field(250, ge=1)
+    """Shorter texts are near only if they differ by one typing error; about 50 words. Source: ours."""
+    contamination: tuple[str, ...] = ()
+    """Prepared tables of evaluation sets. Source: ours."""
+    contaminated: Literal["report", "drop"] = "drop"
+    """Rows for training with an image or text of these evaluation sets, or one near to it. Source: ours."""
+    contamination_text_chars: int = Field(40, ge=1)
+    """Shorter texts do not show that a row is from an evaluation set. Source: eight words, the least of GPT-3's
+    (arXiv:2005.14165, appendix C)."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes; rows with a text in another language are left out, none if empty. Source: ours."""
+    language_min_chars: int = Field(30, ge=1)
+    """Shorter texts are in no language. Source: tests/bench/README.md."""
+    language_confidence: float = Field(0.5, gt=0, le=1)
+    """Probability from which on a text is taken to be in another language. Source: tests/bench/README.md."""
+
+    @model_validator(mode="after")
+    def _bands(self) -> PrepareConfig:
+        if self.minhash_permutations % self.minhash_bands:
+            raise ValueError(
+                f"prepare.minhash_permutations={self.minhash_permutations} must be a multiple of "
+                f"prepare.minhash_bands={self.minhash_bands}"
+            )
+        return self
+
 
 class EmbedConfig(LayoutConfig, ImageAccess):
     """Batch embedding with a Ray Data actor pool."""

@@ -154,7 +154,7 @@ def _manifest(
         source_uri=source_uri,
         created_with={"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("ray", "pyarrow", "pillow")},
-        config={"prepare": config.prepare.model_dump(), "image": config.model.image.model_dump()},
+        config={"prepare": config.prepare.model_dump(mode="json"), "image": config.model.image.model_dump()},
     )
 
 

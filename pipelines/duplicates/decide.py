@@ -1,0 +1,168 @@
+"""Which rows of a corpus to leave out: another language, an evaluation set's content, duplicates.
+
+Three passes on Ray Data, each over parts of tables: the near images and texts (only if near duplicates or
+contamination are asked for), the keys of the rows, and the rows of equal keys. A corpus of few rows is not shuffled
+but grouped in the driver. The decisions are a function of the tables and the settings: neither the number of workers
+nor the order in which they finish changes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from crem.config import PrepareConfig
+from pipelines.duplicates.candidate_pairs import ALL_PAIRS
+from pipelines.duplicates.decision_tables import CLUSTERS, Decisions, write_table
+from pipelines.duplicates.duplicate_rows import EXAMPLES, group_rows, write_decisions
+from pipelines.duplicates.evaluation_sets import read_evaluation_sets
+from pipelines.duplicates.language import require_languages
+from pipelines.duplicates.libraries import library
+from pipelines.duplicates.near_items import NearItems, find_near_items
+from pipelines.duplicates.parts import TablePart
+from pipelines.duplicates.row_filters import Known, RowTask, key_rows, pickled
+from pipelines.tables import ray_tasks
+from pipelines.tables.manifest import read_manifest
+from pipelines.tables.storage import Folder
+
+__all__ = ["asked_for", "check_settings", "decide"]
+
+log = logging.getLogger(__name__)
+
+_ROWS_PER_BUCKET = 200_000
+"""Rows that one task of the last shuffle holds: some 40 MB."""
+_ROWS_HERE = 10_000
+"""Rows that the driver keys itself, in less time than Ray Data takes to start."""
+_IMAGE_CLUSTERS = 10_000
+"""Clusters of images that are written, the largest first."""
+
+
+def asked_for(config: PrepareConfig) -> bool:
+    """Whether any setting asks for decisions."""
+    duplicates = {config.exact_duplicates, config.near_duplicates} != {"off"}
+    return duplicates or bool(config.contamination) or bool(config.languages)
+
+
+def check_settings(config: PrepareConfig) -> None:
+    """Refuse what cannot be done, before a corpus is read.
+
+    Raises:
+        ConfigError: a library is missing, a language is unknown, or there are no prepared tables at a URI of
+            ``prepare.contamination``.
+    """
+    if config.languages:
+        require_languages(config.languages)
+    if config.near_duplicates != "off" or config.contamination:
+        setting = "prepare.near_duplicates" if config.near_duplicates != "off" else "prepare.contamination"
+        for name in ("imagehash", "rensa", "scipy"):
+            library(name, setting)
+    for uri in config.contamination:
+        read_manifest(Folder.at(uri))
+
+
+def decide(rows: Sequence[TablePart], images: Sequence[TablePart], config: PrepareConfig, *, work: Folder) -> Decisions:
+    """Decide on the rows of a corpus.
+
+    Args:
+        rows: parts of ``schema.ROWS`` in the order of the corpus. Where an id is in several rows, only its first counts.
+        images: parts of ``schema.IMAGES``, in any order; an image may be in several.
+        config: the settings of the job.
+        work: an empty folder; the decisions and the clusters are written into it.
+
+    Raises:
+        ConfigError: as ``check_settings``. ResourceError: more near pairs than the driver holds.
+    """
+    with ray_tasks.remote_errors():
+        evaluation = read_evaluation_sets(config.contamination, config)
+        items = None
+        if config.near_duplicates != "off" or evaluation:
+            items = find_near_items(rows, images, evaluation, config)
+            _write_image_clusters(items, work)
+        counts = _decide_rows(rows, Known(items, evaluation), config, work)
+    found = {name.partition(":")[2]: n for name, n in sorted(counts.items()) if name.startswith("found:")}
+    left_out = {name.partition(":")[2]: n for name, n in sorted(counts.items()) if name.startswith("left_out:")}
+    left_out |= {name: n for name, n in found.items() if _left_out_at_once(name, config)}
+    unchecked = 0 if items is None else items.unchecked
+    if unchecked:
+        log.warning(
+            "%d images or texts share their keys with more than %d others and were not compared with all of them",
+            unchecked,
+            ALL_PAIRS,
+        )
+    return Decisions(work, found, dict(sorted(left_out.items())), counts["clusters"], unchecked)
+
+
+def _left_out_at_once(name: str, config: PrepareConfig) -> bool:
+    stage = name.partition("/")[0]
+    return stage == "language" or (stage == "contamination" and config.contaminated == "drop")
+
+
+def _decide_rows(rows: Sequence[TablePart], known: Known, config: PrepareConfig, work: Folder) -> Counter[str]:
+    """Write the decisions; counts by name."""
+    tasks = [RowTask(number, part) for number, part in enumerate(rows)]
+    buckets = max(4, -(-sum(part.rows for part in rows) // _ROWS_PER_BUCKET))
+    keyed = partial(key_rows, known=ray.put(known), config=config, work=work, buckets=buckets)
+    grouped = partial(group_rows, config=config, work=work)
+    written = partial(write_decisions, work=work)
+    total = sum(part.rows for part in rows)
+    batches: Iterator[pa.Table]
+    if total <= _ROWS_HERE:
+        batches = _written_here((table for task in tasks for table in keyed(pickled(task))), grouped, written)
+    elif total <= _ROWS_PER_BUCKET:
+        records = ray_tasks.task_dataset(tasks).map_batches(keyed, batch_size=1)
+        batches = _written_here(records.iter_batches(batch_size=None, batch_format="pyarrow"), grouped, written)
+    else:
+        records = ray_tasks.task_dataset(tasks).map_batches(keyed, batch_size=1)
+        batches = (
+            records.groupby("bucket", num_partitions=buckets)
+            .map_groups(grouped, batch_format="pyarrow")
+            .groupby("part", num_partitions=min(len(tasks) + 1, buckets))
+            .map_groups(written, batch_format="pyarrow")
+            .iter_batches(batch_size=None, batch_format="pyarrow")
+        )
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        for name, number in zip(batch["reason"].to_pylist(), batch["position"].to_pylist(), strict=True):
+            counts[name] += number
+    return Counter({name: number for name, number in counts.items() if number})
+
+
+def _written_here(
+    records: Iterable[pa.Table], grouped: Callable[[pa.Table], pa.Table], written: Callable[[pa.Table], pa.Table]
+) -> Iterator[pa.Table]:
+    """The last two steps in this process, for as many rows as one task would hold."""
+    found = grouped(pa.concat_tables(records))
+    parts = found["part"].to_numpy()
+    for part in np.unique(parts):
+        yield written(found.filter(pa.array(parts == part)))
+
+
+def _write_image_clusters(items: NearItems, work: Folder) -> None:
+    """The largest clusters of images of the corpus."""
+    member = np.isin(items.images.ids, items.corpus_images)
+    ids, roots = items.images.ids[member], items.images.representatives[member]
+    order = np.lexsort((ids, roots))
+    ids, roots = ids[order], roots[order]
+    starts = np.flatnonzero(np.r_[True, roots[1:] != roots[:-1]]) if len(roots) else np.empty(0, np.intp)
+    sizes = np.diff(np.r_[starts, len(roots)])
+    largest = np.argsort(-sizes, kind="stable")[:_IMAGE_CLUSTERS]
+    clusters = [
+        {
+            "kind": "images",
+            "cluster": int(ids[starts[i]]),
+            "size": int(sizes[i]),
+            "reason": "near_duplicate",
+            "left_out": 0,
+            "ids": ids[starts[i] : starts[i] + min(EXAMPLES, sizes[i])].tolist(),
+            "names": [],
+        }
+        for i in largest
+        if sizes[i] > 1
+    ]
+    write_table(clusters, CLUSTERS, work, "clusters/images.parquet")

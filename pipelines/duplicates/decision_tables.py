@@ -1,0 +1,92 @@
+"""The tables that this room writes: which rows to leave out and why, and clusters of duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import retry_storage
+
+__all__ = ["CLUSTERS", "DECISIONS", "Decisions", "read_clusters", "write_table"]
+
+DECISIONS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("stage", pa.string()),  # language, contamination or duplicates
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("cluster", pa.int64()),  # id of the row that is kept; null: of no cluster
+    ]
+)
+"""Rows to leave out, up to two files for each part of the rows that has some. Stage, reason and detail are those of
+``schema.REJECTED``."""
+
+CLUSTERS = pa.schema(
+    [
+        ("kind", pa.string()),  # rows or images
+        ("cluster", pa.int64()),  # id of the row that is kept; of images, the smallest id
+        ("size", pa.int64()),
+        ("reason", pa.string()),  # exact_duplicate where all are equal, else near_duplicate
+        ("left_out", pa.int64()),  # rows of it that are left out; 0 where duplicates are only reported
+        ("ids", pa.list_(pa.int64())),  # the first EXAMPLES of them, in the order of the corpus
+        ("names", pa.list_(pa.string())),  # source/key of each; empty for images
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What ``decide`` found; the rows themselves stand in files."""
+
+    folder: Folder
+    """Files of ``DECISIONS``, and ``clusters/`` with files of ``CLUSTERS``."""
+    found: dict[str, int]
+    """Rows by ``<stage>/<reason>``, whether they are left out or not."""
+    left_out: dict[str, int]
+    """Rows to leave out by ``<stage>/<reason>``."""
+    clusters: int
+    """Clusters of rows."""
+    unchecked: int
+    """Images and texts that were not compared with all others: see ``NearItems``."""
+
+    def table(self) -> pa.Table:
+        """All decisions, in this process."""
+        tables = [_read(self.folder, name, DECISIONS) for name in self.folder.files(".parquet")]
+        return pa.concat_tables([DECISIONS.empty_table(), *tables])
+
+
+def read_clusters(decisions: Folder, largest: int) -> pa.Table:
+    """The largest clusters of each kind, largest first."""
+    names = decisions.child("clusters").files(".parquet")
+    kept = CLUSTERS.empty_table()
+    for name in names:
+        kept = pa.concat_tables([kept, _read(decisions, f"clusters/{name}", CLUSTERS)])
+        kept = kept.sort_by([("kind", "descending"), ("size", "descending"), ("cluster", "ascending")])
+        of_kind = [kept.filter(pa.array([k == kind for k in kept["kind"].to_pylist()])) for kind in ("rows", "images")]
+        kept = pa.concat_tables([table.slice(0, largest) for table in of_kind])
+    return kept
+
+
+def write_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, folder: Folder, name: str) -> None:
+    """Write a file in one piece; nothing where there are no rows."""
+    if not rows:
+        return
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    retry_storage(f"writing {folder.uri}/{name}", lambda: folder.write_bytes(data, name))
+
+
+def _read(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
+    def read() -> pa.Table:
+        if not folder.exists(name):
+            return schema.empty_table()
+        with folder.open(name) as file:
+            return pq.ParquetFile(file).read()
+
+    return retry_storage(f"reading {folder.uri}/{name}", read)
