@@ -70,7 +70,7 @@ def decide(rows: Sequence[TablePart], images: Sequence[TablePart], config: Prepa
     """Decide on the rows of a corpus.
 
     Args:
-        rows: parts of ``schema.ROWS`` in the order of the corpus. Where an id is in several rows, only its first counts.
+        rows: parts of ``schema.ROWS`` in the order of the corpus. Of several rows of one id only the first counts.
         images: parts of ``schema.IMAGES``, in any order; an image may be in several.
         config: the settings of the job.
         work: an empty folder; the decisions and the clusters are written into it.

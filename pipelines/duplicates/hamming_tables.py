@@ -18,7 +18,7 @@ __all__ = ["hamming_keys", "hamming_tables"]
 
 _BUCKET = 256
 """Hashes expected under one key at most, were they evenly spread; compared pairwise, as arrays."""
-_TABLES = 256
+_TABLES = 100
 """Tables at most: each copies every signature once."""
 
 
