@@ -31,10 +31,12 @@ from pipelines.tables import ray_tasks
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.storage import Folder
 
-__all__ = ["asked_for", "check_settings", "decide"]
+__all__ = ["asked_for", "check_settings", "decide", "needs_libraries"]
 
 log = logging.getLogger(__name__)
 
+_NEAR = ("imagehash", "rensa", "scipy")
+"""Libraries of near duplicates and of contamination."""
 _ROWS_PER_BUCKET = 200_000
 """Rows that one task of the last shuffle holds: some 40 MB."""
 _ROWS_HERE = 10_000
@@ -49,6 +51,12 @@ def asked_for(config: PrepareConfig) -> bool:
     return duplicates or bool(config.contamination) or bool(config.languages)
 
 
+def needs_libraries(config: PrepareConfig) -> list[str]:
+    """The optional libraries that decide with these settings."""
+    near = config.near_duplicates != "off" or bool(config.contamination)
+    return [*(_NEAR if near else ()), *(["py3langid"] if config.languages else [])]
+
+
 def check_settings(config: PrepareConfig) -> None:
     """Refuse what cannot be done, before a corpus is read.
 
@@ -60,7 +68,7 @@ def check_settings(config: PrepareConfig) -> None:
         require_languages(config.languages)
     if config.near_duplicates != "off" or config.contamination:
         setting = "prepare.near_duplicates" if config.near_duplicates != "off" else "prepare.contamination"
-        for name in ("imagehash", "rensa", "scipy"):
+        for name in _NEAR:
             library(name, setting)
     for uri in config.contamination:
         read_manifest(Folder.at(uri))

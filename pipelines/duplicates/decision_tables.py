@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["CLUSTERS", "DECISIONS", "Decisions", "read_clusters", "write_table"]
 
@@ -79,7 +79,7 @@ def write_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, folder: Folde
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
-    retry_storage(f"writing {folder.uri}/{name}", lambda: folder.write_bytes(data, name))
+    require_storage(f"writing {folder.uri}/{name}", lambda: folder.write_bytes(data, name))
 
 
 def _read(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
@@ -89,4 +89,4 @@ def _read(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
         with folder.open(name) as file:
             return pq.ParquetFile(file).read()
 
-    return retry_storage(f"reading {folder.uri}/{name}", read)
+    return require_storage(f"reading {folder.uri}/{name}", read)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["TablePart", "pieces"]
 
@@ -49,11 +49,11 @@ def _tables(part: TablePart, columns: list[str]) -> Iterator[pa.Table]:
     for name in part.names:
         what = f"reading {part.folder.uri}/{name}"
         if name.endswith(".arrow"):
-            data = retry_storage(what, lambda name=name: part.folder.read_bytes(name))  # type: ignore[misc]
+            data = require_storage(what, lambda name=name: part.folder.read_bytes(name))  # type: ignore[misc]
             yield pa.ipc.open_file(pa.BufferReader(data)).read_all().select(columns)
             continue
-        for group in range(retry_storage(what, lambda name=name: _row_groups(part.folder, name))):  # type: ignore[misc]
-            yield retry_storage(
+        for group in range(require_storage(what, lambda name=name: _row_groups(part.folder, name))):  # type: ignore[misc]
+            yield require_storage(
                 what,
                 lambda name=name, group=group: _read(part.folder, name, group, columns),  # type: ignore[misc]
             )
