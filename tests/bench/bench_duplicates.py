@@ -36,7 +36,7 @@ from pipelines.duplicates.image_signature import IMAGE_SIGNATURE, ImageRelation,
 from pipelines.duplicates.language import LanguageFilter
 from pipelines.duplicates.parts import TablePart
 from pipelines.duplicates.text_signature import MinHasher, is_typing_error, normal_form, typing_keys
-from pipelines.emoji.corpus_rows import corpus_path
+from pipelines.emoji import corpus_path
 from pipelines.tables import schema, session
 from pipelines.tables.storage import Folder
 from tests.bench.timing import table
