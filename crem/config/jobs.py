@@ -74,6 +74,10 @@ class PrepareConfig(LayoutConfig, ImageAccess):
     encode_max_pixels: int = Field(1280 * 28 * 28, ge=64)
     """Stored images are reduced to this area in pixels, whatever the preset's own model reads: a later one may read
     more. Source: VLM2Vec-V2 (1280 x 28^2, the largest that its backbone reads)."""
+    image_format: Literal["auto", "jpeg", "png", "webp"] = "auto"
+    """How images are stored; ``auto`` is PNG up to 256 x 256 pixels, else JPEG. Source: ``tests/bench/README.md``."""
+    image_quality: int = Field(95, ge=1, le=100)
+    """Of JPEG and WebP; a WebP of 100 is lossless. Source: ``tests/bench/README.md``."""
     max_text_chars: int = Field(100_000, ge=1)
     """A row with a longer text is rejected. Source: ours."""
     rows_per_task: int = Field(512, ge=1)

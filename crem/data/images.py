@@ -1,9 +1,9 @@
 """Decoding and encoding images: the size that a header declares is bounded before pixels are decoded.
 
-Decoding holds the file, the decoded picture and its RGB copy, 4 bytes a pixel each: measured in whole processes 8 bytes
-a pixel for JPEG, 9 for PNG, 11 for AVIF, 13 for JPEG with a profile and a turn, and 17 for WebP, whose decoder keeps two
-canvases. So the default limit of 64 million pixels bounds a decode at 1.1 GB, and 12 million pixels take 0.1 to 0.2 GB.
-A JPEG that will be shrunk to less than a quarter of its side is decoded at a fraction of its size.
+Decoding holds the file, the decoded picture and its RGB copy, 4 bytes a pixel each: measured in whole processes 8
+bytes a pixel for JPEG, 9 for PNG, 11 for AVIF, 13 for JPEG with a profile and a turn, and 17 for WebP, whose decoder
+keeps two canvases. So the default limit of 64 million pixels bounds a decode at 1.1 GB; 12 million pixels take 0.1 to
+0.2 GB. A JPEG that will be shrunk to less than a quarter of its side is decoded at a fraction of its size.
 
 Metadata never makes a fine picture corrupt: where decoding fails, it is tried again without the metadata.
 """
@@ -15,6 +15,7 @@ import math
 import threading
 import warnings
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
@@ -25,9 +26,13 @@ from crem.data.image_pixels import to_rgb
 from crem.data.items import ImageSource
 from crem.errors import ItemError, shortened
 
-__all__ = ["DecodedImage", "decode_image", "encode_image", "load_image", "read_bytes"]
+__all__ = ["DecodedImage", "ImageKind", "decode_image", "encode_image", "load_image", "read_bytes"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+ImageKind: TypeAlias = Literal["auto", "jpeg", "png", "webp"]
+"""How an image is stored."""
+_LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383, "png": 2**31 - 1}
+"""Pixels; a longer sliver is stored as PNG."""
 _LOSSLESS_PIXELS = 256 * 256
 """Images up to this area are stored as PNG (drawings, icons); larger ones as JPEG."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
@@ -140,8 +145,16 @@ def _decode_truncated(data: bytes, limits: ImageConfig) -> DecodedImage:
     return DecodedImage(decoded.image, decoded.width, decoded.height, truncated=True)
 
 
-def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
-    """Encode an RGB image, shrunk to at most ``max_pixels``: PNG when small (lossless), else JPEG quality 95.
+def encode_image(
+    image: Image.Image, max_pixels: int, *, kind: ImageKind = "auto", quality: int = 95
+) -> tuple[bytes, int, int]:
+    """Encode an RGB image, shrunk to at most ``max_pixels``.
+
+    ``auto`` is PNG for small images (lossless: drawings, icons), else JPEG. What the kinds cost is measured by
+    ``tests.bench.bench_images``.
+
+    Args:
+        quality: of JPEG and WebP, 1 to 100; colours are stored at full resolution in JPEG. A WebP of 100 is lossless.
 
     Returns:
         the bytes, and the stored width and height in pixels.
@@ -152,11 +165,17 @@ def encode_image(image: Image.Image, max_pixels: int) -> tuple[bytes, int, int]:
         width, height = (max(1, int(side * scale)) for side in image.size)
         width = max(1, min(width, max_pixels // height))  # the short side of a sliver cannot shrink further
         image = image.resize((width, min(height, max_pixels // width)), Image.Resampling.BICUBIC)
+    if kind == "auto":
+        kind = "png" if image.width * image.height <= _LOSSLESS_PIXELS else "jpeg"
+    if max(image.size) > _LONGEST_SIDE[kind]:
+        kind = "png"
     out = io.BytesIO()
-    if image.width * image.height <= _LOSSLESS_PIXELS:
+    if kind == "png":
         image.save(out, "PNG", compress_level=3)
+    elif kind == "webp":
+        image.save(out, "WEBP", quality=quality, lossless=quality == 100, method=4)
     else:
-        image.save(out, "JPEG", quality=95, subsampling=0)
+        image.save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue(), image.width, image.height
 
 

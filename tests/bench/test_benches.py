@@ -12,7 +12,15 @@ import torch
 
 from crem.train.step import train_step
 from pipelines.emoji import corpus_path
-from tests.bench import bench_attention, bench_baseline, bench_cache, bench_compile, bench_decode, bench_step
+from tests.bench import (
+    bench_attention,
+    bench_baseline,
+    bench_cache,
+    bench_compile,
+    bench_decode,
+    bench_images,
+    bench_step,
+)
 from tests.bench.live_memory import peak_bytes
 from tests.bench.steps import Accumulating, build, rows
 
@@ -105,6 +113,18 @@ def test_bench_decode(capsys: pytest.CaptureFixture[str]) -> None:
     assert (short[0], long[0]) == ("32", "96")
     assert short[5] == long[5], "the compressed cache does not grow with the context"
     assert [float(row[6].rstrip("%")) for row in (short, long)] == pytest.approx([1600 / 48, 1600 / 112], abs=0.01)
+
+
+@pytest.mark.slow
+def test_bench_images(capsys: pytest.CaptureFixture[str], tiny_model_dir: str) -> None:
+    """What does not depend on the machine: bytes and what they change."""
+    bench_images.main(["--repeats", "1", "--sides", "300", "1200", "--model", tiny_model_dir])
+    decoding, encoding = capsys.readouterr().out.split("Encoding.")
+    assert all(float(row[4]) < 1 for row in cells(decoding)), "decoders agree"
+    stored = {row[0]: row for row in cells(encoding)}
+    assert float(stored["PNG"][2]) > float(stored["WebP lossless"][2]) > 1 > float(stored["JPEG 90"][2])
+    assert float(stored["JPEG 90"][2]) > float(stored["WebP 90"][2])
+    assert stored["PNG"][6] == stored["WebP lossless"][6] == "∞" and float(stored["auto (JPEG 95)"][6]) > 45
 
 
 def test_bench_baseline_counts_ties_against_the_target() -> None:
