@@ -46,6 +46,8 @@ _MAX_NAME_BYTES = 4096
 """The longest path of Linux; S3 takes 1,024."""
 _SHORTEST_BASE64 = 32
 """Characters; the smallest useful image files have some 30 bytes."""
+_LONGEST_PLAIN_NAME = 600
+"""Characters; a longer value that has only those of base64 in it is base64, and no name."""
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|BM....\0\0\0\0|....ftypavi|P[1-6]\s", re.DOTALL
 )
@@ -189,10 +191,10 @@ def inline_bytes(source: str, limits: ImageConfig) -> bytes | None:
         return _decode_base64(payload, limits)
     if _is_base64(source):
         return _decode_base64(source, limits)
-    if len(source) > _MAX_NAME_BYTES and _BASE64.issuperset(source[:256]):
+    if len(source) > _LONGEST_PLAIN_NAME and _BASE64.issuperset("".join(source[:512].split())):
         raise ItemError(
             "image_corrupt",
-            f"{len(source)} characters of base64 ({source[:40]!r}…) that do not start like an image of a known format",
+            f"{len(source)} characters of base64 ({source[:60]!r}…) that do not start like an image of a known format",
         )
     return None
 

@@ -25,17 +25,16 @@ import unicodedata
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from crem.config import ImageAccess, ImageConfig
-from crem.data.image_bytes import SCHEMES, fetch_bytes, is_inline, read_bytes, read_error, read_file, too_many_bytes
+from crem.data.image_bytes import SCHEMES, fetch_bytes, inline_bytes, read_error, read_file, too_many_bytes
 from crem.errors import ConfigError, CremError, ItemError, StorageError, shortened
 from pipelines.sources.image_roots import ImageRoots
 from pipelines.sources.url_reader import read_url
-from pipelines.sources.zip_archives import ZipArchive
+from pipelines.sources.zip_archives import ZipArchive, opened
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import TIMEOUT_S, retry_storage
 
@@ -98,8 +97,8 @@ class ImageReader:
         """
         if isinstance(source, bytes):
             return source
-        if is_inline(source):
-            return read_bytes(source, self.limits)
+        if (inline := inline_bytes(source, self.limits)) is not None:
+            return inline
         if _URL.match(source):
             return read_url(source, self.access, self.limits)
 
@@ -170,7 +169,7 @@ class ImageReader:
 
     def _read_path(self, path: str, name: str) -> bytes:
         """The file at a path: absolute, or from the corpus folder."""
-        folder = _folder(self.root)
+        folder = opened(self.root)
         if os.path.isabs(path) or isinstance(folder.fs, LocalFileSystem):
             fs, place = _LOCAL, self._roots.resolve(os.path.join(folder.path(), path), name)
         else:
@@ -196,7 +195,7 @@ class ImageReader:
 
     def _require_corpus(self) -> None:
         """A folder that was unmounted has no images; the rows are not at fault."""
-        folder = _folder(self.root)
+        folder = opened(self.root)
         top = folder.path(_IMAGES) if self.has_images else folder.path()
         if isinstance(folder.fs, LocalFileSystem) and not os.path.isdir(top):
             raise OSError(errno.ESTALE, f"the corpus folder {self.root} is gone; mount it again")
@@ -225,11 +224,6 @@ def _is_usable(archive: ZipArchive) -> bool:
         log.warning("%s/%s is no zip archive (%s); no image is sought in it", archive.root, archive.name, error)
         return False
     return True
-
-
-@lru_cache(maxsize=16)
-def _folder(uri: str) -> Folder:
-    return Folder(uri)
 
 
 def _member_names(name: str, stem: str) -> list[str]:

@@ -16,6 +16,7 @@ import zipfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import fsspec
 import numpy as np
@@ -24,7 +25,7 @@ from crem.config import ImageConfig
 from crem.errors import ItemError, shortened
 from pipelines.tables.storage import Folder
 
-__all__ = ["ZipArchive"]
+__all__ = ["ZipArchive", "opened"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -99,8 +100,14 @@ class ZipArchive:
             raise ItemError("image_corrupt", f"{shown}: {shortened(str(error), 80)}") from error
 
     def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        folder = Folder(self.root)
+        folder = opened(self.root)
         return folder.fs, folder.path(self.name)
+
+
+@lru_cache(maxsize=16)
+def opened(uri: str) -> Folder:
+    """A folder, whose connection this process keeps."""
+    return Folder(uri)
 
 
 class _Directory:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import pickle
 import shutil
 import threading
@@ -72,6 +74,17 @@ def test_names_are_sought_in_images_and_in_the_corpus_folder(tmp_path: Path) -> 
     assert reason(reader, "images") == "image_missing"
     with pytest.raises(ItemError, match=r"'n\.png' does not exist in the corpus folder, images/"):
         reader.read("n.png")
+
+
+def test_images_inside_the_row(tmp_path: Path) -> None:
+    reader = local(tmp_path, {"images/a.png": png(1)})
+    text = base64.b64encode(png(3)).decode()
+    for source in (png(3), text, f"data:image/png;base64,{text}", text.rstrip("=") + "\n"):
+        assert reader.read(source) == png(3)
+    for other in (os.urandom(600), os.urandom(60_000)):
+        with pytest.raises(ItemError, match=r"characters of base64") as error:
+            reader.read(base64.b64encode(other).decode())
+        assert error.value.reason == "image_corrupt" and len(error.value.detail) < 200
 
 
 def test_a_name_that_starts_with_images_means_the_folder_of_the_corpus_first(tmp_path: Path) -> None:
