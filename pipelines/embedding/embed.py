@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -31,10 +32,14 @@ from pipelines.embedding.output import (
     EmbedShard,
     ShardCounts,
     finished_part,
+    first_error,
     part_name,
     start_or_resume,
     write_part,
 )
+from pipelines.formats.detection import Detection, detect_source
+from pipelines.formats.record_reader import RecordReader
+from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RowRange
@@ -59,18 +64,22 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
 
     Args:
         model: checkpoint folder or URI.
-        source: a Parquet or JSONL file, a folder of them, or a prepared folder (its image table).
+        source: items in any format and container that ``crem prepare`` reads, or a prepared folder (its image table).
         out: folder or URI; a run that was interrupted continues there.
         fresh: first remove what an earlier embedding run left in ``out``.
 
     Raises:
-        ConfigError: there is nothing to embed; ``out`` belongs to another model, other input or another job; or a node
-            of the cluster does not see a local ``source``, ``model`` or ``out``.
+        ConfigError: there is nothing to embed, its format is not known, or not one item could be embedded; ``out``
+            belongs to another model, other input or another job; or a node of the cluster does not see a local
+            ``source``, ``model`` or ``out``.
         CheckpointError: ``model`` cannot be loaded.
     """
     table = _item_table(source)
     target, settings = Folder.at(out), config.embed
-    ranges = sources.split(table, items.COLUMNS, _SHARD_ROWS)
+    detection = detect_source(table, settings, section="embed")
+    for warning in detection.warnings():
+        log.warning("%s", warning)
+    ranges = sources.split(table, None, _SHARD_ROWS)
     shards = [EmbedShard(number, group) for number, group in enumerate(sources.group(ranges, _SHARD_ROWS))]
     if not shards:
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
@@ -100,12 +109,19 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
             chorus_tokens=description.chorus_tokens,
             model=model,
             files=sources.stamps(table),
+            reading=detection.reading(),
             shards=tuple(sum(rows.rows for rows in shard.ranges) for shard in shards),
         )
         target.claim(JobKind.EMBED)
         require_shared(target)
         start_or_resume(target, plan, fresh=fresh)
-        return _run(target, plan, shards, reader, settings, description.max_text_tokens)
+        manifest = _run(target, plan, shards, reader, detection, settings, description.max_text_tokens)
+    if not manifest.embedded:
+        raise ConfigError(
+            f"none of the {manifest.rows_in} items could be embedded: {first_error(target)}; the column error of "
+            f"{target.uri} says why for each; mend them and run again with --fresh"
+        )
+    return manifest
 
 
 def _item_table(source: str) -> SourceFiles:
@@ -122,6 +138,7 @@ def _run(
     plan: EmbedPlan,
     shards: list[EmbedShard],
     reader: ImageReader,
+    detection: Detection,
     config: EmbedConfig,
     max_text_tokens: int,
 ) -> EmbedManifest:
@@ -133,11 +150,13 @@ def _run(
     missing = [shard for shard, counts in zip(shards, parts, strict=True) if counts is None]
     embedded, errors = (sum(getattr(counts, name) for counts in finished) for name in ("embedded", "errors"))
     cuts = sum((counts.cuts for counts in finished), CutCount())
+    unknown = UnknownColumns()
     resumed = embedded + errors
     log.info("embedding %d items with %s, %d already done", rows_in, plan.fingerprint, resumed)
     if missing:
         target.remove(EmbedManifest.FILE)
-    for counts in _embed_shards(target, plan, missing, reader, config):
+    for counts in _embed_shards(target, plan, missing, reader, detection, config):
+        unknown.merge(counts.unknown)
         embedded, errors, cuts = embedded + counts.embedded, errors + counts.errors, cuts + counts.cuts
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
@@ -153,6 +172,8 @@ def _run(
             f"{target.uri} lacks {len(absent)} of {len(shards)} parts that were written ({absent[0]} …): not all nodes "
             "share it; run again with --out on a file system that all nodes share, or an s3:// URI"
         )
+    for warning in sorted(set(detection.warnings(unknown)) - set(detection.warnings())):
+        log.warning("%s", warning)
     seconds = time.monotonic() - began
     manifest = EmbedManifest(
         fingerprint=plan.fingerprint,
@@ -174,7 +195,12 @@ def _run(
 
 
 def _embed_shards(
-    target: Folder, plan: EmbedPlan, missing: list[EmbedShard], reader: ImageReader, config: EmbedConfig
+    target: Folder,
+    plan: EmbedPlan,
+    missing: list[EmbedShard],
+    reader: ImageReader,
+    detection: Detection,
+    config: EmbedConfig,
 ) -> Iterator[ShardCounts]:
     if not missing:
         return
@@ -186,7 +212,7 @@ def _embed_shards(
         compute=ray.data.ActorPoolStrategy(min_size=min(config.min_actors, most), max_size=most),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
-        fn_constructor_args=(target, plan, reader, config),
+        fn_constructor_args=(target, plan, reader, detection, config),
     )
     yield from ray_tasks.results(dataset)
 
@@ -194,11 +220,12 @@ def _embed_shards(
 class ShardEmbedder:
     """The actor: one model, embeds a shard per call."""
 
-    def __init__(self, target: Folder, plan: EmbedPlan, reader: ImageReader, config: EmbedConfig):
+    def __init__(self, target: Folder, plan: EmbedPlan, reader: ImageReader, detection: Detection, config: EmbedConfig):
         self.model = load_model(plan.model, config.threads_per_actor, config.chorus_tokens)
         self.plan = plan
         self.target = target
         self.reader = reader
+        self.detection = detection
         self.batch_size = config.batch_size
         self.schema = schema.embeddings(
             schema.EmbeddingStamp(plan.fingerprint, self.model.dim, plan.model, self.model.chorus_tokens)
@@ -218,16 +245,18 @@ class ShardEmbedder:
                 f"{self.model.fingerprint}; run again once nothing writes to it"
             )
         self.cuts = CutCount()
+        self.records = RecordReader(self.detection, "items")
         table = pa.concat_tables([self._embed(batch) for batch in self._batches(shard.ranges)])
-        return write_part(self.target, shard.number, table, self.cuts)
+        counts = write_part(self.target, shard.number, table, self.cuts)
+        return replace(counts, unknown=self.records.unknown)
 
     def _batches(self, ranges: tuple[RowRange, ...]) -> Iterator[list[LoadedItem]]:
         """Batches of prepared items; the next one is prepared while the caller embeds the last."""
         limits = self.model.config.image
         loaded = (
-            items.load_item(row, self.reader, limits, self.model.prepare)
+            items.load_item(row, self.records, self.reader, limits, self.model.prepare)
             for rows in ranges
-            for row in sources.read(rows, items.COLUMNS)
+            for row in sources.read(rows, None)
         )
         following = self.read_ahead.submit(lambda: list(islice(loaded, self.batch_size)))
         while batch := following.result():

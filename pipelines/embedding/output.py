@@ -14,9 +14,11 @@ from typing import IO, ClassVar, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import JsonValue
 
 from crem.data.sequence import CutCount
 from crem.errors import ConfigError
+from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.schema import EmbeddingStamp
@@ -28,6 +30,7 @@ __all__ = [
     "EmbedShard",
     "ShardCounts",
     "finished_part",
+    "first_error",
     "part_name",
     "start_or_resume",
     "write_part",
@@ -52,6 +55,8 @@ class EmbedPlan(JsonFile):
     """The input."""
     shards: tuple[int, ...]
     """Rows of each shard."""
+    reading: dict[str, JsonValue] | None = None
+    """How the input is read (``Detection.reading``); ``None`` in plans from before formats."""
 
 
 class EmbedManifest(JsonFile):
@@ -100,6 +105,8 @@ class ShardCounts:
     embedded: int
     errors: int
     cuts: CutCount = field(default_factory=CutCount)
+    unknown: UnknownColumns = field(default_factory=UnknownColumns)
+    """Of the rows that this run embedded."""
 
 
 def write_part(target: Folder, shard: int, table: pa.Table, cuts: CutCount) -> ShardCounts:
@@ -145,7 +152,24 @@ def start_or_resume(target: Folder, plan: EmbedPlan, *, fresh: bool) -> None:
             f"{target.uri} was begun from other input: {_difference(earlier.files, plan.files)}; "
             "choose another --out, or remove that folder"
         )
+    elif earlier.reading is not None and earlier.reading != plan.reading:
+        changed = [k for k in plan.reading or {} if earlier.reading.get(k) != (plan.reading or {})[k]]
+        raise ConfigError(
+            f"{target.uri} was begun with another reading of the input: "
+            + ", ".join(f"{k} was {earlier.reading.get(k)!r} and is {(plan.reading or {})[k]!r}" for k in changed)
+            + "; choose another --out, or give --fresh"
+        )
     plan.write(target)
+
+
+def first_error(target: Folder) -> str:
+    """The first error in the parts of an output folder."""
+    for name in target.files(".parquet"):
+        with target.open(name) as file:
+            errors = pq.read_table(file, columns=["error"])["error"].drop_null()
+        if len(errors):
+            return str(errors[0].as_py())[:300]
+    return "no part has an error"
 
 
 def _difference(before: tuple[FileStamp, ...], now: tuple[FileStamp, ...]) -> str:

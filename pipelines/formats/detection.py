@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from pydantic import JsonValue
+
 from crem.config import EmbedConfig, LayoutConfig
 from crem.errors import ConfigError
 from pipelines.formats.format import Format
@@ -84,6 +86,14 @@ class Detection:
         if unknown and unknown.others:
             lines.append(f"and {unknown.others} more cells in columns of other unknown names")
         return lines
+
+    def reading(self) -> dict[str, JsonValue]:
+        """What decides the rows besides the files, for the plan of a job that can be continued."""
+        return {
+            "formats": list(self.formats),
+            "columns": dict(self.settings.columns),
+            "side": getattr(self.settings, "side", None),
+        }
 
     def mapping(self) -> list[dict[str, object]]:
         """The layouts as plain values, for a manifest or a page."""

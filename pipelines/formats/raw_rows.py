@@ -7,8 +7,6 @@ Only numbers and dates are accepted as text, because answers such as 4 are often
 
 from __future__ import annotations
 
-import base64
-import binascii
 import unicodedata
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
@@ -202,9 +200,6 @@ def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
 
 _NO_IMAGE = frozenset({"null", "NULL", "None", "none", "nan", "NaN", "NaT", "<NA>"})
 """What exports write where nothing is. No image has such a name: it would have a suffix."""
-_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0", "SUkq", "TU0AK")
-"""Starts of JPEG, PNG, WebP, GIF, BMP and TIFF in base64."""
-_MIN_BASE64 = 100
 
 
 def _image(value: Any, where: str) -> str | bytes | None:
@@ -213,20 +208,10 @@ def _image(value: Any, where: str) -> str | bytes | None:
     if is_absent(value) or (isinstance(value, str) and value.strip() in _NO_IMAGE):
         return None
     if isinstance(value, str):
-        return _inline(value) or _valid_name(value, where)
+        return _valid_name(value, where)
     if isinstance(value, bytes):
         return value  # decoding rejects zero bytes as a corrupt image
     raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; an image is a path, a URI or bytes")
-
-
-def _inline(value: str) -> bytes | None:
-    """The bytes of an image that stands in a text cell as bare base64, as in the TSV files of VLMEvalKit."""
-    if len(value) < _MIN_BASE64 or not value.startswith(_BASE64_STARTS):
-        return None
-    try:
-        return base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError):
-        return None
 
 
 def _valid_name(value: str, where: str) -> str:

@@ -75,9 +75,8 @@ def _sample(file: InputFile) -> FileSample:
 
 
 def _records(file: InputFile) -> tuple[RawRecord, ...]:
-    container, rows = container_named(file.container), _FEW_ROWS.get(file.container, _ROWS)
-    first = next(iter(container.split(file, rows)), None)
+    rows = _FEW_ROWS.get(file.container, _ROWS)
+    first = next(iter(container_named(file.container).split(file, rows)), None)
     if first is None:
         return ()
-    parsed = islice(container.read(first, None), rows)
-    return tuple(record for record, _ in parsed if record is not None)
+    return tuple(row.record for row in islice(sources.read(first), rows) if row.record is not None)

@@ -204,3 +204,44 @@ def test_what_cannot_be_embedded_is_refused_with_the_remedy(
     with pytest.raises(ConfigError, match="holds no completed prepared tables"):
         embed(tiny_model_dir, str(tmp_path / "half"), out, config())
     assert not Path(out).exists()
+
+
+def test_an_image_folder_gives_a_vector_for_each_picture(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
+    folder, out = tmp_path / "items", tmp_path / "out"
+    for number in range(4):
+        (folder / "train").mkdir(parents=True, exist_ok=True)
+        (folder / "train" / f"{number}.png").write_bytes(encoded(random_image(number)))
+    rows = [{"file_name": f"{number}.png", "text": "<image>\na box", "mood": 1} for number in range(4)]
+    write_rows(folder / "train" / "metadata.jsonl", rows)
+    counts = embed(tiny_model_dir, str(folder / "train"), str(out), config())
+    assert (counts.embedded, counts.errors) == (4, 0)
+    found = table(out)
+    assert [row["uri"] for row in found] == ["0.png", "1.png", "2.png", "3.png"]
+    assert {row["text"] for row in found} == {"a box"}
+    assert len({row["id"] for row in found}) == 4
+    first = crem.Item(text="a box", images=[encoded(random_image(0))])
+    assert np.allclose(vectors(found)[0], crem.load(tiny_model_dir).embed([first])[0], atol=1e-5)
+    assert len({tuple(row["embedding"]) for row in found}) == 4
+    with pytest.raises(ConfigError, match=r"another reading of the input: side was None and is 'query'.*--fresh"):
+        embed(tiny_model_dir, str(folder / "train"), str(out), config("embed.side=query"))
+
+
+def test_a_table_of_nothing_but_errors_is_no_success(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
+    source = write_rows(tmp_path / "i.jsonl", [{"image": "gone.png"}, {"image": "away.png"}])
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 items could be embedded: image_missing.*run again with --fresh"
+    ):
+        embed(tiny_model_dir, str(source), str(tmp_path / "out"), config())
+    assert [row["error"].partition(":")[0] for row in table(tmp_path / "out")] == ["image_missing"] * 2
+
+
+def test_columns_that_embed_does_not_know_are_named(
+    tmp_path: Path, tiny_model_dir: str, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_rows(tmp_path / "i.jsonl", [{"text": "a", "mood": 1}] * 40 + [{"text": "b", "late": 2}])
+    embed(tiny_model_dir, str(source), str(tmp_path / "out"), config())
+    assert "column 'mood' is not known to texts and is not read" in caplog.text
+    assert "column 'late' is not known to texts and is not read (1 rows)" in caplog.text
+    wrong = write_rows(tmp_path / "w.jsonl", [{"text": "a", "imagee": "a.png"}])
+    with pytest.raises(ConfigError, match="'imagee'.*did you mean 'image'"):
+        embed(tiny_model_dir, str(wrong), str(tmp_path / "w"), config())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 
 from crem.errors import ItemError
 from pipelines.formats.raw_rows import parse_images, parse_row, parse_text_value
-from tests.pipelines.conftest import encoded, random_image
 
 
 @pytest.mark.parametrize(
@@ -39,14 +37,6 @@ def test_images_beside_absent_ones_are_kept() -> None:
     for wrong in (7, True, ["a.jpg", 7], {"a": 1, "bytes": 3}):
         with pytest.raises(ItemError, match="an image is a path, a URI or bytes"):
             parse_images(wrong, "c")
-
-
-def test_bare_base64_is_the_image_and_a_long_name_is_a_name() -> None:
-    data = encoded(random_image(1))
-    assert parse_images(base64.b64encode(data).decode(), "image") == (data,)
-    assert parse_images(base64.encodebytes(data).decode(), "image") == (data,)  # in lines
-    name = "/9j/" + "a" * 200 + ".jpg"
-    assert parse_images(name, "image") == (name,)
 
 
 def test_arrow_types_become_text() -> None:
