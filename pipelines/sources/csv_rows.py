@@ -1,5 +1,7 @@
 """Tables of text (CSV, TSV), plain or compressed; the first line names the columns, and every value is text.
 
+CC3M and CC12M have no such line: two columns, of which one is an address, are ``caption`` and ``url``.
+
 Python's ``csv`` parses a record; PyArrow's reader stops at the first record it does not like, and both swallow rows
 where a quote is never closed. Here such a quote costs one row: a record that does not close, or whose number of fields
 is wrong although it closes, is given up at its first line, and reading goes on at its second. Counting the rows takes
@@ -32,6 +34,7 @@ _DELIMITERS = (",", "\t", ";", "|")
 _SNIFFED_LINES = 20
 _ROW_LIKE = ("http://", "https://", "s3://", "data:")
 _LONGEST_NAME = 200
+_BOM = b"\xef\xbb\xbf"
 
 
 class CsvRows:
@@ -100,8 +103,18 @@ def _header(file: InputFile) -> _Header:
         raise unreadable_file(
             file.folder, file.name, f"its first line {text[:80]!r} is no header; its quotes do not match"
         )
+    if pair := _pair_without_header(names):
+        return _Header(pair, delimiter, len(_BOM) if (lines[0] or b"").startswith(_BOM) else 0)
     end = sum(len(line or b"") for line in lines[:used])
     return _Header(_column_names(file, [name.strip() for name in names]), delimiter, end)
+
+
+def _pair_without_header(names: list[str]) -> tuple[str, ...]:
+    """The columns of CC3M and CC12M, which have no header: a caption and an address, in either order; else none."""
+    addresses = [name.strip().lower().startswith(("http://", "https://")) for name in names]
+    if len(names) != 2 or sum(addresses) != 1:
+        return ()
+    return tuple("url" if address else "caption" for address in addresses)
 
 
 def _column_names(file: InputFile, names: list[str]) -> tuple[str, ...]:

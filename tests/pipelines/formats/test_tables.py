@@ -245,3 +245,21 @@ def test_embedding_reads_image_folders(tmp_path: Path) -> None:
     reader = RecordReader(detect_source(corpus, EmbedConfig(), section="embed"), "corpus")
     (part,) = sources.split(corpus, None, 2)
     assert [reader.item(row).images for row in sources.read(part, None)] == [("1.jpg",)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a box\thttps://x.org/1.jpg", 'a "ball"\thttps://x.org/2.jpg'],
+        ["https://x.org/1.jpg\ta box", 'https://x.org/2.jpg\ta "ball"'],
+    ],
+    ids=["CC3M", "CC12M"],
+)
+def test_addresses_without_a_header(tmp_path: Path, lines: list[str]) -> None:
+    for start in ("", "\ufeff"):
+        (tmp_path / "cc.tsv").write_text(start + "\n".join(lines), encoding="utf-8")
+        rows = read(tmp_path)
+        assert [(row.query.images, row.target.text) for row in rows] == [
+            (("https://x.org/1.jpg",), "a box"),
+            (("https://x.org/2.jpg",), 'a "ball"'),
+        ]

@@ -201,7 +201,9 @@ def test_a_quote_in_a_tsv_is_a_character(tmp_path: Path) -> None:
 
 def test_a_table_without_a_header_and_one_with_two_equal_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Train_GCC\.tsv begins with 'http://a/1\.jpg'.*names of the columns first"):
-        ranges_of(write(tmp_path / "1", {"Train_GCC.tsv": b"a caption\thttp://a/1.jpg\nanother\thttp://a/2.jpg\n"}))
+        ranges_of(
+            write(tmp_path / "1", {"Train_GCC.tsv": b"a caption\thttp://a/1.jpg\t1\nanother\thttp://a/2.jpg\t2\n"})
+        )
     with pytest.raises(ConfigError, match=r"several columns of one name, \['text'\]; rename"):
         ranges_of(write(tmp_path / "2", {"a.csv": b"text,url,text\n1,2,3\n"}))
     indexed = io.StringIO()
