@@ -16,7 +16,7 @@ from crem.errors import ItemError
 from pipelines.formats.format import RowContext
 from pipelines.formats.paths import split_of
 from pipelines.formats.placeholders import MARK, ImageName, Parts, count_marks, joined, placed
-from pipelines.formats.raw_rows import RawItem, RawRow, parse_images, parse_text_value
+from pipelines.formats.raw_rows import RawItem, RawRow, listed, parse_images, parse_text_value
 from pipelines.sources.records import RawRecord
 
 __all__ = ["Turn", "conversation_item", "conversation_rows", "read_turns", "refuse_other_media"]
@@ -47,6 +47,7 @@ def read_turns(value: Any, column: str, images: Sequence[ImageName]) -> tuple[li
     Raises:
         ItemError: ``bad_row``.
     """
+    value = listed(value)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(turn, dict) for turn in value):
         raise ItemError("bad_row", f"{column} is {repr(value)[:60]}; it must be a list of turns")
     waiting, found = list(images), list[ImageName]()

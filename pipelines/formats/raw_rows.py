@@ -7,6 +7,7 @@ Only numbers and dates are accepted as text, because answers such as 4 are often
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
@@ -24,6 +25,7 @@ __all__ = [
     "RawRow",
     "check_row",
     "is_absent",
+    "listed",
     "parse_images",
     "parse_row",
     "parse_text",
@@ -193,9 +195,21 @@ def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
 
     Absent ones are left out: null, NaN, a blank or one of ``_NO_IMAGE``, alone or in the list.
     """
+    value = listed(value)
     values = value if isinstance(value, list | tuple) else [value]
     images = (_image(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
     return tuple(image for image in images if image is not None)
+
+
+def listed(value: Any) -> Any:
+    """A list that stands in a cell of text as JSON, as in CSV files; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, list) else value
+    return value
 
 
 _NO_IMAGE = frozenset({"null", "NULL", "None", "none", "nan", "NaN", "NaT", "<NA>"})
@@ -258,6 +272,7 @@ def _question(record: RawRecord, query: RawItem) -> str | None:
 
 
 def _negatives(value: Any) -> list[RawItem]:
+    value = listed(value)
     if is_absent(value):
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(v, dict) for v in value):

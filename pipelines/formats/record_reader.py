@@ -9,7 +9,7 @@ from crem.errors import ItemError
 from pipelines.formats.detection import Detection, misspelt, renamed
 from pipelines.formats.format import Format, RowContext, Side
 from pipelines.formats.raw_rows import RawItem, RawRow
-from pipelines.formats.registry import format_named
+from pipelines.formats.registry import FORMATS, format_named
 from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources.records import RawRecord, SourceRow
 
@@ -37,7 +37,9 @@ class RecordReader:
         self.detection = detection
         self.source = source
         self.unknown = UnknownColumns()
-        self._formats = [format_named(name) for name in detection.formats]
+        self._formats = [format_named(name) for name in detection.formats] or list(FORMATS)
+        labels = [layout.labels for layout in detection.layouts]
+        self._shared_labels = labels[0] if labels and all(found == labels[0] for found in labels) else {}
         self._layouts = {_place(file): layout for layout in detection.layouts for file in layout.files}
         self._side: Side | None = getattr(detection.settings, "side", None)
         self._names: dict[tuple[str, tuple[str, ...]], _Names] = {}
@@ -75,8 +77,10 @@ class RecordReader:
             raise ItemError(
                 "unknown_columns", f"{known.name} knows none of the columns {list(record)[:12]}; is it another format?"
             )
-        layout = self._layouts.get(_place(row.file)) or self.detection.layouts[0]
-        context = RowContext(self.source, row.name, row.file, layout.labels, self._side)
+        layout = self._layouts.get(_place(row.file))
+        context = RowContext(
+            self.source, row.name, row.file, layout.labels if layout else self._shared_labels, self._side
+        )
         return record, context, known
 
     def _format(self, file: str, record: RawRecord) -> Format:

@@ -39,6 +39,17 @@ def test_images_beside_absent_ones_are_kept() -> None:
             parse_images(wrong, "c")
 
 
+def test_lists_in_cells_of_text_are_lists() -> None:
+    row = parse_row(
+        {"query_images": '["a.jpg", "b.jpg"]', "target_text": "[1]", "negatives": '[{"text": "n"}]'},
+        key="k",
+        source="s",
+    )
+    assert (row.query.images, row.target.text, row.negatives[0].text) == (("a.jpg", "b.jpg"), "[1]", "n")
+    assert parse_images("[1].jpg", "c") == ("[1].jpg",)
+    assert parse_images("[not json]", "c") == ("[not json]",)
+
+
 def test_arrow_types_become_text() -> None:
     table = pa.table(
         {
