@@ -8,6 +8,7 @@ travels to the tasks, which read records by it (``record_reader``).
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -115,6 +116,7 @@ def detect_source(source: SourceFiles, settings: LayoutConfig, *, section: str) 
     """
     for theirs, ours in settings.columns.items():
         _check_ours(theirs, ours, section)
+    _check_twins(source)
     samples = [sample for sample in sample_files(source) if sample.columns]
     _check_theirs(samples, settings, section)
     layouts: dict[str, Layout] = {}
@@ -219,6 +221,20 @@ def _format(
         f"Map them with {section}.columns={{{columns[0]}: {'query_text' if section == 'prepare' else 'text'}}}, "
         f"or name one of the formats {', '.join(known.name for known in FORMATS)} with {section}.format=NAME"
     )
+
+
+def _check_twins(source: SourceFiles) -> None:
+    """Refuse tars with their tables beside them, as img2dataset writes them: both hold the same rows."""
+    names = set(source.names)
+    twin = next(
+        (n for n in source.names if n.endswith(".parquet") and n.removesuffix("parquet") + "tar" in names), None
+    )
+    if twin is not None:
+        folder = f"{source.folder.uri}/{posixpath.dirname(twin)}".rstrip("/")
+        raise ConfigError(
+            f"{twin} and the tar of the same name hold the same rows (img2dataset writes both), which would be read "
+            f"twice; give {folder}/*.tar or {folder}/*.parquet instead of the folder"
+        )
 
 
 def _check_side(file: str, known: Format, settings: LayoutConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 
-__all__ = ["folder_of", "split_named", "split_of", "subset_of"]
+__all__ = ["split_named", "split_of", "subset_of"]
 
 _SPLITS = {
     "train": ("train", "training", "restval"),  # Karpathy's split of COCO trains on restval
@@ -16,11 +16,6 @@ _WORDS = {word: split for split, words in _SPLITS.items() for word in words}
 _NO_SUBSET = frozenset(
     {"data", "rows", "default", "original", "diverse", "instruction", "images", "json", "parquet", *_WORDS}
 )
-
-
-def folder_of(file: str) -> str:
-    """The folder of a file, from the folder of the corpus."""
-    return posixpath.dirname(file)
 
 
 def split_of(file: str) -> str:
@@ -39,7 +34,7 @@ def split_named(name: str) -> str:
 
 def subset_of(file: str) -> str | None:
     """The sub-dataset: the nearest folder whose name is not one of a split or of storage (``data``, ``a=1``)."""
-    for folder in reversed(folder_of(file).split("/")):
+    for folder in reversed(posixpath.dirname(file).split("/")):
         plain = [word for word in re.split(r"[^a-z]+", folder.lower()) if word]
         if plain and "=" not in folder and not _NO_SUBSET.issuperset(plain):
             return folder

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crem.config import EmbedConfig, PrepareConfig
-from crem.errors import ItemError
+from crem.errors import ConfigError, ItemError
 from pipelines.formats.detection import detect_source
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.record_reader import RecordReader
@@ -226,6 +226,17 @@ def test_records_of_tars() -> None:
     assert reason_of({"__key__": "0001", "txt": "a box"}) == "empty_query"
     with pytest.raises(Exception, match=r"'json\.captoin'.*did you mean 'json\.caption'"):
         rows_of({"__key__": "0001", "jpg": JPEG, "json": {"captoin": "a box"}})
+
+
+def test_tars_with_their_tables_beside_them_are_not_read_twice(tmp_path: Path) -> None:
+    tar(tmp_path / "00000.tar", {"0.jpg": JPEG, "0.txt": b"a box"})
+    pq.write_table(
+        pa.Table.from_pylist([{"url": "https://x.org/1.jpg", "caption": "a box"}]), tmp_path / "00000.parquet"
+    )
+    with pytest.raises(ConfigError, match=r"00000\.parquet and the tar.*give .*/\*\.tar"):
+        read(tmp_path)
+    corpus = sources.find(f"{tmp_path}/*.tar")
+    assert detect_source(corpus, PrepareConfig(), section="prepare").formats == ("webdataset",)
 
 
 def test_conversations_in_tars() -> None:
