@@ -7,7 +7,7 @@ import gzip
 import io
 import lzma
 import zlib
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -63,8 +63,5 @@ class _ZstdStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        data = self._stream.read(len(view))
-        view[: len(data)] = data
-        return len(data)
+    def readinto(self, buffer: Any) -> int:
+        return int(self._stream.readinto(buffer))  # its read() leaks what it has allocated when the stream is damaged

@@ -30,7 +30,7 @@ class Container(Protocol):
 
         Raises:
             ConfigError: the file is damaged or is no table.
-            ResourceError: the storage fails.
+            StorageError: the storage fails.
         """
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:

@@ -1,7 +1,7 @@
 """One input file: bytes that survive failures of the storage, its stamp, and the fingerprint of its content.
 
 Storage that fails is not a file that is damaged. A read that fails is tried again at the same byte, so no row is lost
-or given twice; if the storage stays away, the job ends with ``ResourceError``, and no container takes that for bad
+or given twice; if the storage stays away, the job ends with ``StorageError``, and no container takes that for bad
 data. A file that is not what it was when the job began is a ``ConfigError``.
 """
 
@@ -12,13 +12,13 @@ import io
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeVar
 
-from crem.errors import ConfigError, CremError, ResourceError
+from crem.errors import ConfigError, CremError, StorageError
 from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import retry_storage
+from pipelines.tables.storage_retry import TIMEOUT_S, StorageFault, require_storage, storage_fault
 
 __all__ = ["InputFile", "current_stamp", "stamp_of", "storage_call"]
 
@@ -44,6 +44,8 @@ class InputFile:
     size: int
     version: str
     fingerprint: str = ""
+    content: bytes | None = field(default=None, compare=False, repr=False)
+    """All of a small file, if it has been read."""
 
     @classmethod
     def of(cls, rows: RowRange) -> InputFile:
@@ -65,7 +67,7 @@ class InputFile:
 
         Raises, here and when it is read:
             ConfigError: the file is gone or may not be read.
-            ResourceError: the storage fails for longer than ``storage_retry.TIMEOUT_S``.
+            StorageError: the storage fails for longer than ``storage_retry.TIMEOUT_S``.
         """
         stream = io.BufferedReader(self.open_raw(), _BUFFER_BYTES)
         if offset:
@@ -74,7 +76,7 @@ class InputFile:
 
     def open_raw(self) -> _Bytes:
         """Its bytes without a buffer, for a reader that asks for what it needs. Raises as ``open`` does."""
-        return _Bytes(Folder(self.folder), self.name, self.size)
+        return _Bytes(Folder(self.folder), self.name, self.size, self.content)
 
     def identified(self, extra: str = "") -> InputFile:
         """With the fingerprint of its content.
@@ -88,9 +90,11 @@ class InputFile:
         digest = hashlib.blake2b(f"{self.size}\0{extra}\0".encode(), digest_size=8)
         with self.open_raw() as raw:
             if self.size <= 3 * _BLOCK_BYTES:
-                digest.update(raw.read_exactly(0, self.size))
+                content = raw.read_exactly(0, self.size)
+                digest.update(content)
+                return replace(self, fingerprint=digest.hexdigest(), content=content)
             else:
-                for start in (0, self.size // 2, self.size - _BLOCK_BYTES):
+                for start in (0, (self.size - _BLOCK_BYTES) // 2, self.size - _BLOCK_BYTES):
                     digest.update(raw.read_exactly(start, _BLOCK_BYTES))
         return replace(self, fingerprint=digest.hexdigest())
 
@@ -129,51 +133,46 @@ def stamp_of(name: str, details: dict[str, Any]) -> FileStamp:
     return FileStamp(name, int(details.get("size") or 0), str(version).strip('"'))
 
 
-def storage_call(uri: str, call: Callable[[], T], *, timeout_s: float | None = None) -> T:
+def storage_call(uri: str, call: Callable[[], T], *, timeout_s: float = TIMEOUT_S) -> T:
     """The result of ``call``, tried again while storage fails.
 
     Raises:
         ConfigError: the file is gone or may not be read.
-        ResourceError: the storage stays away.
+        StorageError: the storage stays away.
     """
 
     def attempt() -> T:
         for tries_left in reversed(range(_GONE_TRIES)):
             try:
                 return call()
-            except (FileNotFoundError, NotADirectoryError) as error:
+            except Exception as error:
+                if storage_fault(error) is not StorageFault.ABSENT:
+                    raise
                 if not tries_left:
                     raise ConfigError(
                         f"{uri} is gone since this job began; run again once nothing writes there"
                     ) from error
                 time.sleep(_GONE_PAUSE_S)
-            except Exception as error:
-                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-                    raise ConfigError(
-                        f"{uri} may not be read: {error}; grant access, and for s3:// check AWS_ACCESS_KEY_ID, "
-                        "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
-                    ) from error
-                raise
         raise AssertionError
 
-    options = {} if timeout_s is None else {"timeout_s": timeout_s}
     try:
-        return retry_storage(f"reading {uri}", attempt, **options)
+        return require_storage(f"reading {uri}", attempt, timeout_s=timeout_s)
     except CremError:
         raise
-    except Exception as error:  # botocore's, aiohttp's and the operating system's have nothing in common
-        raise ResourceError(
+    except Exception as error:  # not of what is in the file: no container may take it for damage
+        raise StorageError(
             f"{uri} could not be read, and not because of what is in it: {type(error).__name__}: {error}; "
-            "see to the storage and run again"
+            "see to the storage and run again",
+            False,
         ) from error
 
 
 class _Bytes(io.RawIOBase):
     """Reads by ranges, each retried; holds no connection that could break between them."""
 
-    def __init__(self, folder: Folder, name: str, size: int):
+    def __init__(self, folder: Folder, name: str, size: int, content: bytes | None = None):
         super().__init__()
-        self._folder, self._name, self._size = folder, name, size
+        self._folder, self._name, self._size, self._content = folder, name, size, content
         self._uri = f"{folder.uri}/{name}"
         self._local: IO[bytes] | None = None
         self._at = 0
@@ -206,6 +205,8 @@ class _Bytes(io.RawIOBase):
         """``count`` bytes from ``start``."""
         if not count:
             return b""
+        if self._content is not None:
+            return self._content[start : start + count]
         data = storage_call(self._uri, lambda: self._fetch(start, count))
         if len(data) != count:
             raise ConfigError(
@@ -222,7 +223,7 @@ class _Bytes(io.RawIOBase):
     def _fetch(self, start: int, count: int) -> bytes:
         path = self._folder.path(self._name)
         if not self._folder.is_local:
-            return bytes(self._folder.fs.cat_file(path, start=start, end=start + count))
+            return self._fetch_remote(path, start, count)
         if self._local is None or self._local.closed:
             self._local = open(path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
         try:
@@ -234,4 +235,12 @@ class _Bytes(io.RawIOBase):
             return parts
         except OSError:
             self._local.close()
+            raise
+
+    def _fetch_remote(self, path: str, start: int, count: int) -> bytes:
+        try:
+            return bytes(self._folder.fs.cat_file(path, start=start, end=start + count))
+        except OSError as error:
+            if "InvalidRange" in str(error) or "range is not" in str(error).lower():
+                return b""  # it is shorter than it was
             raise

@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from crem.errors import ConfigError, ResourceError
+from crem.errors import ConfigError, StorageError
 from pipelines.sources import file_kinds as kinds
 from pipelines.sources.container import FolderContainer
 from pipelines.sources.file_kinds import IgnoredCounts, is_hidden, kind_of
 from pipelines.sources.image_rows import ALL_OF_FOLDER, FolderSum, ImageRows
-from pipelines.sources.input_file import InputFile, current_stamp
+from pipelines.sources.input_file import InputFile, current_stamp, storage_call
 from pipelines.sources.known_containers import CONTAINERS, container_named, container_of
 from pipelines.sources.lance_rows import LanceRows
 from pipelines.sources.listing import Entry, list_folder, list_tree
@@ -34,6 +34,8 @@ __all__ = ["find"]
 log = logging.getLogger(__name__)
 
 _ROWS, _IMAGES = "rows", "images"
+_FIRST_TIMEOUT_S = 60.0
+"""How long the first look waits for storage that does not answer: the address may be wrong."""
 _FLUSH_FILES = 10_000
 _VERSIONED = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 """Folders of tables whose files also hold rows that were deleted."""
@@ -49,15 +51,15 @@ def find(place: str, *, what: str = "corpus") -> SourceFiles:
 
     Raises:
         ConfigError: ``place`` does not exist, has no row files, or cannot be read.
+        StorageError: the storage does not answer.
     """
     try:
         source = _find(place, what)
-    except ConfigError:
+    except (ConfigError, StorageError):
         raise
     except Exception as error:  # of botocore or of the operating system: the place cannot be listed
-        cause = error if isinstance(error, ResourceError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{what} {place!r} cannot be read: {cause}; check the address, and for s3:// "
+            f"{what} {place!r} cannot be read: {type(error).__name__}: {error}; check the address, and for s3:// "
             "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
     _say(source)
@@ -66,11 +68,13 @@ def find(place: str, *, what: str = "corpus") -> SourceFiles:
 
 def _find(place: str, what: str) -> SourceFiles:
     root, pattern = Folder.at(place), None
-    if not root.exists() and re.search(r"[*?\[]", place):
+    exists = storage_call(root.uri, root.exists, timeout_s=_FIRST_TIMEOUT_S)
+    if not exists and re.search(r"[*?\[]", place):
         root, pattern = _pattern(place)
+        exists = root.exists()
     if pattern is None and (root.fs.isfile(root.path()) or _is_lance(root)):
         return _single(place, root)
-    if not root.exists():
+    if not exists:
         raise ConfigError(f"{what} {place!r} does not exist; give the folder or s3:// URI that holds rows/*.parquet")
     if pattern is None and root.exists(_ROWS):
         rows = root.child(_ROWS)

@@ -6,6 +6,7 @@ that others append to reads what it counted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from crem.errors import ConfigError
+from crem.errors import ConfigError, CremError
 from pipelines.sources.input_file import InputFile, storage_call
 from pipelines.sources.parquet_rows import parsed_batch
 from pipelines.sources.records import FileSchema, FileStamp, ParsedRow, RowRange, unreadable_file
@@ -113,9 +114,12 @@ def _failures_told_apart(file: InputFile) -> Iterator[None]:
     """A failure of the storage passes as it is; any other is of the dataset."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, pa.ArrowException) as error:
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"  # of Rust, at a damaged file; it is no Exception
+        if isinstance(error, CremError) or not (panicked or isinstance(error, Exception)):
+            raise
         if not Folder(file.folder).is_local and _OF_STORAGE.search(str(error)):
-            raise OSError(str(error)[:300]) from error
+            raise OSError(errno.EIO, str(error)[:300]) from error
         raise unreadable_file(file.folder, file.name, f"{type(error).__name__}: {str(error)[:300]}") from error
 
 

@@ -53,7 +53,7 @@ def list_folder(folder: Folder, below: str = "") -> Iterator[list[Entry]]:
 
     Raises:
         ConfigError: it may not be read.
-        ResourceError: the storage stays away.
+        StorageError: the storage stays away.
     """
     if isinstance(folder.fs, LocalFileSystem):
         yield from _list_local(folder, below)

@@ -43,12 +43,11 @@ def split(source: SourceFiles, columns: Sequence[str] | None, rows: int) -> Iter
         columns: refuse a file that has none of these; ``None`` takes any.
 
     Raises:
-        ConfigError: a file is damaged, has changed since it was listed, or has none of ``columns``.
-        ResourceError: the storage stays away.
+        ConfigError: a file is damaged, is shorter than it was listed, or has none of ``columns``.
+        StorageError: the storage stays away.
     """
 
     def split_file(file: InputFile) -> list[RowRange]:
-        _check_unchanged(file)
         container = container_named(file.container)
         if columns is not None and (present := container.schema(file).columns) and not set(present) & set(columns):
             raise ConfigError(
@@ -92,7 +91,7 @@ def read(rows: RowRange, columns: Sequence[str] | None = None) -> Iterator[Sourc
 
     Raises:
         ConfigError: the file has changed since it was split, or is damaged.
-        ResourceError: the storage stays away.
+        StorageError: the storage stays away.
     """
     file = InputFile.of(rows)
     _check_unchanged(file)

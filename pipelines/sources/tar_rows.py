@@ -157,7 +157,8 @@ class _Blocks:
         return self._at
 
     def seek(self, offset: int) -> None:
-        assert offset >= self._at, f"back from {self._at} to {offset}"
+        if offset < self._at:  # a size below zero
+            raise ValueError(f"a member at byte {self._at} gives its size wrongly")
         self._back = b""
         if not isinstance(self._stream, io.BytesIO) and self._stream.seekable():
             self._stream.seek(offset)
