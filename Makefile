@@ -54,6 +54,7 @@ bench: $(STAMP)  ## benchmarks; print ratios
 	$(BIN)/python -m tests.bench.bench_attention $(ARGS)
 	$(BIN)/python -m tests.bench.bench_compile $(ARGS)
 	$(BIN)/python -m tests.bench.bench_decode $(ARGS)
+	$(BIN)/python -m tests.bench.bench_duplicates
 
 lint: $(STAMP)  ## ruff: rules and format; deptry: declared dependencies are those imported
 	$(BIN)/ruff check

@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     text_changes(args.count)
     cost()
     growth_of_signatures(args.signatures)
-    growth_of_rows(args.rows)
+    if args.rows:
+        growth_of_rows(args.rows)
 
 
 def pictures(folder: Path | None, count: int) -> Iterator[Image.Image]:
