@@ -16,12 +16,17 @@ import ipaddress
 import logging
 import random
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
+import urllib3.connection
 
 from crem.config import ImageAccess, ImageConfig
 from crem.data.image_bytes import too_many_bytes
@@ -101,29 +106,30 @@ def _fetch(url: str, access: ImageAccess, limits: ImageConfig, deadline: float) 
     """One attempt, with its redirects."""
     for _ in range(_MAX_REDIRECTS + 1):
         target = _target(url, access)
-        try:
-            response = _pool(target.scheme, target.host, target.port, target.address).urlopen(
-                "GET",
-                target.path,
-                headers={**_HEADERS, "Host": _host_header(target)},
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-                timeout=urllib3.Timeout(connect=_ANSWER_TIMEOUT_S, read=_ANSWER_TIMEOUT_S),
-                assert_same_host=False,
-            )
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
-        try:
-            location = response.headers.get("Location")
-            if response.status in (301, 302, 303, 307, 308) and location:
-                url = urljoin(url, location)
-                continue
-            _check_status(url, response, access)
-            return _body(response, limits, deadline)
-        finally:
-            response.close()
+        with _cut_at(deadline):
+            try:
+                response = _pool(target.scheme, target.host, target.port, target.address).urlopen(
+                    "GET",
+                    target.path,
+                    headers={**_HEADERS, "Host": _host_header(target)},
+                    redirect=False,
+                    retries=False,
+                    preload_content=False,
+                    decode_content=False,
+                    timeout=urllib3.Timeout(connect=_ANSWER_TIMEOUT_S, read=_ANSWER_TIMEOUT_S),
+                    assert_same_host=False,
+                )
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise _PassingError(f"{type(error).__name__}: {error}") from error
+            try:
+                location = response.headers.get("Location")
+                if response.status in (301, 302, 303, 307, 308) and location:
+                    url = urljoin(url, location)
+                    continue
+                _check_status(url, response, access)
+                return _body(response, limits, deadline)
+            finally:
+                response.close()
     raise ItemError("image_missing", f"{shortened(url)!r} redirects more than {_MAX_REDIRECTS} times")
 
 
@@ -147,10 +153,12 @@ def _body(response: urllib3.BaseHTTPResponse, limits: ImageConfig, deadline: flo
             data += piece
             if len(data) > limits.max_source_bytes:
                 raise too_many_bytes(len(data), limits)
-            if time.monotonic() > deadline:
-                raise _PassingError(f"{len(data)} bytes arrived in the time allowed")
+            if time.monotonic() >= deadline:
+                break
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise _PassingError(f"{type(error).__name__}: {error}") from error
+    if time.monotonic() >= deadline:  # a connection that was cut looks like a complete answer
+        raise _PassingError(f"{len(data)} bytes arrived in the time allowed")
     return bytes(data)
 
 
@@ -239,11 +247,56 @@ def _host_header(target: _Target) -> str:
     return host if target.port == _PORTS[target.scheme] else f"{host}:{target.port}"
 
 
+class _WatchedConnection(urllib3.connection.HTTPConnection):
+    """Tells ``_cut_at`` which connection this thread waits for."""
+
+    def request(self, *args: Any, **options: Any) -> None:
+        _waiting.connection = self
+        super().request(*args, **options)
+
+
+class _WatchedTlsConnection(urllib3.connection.HTTPSConnection):
+    """As ``_WatchedConnection``."""
+
+    def request(self, *args: Any, **options: Any) -> None:
+        _waiting.connection = self
+        super().request(*args, **options)
+
+
+_waiting = threading.local()
+
+
+@contextmanager
+def _cut_at(deadline: float) -> Iterator[None]:
+    """Close this thread's connection at a moment. A time-out alone ends no answer of a byte every few seconds."""
+    _waiting.connection = None
+    waiting = _waiting.__dict__  # of this thread
+
+    def cut() -> None:
+        sock = getattr(waiting.get("connection"), "sock", None)
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @lru_cache(maxsize=64)
 def _pool(scheme: str, host: str, port: int, address: str) -> urllib3.HTTPConnectionPool:
     """Connections to one address, which are kept open; a certificate is checked against the name of the host."""
+    pool: urllib3.HTTPConnectionPool
     if scheme == "http":
-        return urllib3.HTTPConnectionPool(address, port, maxsize=4)
-    return urllib3.HTTPSConnectionPool(
+        pool = urllib3.HTTPConnectionPool(address, port, maxsize=4)
+        pool.ConnectionCls = _WatchedConnection
+        return pool
+    pool = urllib3.HTTPSConnectionPool(
         address, port, maxsize=4, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
     )
+    pool.ConnectionCls = _WatchedTlsConnection
+    return pool

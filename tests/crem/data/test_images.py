@@ -12,10 +12,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from crem.config import ImageConfig
-from crem.data.images import encode_image, load_image, read_bytes
+from crem.data.images import ImageKind, encode_image, load_image, read_bytes
 from crem.data.prompts import Segment
 from crem.errors import ItemError
 
@@ -199,3 +199,23 @@ def test_encoding_is_bounded_and_lossless_when_small() -> None:
         assert Image.open(io.BytesIO(data)).format == kind and Image.open(io.BytesIO(data)).size == (width, height)
     data, width, height = encode_image(Image.new("RGB", (1, 2000)), 100)
     assert width == 1 and height <= 100, "a sliver keeps to the bound too"
+
+
+@pytest.mark.parametrize(
+    ("kind", "quality", "stored"),
+    [("auto", 95, "JPEG"), ("jpeg", 80, "JPEG"), ("png", 95, "PNG"), ("webp", 90, "WEBP"), ("webp", 100, "WEBP")],
+)
+def test_images_are_stored_as_the_setting_says(kind: ImageKind, quality: int, stored: str) -> None:
+    photo = Image.effect_noise((600, 400), 40).convert("RGB").filter(ImageFilter.GaussianBlur(2))
+    data, *_ = encode_image(photo, 10**6, kind=kind, quality=quality)
+    assert Image.open(io.BytesIO(data)).format == stored
+    difference = np.abs(np.asarray(load_image(data, LIMITS)).astype(int) - np.asarray(photo)).max()
+    assert difference == 0 if stored == "PNG" or quality == 100 else 0 < difference < 40
+    assert encode_image(photo, 10**6, kind=kind, quality=quality)[0] == data, "the same bytes again"
+
+
+@pytest.mark.parametrize(("kind", "length"), [("auto", 70_000), ("jpeg", 70_000), ("webp", 20_000)])
+def test_a_sliver_longer_than_a_format_takes_is_stored_as_png(kind: ImageKind, length: int) -> None:
+    data, width, height = encode_image(Image.new("RGB", (length, 10)), 10**6, kind=kind)
+    assert (width, height) == (length, 10) == Image.open(io.BytesIO(data)).size
+    assert Image.open(io.BytesIO(data)).format == "PNG"

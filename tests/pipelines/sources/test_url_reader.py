@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import http.server
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crem.config import ImageAccess, ImageConfig
 from crem.errors import ItemError, StorageError
-from pipelines.sources.url_reader import read_url
+from pipelines.sources.url_reader import _pool, read_url
 
 LIMITS = ImageConfig(max_source_bytes=100_000)
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
@@ -55,6 +59,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n")
             while True:
                 self.wfile.write(bytes(10_000))
+        elif path == "/slow-headers":
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"a" * 600:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
         elif path == "/slow":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
             for _ in range(600):
@@ -188,7 +196,7 @@ def test_bytes_are_bounded(site: Site) -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("path", ["/slow", "/status/503"])
+@pytest.mark.parametrize("path", ["/slow", "/slow-headers", "/status/503"])
 def test_a_host_that_is_named_must_answer_and_one_of_many_costs_its_row(
     path: str, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +225,44 @@ def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 1, "asking again changes nothing"
     with pytest.raises(StorageError, match="cannot be resolved"):
         read_url("https://gone.example.org/a.png", ImageAccess(url_hosts=("*.example.org",), url_timeout_s=1), LIMITS)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+def test_a_certificate_is_checked_against_the_name_of_the_host(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection goes to an address, which no certificate names."""
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    names = ["-subj", "/CN=images.example.org", "-addext", "subjectAltName=DNS:images.example.org"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    site.socket = context.wrap_socket(site.socket, server_side=True)
+    here = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", site.port))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kw: here)
+    settings = access(site, url_hosts=(f"*.example.org:{site.port}",), url_timeout_s=2)
+    with pytest.raises(StorageError, match="SSLError"):
+        read_url(f"https://images.example.org:{site.port}/a.png", settings, LIMITS)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    _pool.cache_clear()
+    assert read_url(f"https://images.example.org:{site.port}/a.png", settings, LIMITS) == PICTURE
+    with pytest.raises(StorageError, match="SSLError"):
+        read_url(f"https://other.example.org:{site.port}/a.png", settings, LIMITS)
+    _pool.cache_clear()
 
 
 def test_settings_are_checked() -> None:
