@@ -47,11 +47,12 @@ class ImageIndex:
     @classmethod
     def of(cls, images: Folder, parts: Sequence[str], places: Sequence[NDArray[Any]]) -> ImageIndex:
         """From what ``image_places`` found in each of the parts."""
-        joined = np.concatenate([np.empty(0, PLACE), *places])
+        known = [np.empty(0, PLACE), *places]
+        ids = np.concatenate([p["id"] for p in known])
         part = np.repeat(np.arange(len(places), dtype=np.int32), [len(p) for p in places])
-        order = np.argsort(joined["id"], kind="stable")
-        fields = {name: np.ascontiguousarray(joined[name][order]) for name in ("start", "length")}
-        return cls(images, tuple(parts), np.ascontiguousarray(joined["id"][order]), part[order], **fields)
+        order = np.argsort(ids)
+        start, length = (np.concatenate([p[name] for p in known])[order] for name in ("start", "length"))
+        return cls(images, tuple(parts), ids[order], part[order], start, length)
 
     def fetch(self, wanted: NDArray[np.int64]) -> dict[int, bytes]:
         """Encoded bytes of images by id; each is checked against its id.

@@ -142,7 +142,7 @@ def index_of(rows: Folder, parts: Sequence[str], scanned: Sequence[pa.Table]) ->
         paired=found["paired"].to_numpy(),
         answered=found["answered"].to_numpy(),
     )
-    return index.select(np.argsort(index.ids, kind="stable"))
+    return index.select(np.argsort(index.ids))
 
 
 def scan_part(rows: Folder, name: str, split_prefix: SplitPrefix) -> pa.Table:

@@ -93,18 +93,20 @@ def step_batches(
     start_step: int,
     rank: int,
     ranks: int,
+    window: WindowSize | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's share of each step from ``start_step`` to the end of the run, in chunks of ``train.chunk_rows``.
 
     Args:
         rows: to train on.
         images: ``ImageIndex`` in the object store.
+        window: of the first; by default as small as a batch or two.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     plan, stop = rows.plan(config), config.train.steps
-    size = WindowSize(config.train.global_batch // ranks)
+    size = window or WindowSize(config.train.global_batch // ranks)
 
     def fetch(steps: range, window_steps: int) -> ray.data.Dataset | None:
         starts = range(steps.start, steps.stop, window_steps)
