@@ -7,6 +7,7 @@ size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from crem.data.items import Item, TrainingExample
 from crem.errors import ConfigError
 from pipelines.tables import schema
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.image_index import ImageIndex
-from pipelines.tables.image_parts import image_places
+from pipelines.tables.image_parts import BY_ROW, image_places
 from pipelines.tables.manifest import read_manifest, table_parts
 from pipelines.tables.part_reads import in_threads, open_part, read_part
-from pipelines.tables.row_content import content_of
 from pipelines.tables.row_index import RowIndex, SplitPrefix, begins_with, index_of, scan_part
 from pipelines.tables.storage import Folder
 
@@ -39,6 +40,8 @@ __all__ = [
     "texts_of",
     "training_examples",
 ]
+
+log = logging.getLogger(__name__)
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -176,7 +179,16 @@ def index_images(prepared: str, *, each: _Each = in_threads) -> ImageIndex:
     """
     folder = Folder.at(prepared)
     images, parts = folder.child("images"), table_parts(folder, "images")
-    return ImageIndex.of(images, parts, each(_PlacesOf(images), parts))
+    places = each(_PlacesOf(images), parts)
+    if unknown := sum(bool(len(of_part)) and of_part["length"][0] == BY_ROW for of_part in places):
+        log.warning(
+            "%d of %d parts of %s do not say where their images stand, so that a whole row group is read for an image; "
+            "run crem prepare again to read faster",
+            unknown,
+            len(parts),
+            images.uri,
+        )
+    return ImageIndex.of(images, parts, places)
 
 
 def load_rows(index: RowIndex, images: ImageIndex) -> PreparedRows:

@@ -1,6 +1,6 @@
 """The rows of some splits without their content: all that the order of a run is made of, about 34 bytes a row.
 
-A run holds this for every row and fetches the content of the rows of its next steps (``row_content``). It is made by
+A run holds this for every row and fetches the content of the rows of its next steps (``chosen_rows``). It is made by
 reading the narrow columns of the row table: identifiers and labels, and of the texts only whether they are there.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from crem.config import RunConfig
 from crem.errors import DivergenceError, TrainingError
-from pipelines.tables.row_content import content_of
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.row_index import RowIndex
 from pipelines.tables.storage import Folder
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crem.config import RunConfig
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.prepared import PreparedRows, texts_of
-from pipelines.tables.row_content import content_of
 from pipelines.tables.row_index import RowIndex
 
 if TYPE_CHECKING:

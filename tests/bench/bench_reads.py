@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 
 from crem.config import load_config
 from pipelines.tables import schema
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.image_index import ImageIndex
 from pipelines.tables.image_parts import PLACE, ImagePartWriter, image_places
 from pipelines.tables.part_reads import in_threads, open_part
-from pipelines.tables.row_content import content_of
 from pipelines.tables.row_index import Labels, RowIndex, index_of, scan_part
 from pipelines.tables.storage import Folder
 from tests.s3_server import S3Server

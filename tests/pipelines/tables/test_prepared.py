@@ -11,9 +11,9 @@ import pytest
 
 from crem.config import load_config
 from crem.errors import ConfigError
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.image_index import ImageIndex
 from pipelines.tables.prepared import index_images, index_rows, load_rows, read_rows
-from pipelines.tables.row_content import content_of
 from pipelines.tables.row_index import RowIndex
 from tests.pipelines.tables.written import write_tables
 

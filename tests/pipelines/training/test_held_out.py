@@ -18,8 +18,8 @@ from crem.config import RunConfig, load_config
 from crem.errors import DivergenceError
 from crem.model.build import build_model
 from pipelines.tables import schema
+from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.prepared import PreparedRows
-from pipelines.tables.row_content import content_of
 from pipelines.tables.row_index import RowIndex, index_of, scan_part
 from pipelines.tables.storage import Folder
 from pipelines.training.failed_step import save_failed_step
