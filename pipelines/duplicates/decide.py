@@ -39,8 +39,8 @@ _NEAR = ("imagehash", "rensa", "scipy")
 """Libraries of near duplicates and of contamination."""
 _ROWS_PER_BUCKET = 200_000
 """Rows that one task of the last shuffle holds: some 40 MB."""
-_ROWS_HERE = 10_000
-"""Rows that the driver keys itself, in less time than Ray Data takes to start."""
+_ROWS_HERE = 2000
+"""Rows that the driver keys itself, a few dozen files, in less time than Ray Data takes to start."""
 _IMAGE_CLUSTERS = 10_000
 """Clusters of images that are written, the largest first."""
 
