@@ -86,6 +86,8 @@ def decide(rows: Sequence[TablePart], images: Sequence[TablePart], config: Prepa
     Raises:
         ConfigError: as ``check_settings``. ResourceError: more near pairs than the driver holds.
     """
+    if not rows:
+        return Decisions(work, {}, {}, 0, 0)
     with ray_tasks.remote_errors():
         evaluation = read_evaluation_sets(config.contamination, config)
         items = None

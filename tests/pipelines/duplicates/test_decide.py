@@ -320,6 +320,11 @@ def test_nothing_is_written_where_nothing_is_found(tmp_path: Path) -> None:
     assert read_clusters(found.folder, 3).num_rows == 0
 
 
+def test_no_rows_no_decisions(tmp_path: Path) -> None:
+    found = decided(Tables(), tmp_path, near_duplicates="drop")
+    assert found.found == {} and found.table().num_rows == 0
+
+
 def test_files_are_of_their_schema(tmp_path: Path) -> None:
     found = decided(planted_tables(), tmp_path, near_duplicates="drop")
     names = list(found.folder.files(".parquet"))
