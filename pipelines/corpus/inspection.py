@@ -7,17 +7,15 @@ process, without Ray.
 
 from __future__ import annotations
 
-import io
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from PIL import Image
-
 from crem.config import RunConfig
-from crem.data.images import encode_image, load_image
+from crem.data.image_bytes import is_inline
+from crem.data.images import decode_image, encode_image
 from crem.errors import ConfigError, ItemError
 from pipelines.formats.detection import ColumnUse, Detection, detect_source
 from pipelines.formats.raw_rows import RawRow, check_row
@@ -159,7 +157,7 @@ def _check(row: SourceRow, reader: RecordReader, images: ImageReader, config: Ru
         try:
             check_row(each, max_text_chars=config.prepare.max_text_chars, max_images=limits.max_images_per_item)
             seen = {
-                source: _image(source, images)
+                source: _image(source, images, row.folder)
                 for item in (each.query, each.target, *each.negatives)
                 for source in item.images
             }
@@ -178,13 +176,11 @@ def _reject(found: Inspection, key: str, error: ItemError) -> None:
     found.first_rejected.setdefault(error.reason, (key, error.detail))
 
 
-def _image(source: str | bytes, reader: ImageReader) -> SampledImage:
-    data = reader.read(source)
-    thumbnail = encode_image(load_image(data, reader.limits), _THUMBNAIL_PIXELS)[0]
-    with Image.open(io.BytesIO(data)) as header:  # the decoded one may be a fraction of its size already
-        width, height = header.size
-    name = source if isinstance(source, str) and not source.startswith("data:") else "inline"
-    return SampledImage(name, width, height, thumbnail)
+def _image(source: str | bytes, reader: ImageReader, near: str) -> SampledImage:
+    decoded = decode_image(reader.read(source, near=near), reader.limits)
+    thumbnail = encode_image(decoded.image, _THUMBNAIL_PIXELS)[0]
+    name = "inline" if isinstance(source, bytes) or is_inline(source) else source
+    return SampledImage(name, decoded.width, decoded.height, thumbnail)
 
 
 def _count(files: SourceFiles) -> RowCount:
