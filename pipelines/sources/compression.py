@@ -32,11 +32,11 @@ def without_compression(name: str) -> str:
     return name[: name.rindex(".")] if is_compressed(name) else name
 
 
-def decompressed(file: InputFile, offset: int = 0) -> IO[bytes]:
+def decompressed(file: InputFile, offset: int = 0, end: int = 0) -> IO[bytes]:
     """A stream of the file's content from a byte of it; a compressed one is decompressed from its start."""
     suffix = file.name.lower().rpartition(".")[2]
     if not is_compressed(file.name):
-        return file.open(offset)
+        return file.open(offset, end)
     source = file.open()
     stream: IO[bytes]
     if suffix in ("gz", "tgz"):

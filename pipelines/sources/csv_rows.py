@@ -32,6 +32,7 @@ _MAX_TRIES = 8
 """Quotes that may seem to close a record and do not, so that a damaged file does not cost the square of its size."""
 _DELIMITERS = (",", "\t", ";", "|")
 _SNIFFED_LINES = 20
+_SNIFFED_BYTES = 256 * 2**10
 _ROW_LIKE = ("http://", "https://", "s3://", "data:")
 _LONGEST_NAME = 200
 _BOM = b"\xef\xbb\xbf"
@@ -49,7 +50,7 @@ class CsvRows:
         start = count = 0
         for offset, _ in _records(file, _header(file).end):
             if count and count % size == 0:
-                yield file.range(count - size, size, offset=start)
+                yield file.range(count - size, size, offset=start, end=offset)
             if count % size == 0:
                 start = offset
             count += 1
@@ -58,7 +59,7 @@ class CsvRows:
             yield file.range(last, count - last, offset=start)
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
-        for _, parsed in islice(_records(InputFile.of(rows), rows.offset), rows.rows):
+        for _, parsed in islice(_records(InputFile.of(rows), rows.offset, rows.end), rows.rows):
             yield parsed
 
     def schema(self, file: InputFile) -> FileSchema:
@@ -81,7 +82,7 @@ def _header(file: InputFile) -> _Header:
         ConfigError: it is no header.
     """
     try:
-        with decompressed(file) as stream:
+        with decompressed(file, 0, _SNIFFED_BYTES) as stream:
             lines = [line for _, line in islice(physical_lines(stream, _MAX_RECORD_BYTES), _SNIFFED_LINES)]
     except STREAM_ERRORS as error:
         raise unreadable_file(file.folder, file.name, error) from error
@@ -173,11 +174,11 @@ def _fields_or_none(text: str, delimiter: str) -> list[str] | None:
         return None
 
 
-def _records(file: InputFile, start: int) -> Iterator[tuple[int, ParsedRow]]:
+def _records(file: InputFile, start: int, end: int = 0) -> Iterator[tuple[int, ParsedRow]]:
     """(byte offset, row) of every record from ``start`` on."""
     header = _header(file)
     try:
-        with decompressed(file, start) as stream:
+        with decompressed(file, start, end) as stream:
             lines = _Lines(stream, start)
             while (item := lines.next()) is not None:
                 offset, line = item

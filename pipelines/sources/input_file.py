@@ -62,14 +62,18 @@ class InputFile:
             self.folder, self.name, self.container, self.size, self.version, self.fingerprint, first, rows, **where
         )
 
-    def open(self, offset: int = 0) -> IO[bytes]:
+    def open(self, offset: int = 0, end: int = 0) -> IO[bytes]:
         """A buffered stream of its bytes, for reading from front to end.
+
+        Args:
+            end: byte at which the caller will probably stop, so that no more is fetched; 0 if it is not known.
 
         Raises, here and when it is read:
             ConfigError: the file is gone or may not be read.
             StorageError: the storage fails for longer than ``storage_retry.TIMEOUT_S``.
         """
-        stream = io.BufferedReader(self.open_raw(), _BUFFER_BYTES)
+        wanted = max(_BLOCK_BYTES, (end or self.size) - offset)
+        stream = io.BufferedReader(self.open_raw(), min(_BUFFER_BYTES, wanted))
         if offset:
             stream.seek(offset)
         return stream

@@ -62,7 +62,7 @@ class JsonRows:
         if _is_lines(file):
             yield from self._lines.read(rows, columns)
             return
-        with _scanner(file, rows.offset) as scanner:
+        with _scanner(file, rows.offset, rows.end) as scanner:
             values = islice(scanner.rest_of_list(), rows.rows)
             if rows.aside < 0:
                 for value in values:
@@ -99,9 +99,9 @@ class _Table:
 
 
 @contextmanager
-def _scanner(file: InputFile, offset: int = 0) -> Iterator[JsonScanner]:
+def _scanner(file: InputFile, offset: int = 0, end: int = 0) -> Iterator[JsonScanner]:
     try:
-        with decompressed(file, offset) as stream:
+        with decompressed(file, offset, end) as stream:
             yield JsonScanner(stream, offset)
     except (ValueError, *STREAM_ERRORS) as error:
         raise unreadable_file(file.folder, file.name, error) from error
@@ -141,7 +141,7 @@ def _split_list(file: InputFile, size: int) -> Iterator[RowRange]:
         scanner.skip("[")
         for value in scanner.rest_of_list():
             if count and count % size == 0:
-                yield file.range(count - size, size, offset=start)
+                yield file.range(count - size, size, offset=start, end=value.offset)
             if count % size == 0:
                 start = value.offset
             count += 1

@@ -38,7 +38,7 @@ class JsonlRows:
             with decompressed(file) as stream:
                 for offset, _ in _lines(stream):
                     if count and count % size == 0:
-                        yield file.range(count - size, size, offset=start)
+                        yield file.range(count - size, size, offset=start, end=offset)
                     if count % size == 0:
                         start = offset
                     count += 1
@@ -50,7 +50,7 @@ class JsonlRows:
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
         try:
-            with decompressed(InputFile.of(rows), rows.offset) as stream:
+            with decompressed(InputFile.of(rows), rows.offset, rows.end) as stream:
                 for _, line in islice(_lines(stream, rows.offset), rows.rows):
                     yield _parse(line)
         except STREAM_ERRORS as error:

@@ -77,7 +77,7 @@ class RowRange:
     offset: int = 0
     """Byte of the (decompressed) file at which reading begins."""
     end: int = 0
-    """Tar: byte at which reading may stop; 0 where the members of the rows are scattered over the file."""
+    """Byte at which reading stops; 0 where it is not known. Tar: 0 where the members of the rows are scattered."""
     aside: int = -1
     """COCO: byte of the first of the images that its annotations refer to."""
 
