@@ -80,6 +80,10 @@ class PrepareConfig(LayoutConfig, ImageAccess):
     """Of JPEG and WebP; a WebP of 100 is lossless. Source: ``tests/bench/README.md``."""
     max_text_chars: int = Field(100_000, ge=1)
     """A row with a longer text is rejected. Source: ours."""
+    tokenizer: str | None = None
+    """Checkpoint folder, URI or hub name whose tokenizer counts ``max_text_tokens``."""
+    max_text_tokens: int | None = Field(None, ge=1)
+    """A row with a text of more tokens is rejected; ``null`` does not count: a model cuts what it cannot read."""
     rows_per_task: int = Field(512, ge=1)
     """Rows per Ray Data task. Source: ours."""
 
@@ -122,6 +126,14 @@ class PrepareConfig(LayoutConfig, ImageAccess):
             raise ValueError(
                 f"prepare.minhash_permutations={self.minhash_permutations} must be a multiple of "
                 f"prepare.minhash_bands={self.minhash_bands}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whose_tokens(self) -> PrepareConfig:
+        if self.max_text_tokens is not None and self.tokenizer is None:
+            raise ValueError(
+                f"max_text_tokens={self.max_text_tokens} needs prepare.tokenizer, a checkpoint whose tokenizer counts"
             )
         return self
 

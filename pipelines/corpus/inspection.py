@@ -17,6 +17,7 @@ from crem.config import RunConfig
 from crem.data.image_bytes import is_inline
 from crem.data.images import decode_image, encode_image
 from crem.errors import ConfigError, ItemError
+from pipelines.corpus.token_limit import check_tokens
 from pipelines.formats.detection import ColumnUse, Detection, detect_source
 from pipelines.formats.raw_rows import RawRow, check_row
 from pipelines.formats.record_reader import RecordReader
@@ -156,6 +157,7 @@ def _check(row: SourceRow, reader: RecordReader, images: ImageReader, config: Ru
     for each in rows:
         try:
             check_row(each, max_text_chars=config.prepare.max_text_chars, max_images=limits.max_images_per_item)
+            check_tokens(each, config.prepare)
             seen = {
                 source: _image(source, images, row.folder)
                 for item in (each.query, each.target, *each.negatives)

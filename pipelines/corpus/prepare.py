@@ -25,6 +25,7 @@ from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.commit import TABLES, CommitCounts, commit, fill_empty_tables, resolve_duplicates
 from pipelines.corpus.staging import STAGING, StagedLedger, StagingTask, stage
+from pipelines.corpus.token_limit import open_tokenizer
 from pipelines.formats.raw_rows import COLUMNS
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
@@ -32,7 +33,7 @@ from pipelines.sources.records import RowRange
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.richness import shrunk_images
-from pipelines.tables.shared_folders import require_readable, require_shared
+from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["prepare"]
@@ -60,6 +61,9 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
     if not rows_in:
         raise ConfigError(f"{source!r} has {len(corpus.names)} files and not one row in them; fill it first")
     session.connect()
+    if config.prepare.tokenizer is not None:
+        require_readable_model(config.prepare.tokenizer)
+        open_tokenizer(config.prepare.tokenizer)
     require_readable(corpus.folder, *corpus.names)
     require_readable(corpus.root, *reader.files)
     target.claim(JobKind.PREPARE)

@@ -20,6 +20,7 @@ from crem.config import RunConfig
 from crem.data.image_bytes import is_inline
 from crem.data.images import decode_image, encode_image
 from crem.errors import ItemError, shortened
+from pipelines.corpus.token_limit import check_tokens
 from pipelines.formats.format import RowContext
 from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, check_row, source_and_key
 from pipelines.formats.registry import format_named
@@ -131,6 +132,7 @@ class _StagingWriter:
             limits = self.config.model.image
             for row in self.format.rows(source_row.record, context):
                 check_row(row, max_text_chars=self.config.prepare.max_text_chars, max_images=limits.max_images_per_item)
+                check_tokens(row, self.config.prepare)
                 self._store(row)
         except ItemError as error:
             source, key = source_and_key(source_row.record, key=source_row.name, source=self.source)
