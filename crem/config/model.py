@@ -25,9 +25,9 @@ class PromptConfig(Section):
     generation_instruction: str = "Describe the content."
     """Instruction after the chorus tokens for a caller without one. Source: ours."""
     max_text_tokens: int = Field(1024, ge=1)
-    """Longer texts are truncated to this many tokens, with one warning. Source: ours (VLM2Vec-V2: about 1k)."""
+    """Longer texts are cut to this many tokens, and counted. Source: ours (VLM2Vec-V2: about 1k)."""
     max_answer_tokens: int = Field(256, ge=1)
-    """Training answers are truncated to this many tokens. Source: ours."""
+    """Training answers are cut to this many tokens, and counted. Source: ours."""
     template_visible: bool = True
     """Whether Q and A may see the template tokens before the sample (system turn) when z = 1. Source: ours, because
     they hold nothing of the sample; the paper does not say."""

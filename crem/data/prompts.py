@@ -167,7 +167,7 @@ class _Cut:
 def _joined(*parts: tuple[list[int], Segment], cuts: Sequence[_Cut]) -> Prompt:
     return Prompt(
         np.array([i for part, _ in parts for i in part], dtype=np.int64),
-        np.array([segment for part, segment in parts for _ in part], dtype=np.int8),
+        np.repeat(np.array([segment for _, segment in parts], dtype=np.int8), [len(part) for part, _ in parts]),
         sum(cut.tokens > cut.limit for cut in cuts),
         max(cut.tokens for cut in cuts),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,17 @@ def test_a_bad_item_fails_alone(model: crem.Crem, engine: Engine) -> None:
     assert isinstance(results[3], ItemError)
     vectors = np.stack([r.vector for r in results if isinstance(r, Embedded)])
     np.testing.assert_allclose(vectors, model.embed(good), atol=1e-5)
+
+
+def test_a_cut_text_is_logged_once(model: crem.Crem, caplog: pytest.LogCaptureFixture) -> None:
+    engine, long = Engine(model), crem.Item(text="q z x j " * 50)
+    with caplog.at_level(logging.WARNING, logger="serve.engine"):
+        engine.embed([crem.Item(text="short")])
+        assert not caplog.messages
+        for _ in range(2):
+            engine.embed([long])
+            next(engine.generate(GenerationRequest(long, "what?")))
+    assert len(caplog.messages) == 1 and "lost the end of a text, which is cut to 64 tokens" in caplog.text
 
 
 @pytest.fixture

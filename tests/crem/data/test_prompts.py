@@ -116,6 +116,12 @@ def test_special_tokens_in_a_users_text_are_only_text(build, name: str) -> None:
         assert name in spelled(b, prompt, segment)
 
 
+def test_a_special_token_beside_a_real_image_is_only_text(build) -> None:  # type: ignore[no-untyped-def]
+    b = build()
+    prompt = b.prefix("x <|image_pad|> y <|vision_end|>", None, [3], image_at=[4])
+    assert (prompt.input_ids == b.image_id).sum() == 3 and (prompt.segments == V).sum() == 5
+
+
 def test_a_prefix_does_not_depend_on_what_follows(build) -> None:  # type: ignore[no-untyped-def]
     b = build()
     prefix = b.prefix("what is", None, [3])
