@@ -120,12 +120,13 @@ def synthesise(
     from pipelines.synthesis.synthesise import synthesise
 
     made = synthesise(prepared, out, config)
-    print(f"rows in {made.rows_in} = asked and answered or left as they were; questions {made.questions}")
+    print(f"rows {made.rows_in}   new questions {made.questions}")
     for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
         print(f"  no new question {count:>8}  {reason}")
-    print(f"requests {made.spent.requests}   tokens {made.spent.prompt_tokens} in, {made.spent.answer_tokens} out")
-    if made.cost:
-        print(f"cost     {made.cost:.4f}")
+    cost = f"   cost {made.cost:.4f}" if made.cost else ""
+    print(
+        f"requests {made.spent.requests}   tokens {made.spent.prompt_tokens} in, {made.spent.answer_tokens} out{cost}"
+    )
 
 
 @job

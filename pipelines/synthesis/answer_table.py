@@ -23,21 +23,20 @@ from pydantic import JsonValue
 from crem.errors import ConfigError
 from pipelines.synthesis.meter import Spent
 from pipelines.tables.json_file import JsonFile
+from pipelines.tables.new_version import parquet_bytes
+from pipelines.tables.row_shards import RowShard
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = [
     "ANSWERS",
     "JOURNAL",
-    "AskShard",
     "Journal",
     "ShardOutcome",
     "SynthesisPlan",
     "finished_shard",
     "journal_spent",
     "outcome_of",
-    "parquet",
-    "part_name",
     "start_or_resume",
 ]
 
@@ -82,18 +81,6 @@ class SynthesisPlan(JsonFile):
 
 
 @dataclass(frozen=True)
-class AskShard:
-    """The rows that become one part."""
-
-    number: int
-    part: str
-    """File of the row table."""
-    first: int
-    """Position of its first row there."""
-    rows: int
-
-
-@dataclass(frozen=True)
 class ShardOutcome:
     """What a shard's part holds, or that it had to stop."""
 
@@ -107,11 +94,6 @@ class ShardOutcome:
     spent: Spent
     bound: str = ""
     """The bound at which it stopped; its part is not written then."""
-
-
-def part_name(shard: int) -> str:
-    """File name of a shard's part, in ``rows/`` and ``answers/``."""
-    return f"part-{shard:06d}.parquet"
 
 
 def start_or_resume(target: Folder, plan: SynthesisPlan) -> None:
@@ -166,7 +148,7 @@ class Journal:
         self._flushed_at = time.monotonic()
         if waiting:
             table = pa.Table.from_pylist(waiting, schema=ANSWERS)
-            self._folder.write_bytes(parquet(table), f"{self._prefix}{uuid.uuid4().hex}.parquet")
+            self._folder.write_bytes(parquet_bytes(table), f"{self._prefix}{uuid.uuid4().hex}.parquet")
 
     def remove(self) -> None:
         """Remove the stored records; the shard's part has them."""
@@ -181,13 +163,13 @@ def journal_spent(target: Folder) -> Spent:
     return sum((spent_of(_read(folder, name)) for name in folder.files(".parquet")), Spent())
 
 
-def finished_shard(target: Folder, shard: AskShard) -> ShardOutcome | None:
+def finished_shard(target: Folder, shard: RowShard) -> ShardOutcome | None:
     """The outcome of a shard that an earlier run finished, or ``None`` where it has to be asked about."""
-    if not target.exists("answers", part_name(shard.number)):
+    if not target.exists("answers", shard.name):
         return None
     try:
-        answers = _read(target.child("answers"), part_name(shard.number))
-        rows = _read(target.child("rows"), part_name(shard.number), ["split", "task"])
+        answers = _read(target.child("answers"), shard.name)
+        rows = _read(target.child("rows"), shard.name, ["split", "task"])
     except (pa.ArrowException, OSError):
         return None
     return None if answers.num_rows != shard.rows else outcome_of(answers, rows)
@@ -208,14 +190,6 @@ def outcome_of(answers: pa.Table, rows: pa.Table) -> ShardOutcome:
 def spent_of(answers: pa.Table) -> Spent:
     """What the records have cost."""
     return Spent(*(pc.sum(answers[n]).as_py() or 0 for n in ("requests", "prompt_tokens", "answer_tokens")))
-
-
-def parquet(table: pa.Table) -> bytes:
-    """A table as a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def _read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:

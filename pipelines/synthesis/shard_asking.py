@@ -11,28 +11,25 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from crem.config import SynthesiseConfig
 from crem.errors import ConfigError, CremError
 from pipelines.synthesis.answer_table import (
     ANSWERS,
-    AskShard,
     Journal,
     ShardOutcome,
     outcome_of,
-    parquet,
-    part_name,
 )
 from pipelines.synthesis.asking import Asked, ask
 from pipelines.synthesis.endpoint import Endpoint
 from pipelines.synthesis.meter import BoundReachedError, MeterClient, RemoteMeter, Spent
 from pipelines.synthesis.question_prompt import QuestionPrompt, kinds_of_row
 from pipelines.tables import ray_tasks, schema
+from pipelines.tables.new_version import parquet_bytes
+from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import require_storage
 from pipelines.tables.stored_images import StoredImages
 
 __all__ = ["ShardAsker", "parameters_of", "row_record", "rows_with_answers", "skip_reason"]
@@ -64,9 +61,9 @@ class ShardAsker:
             [ray_tasks.attempt(self.ask_shard, shard) for shard in batch[ray_tasks.TASK].to_pylist()]
         )
 
-    def ask_shard(self, shard: AskShard) -> ShardOutcome:
+    def ask_shard(self, shard: RowShard) -> ShardOutcome:
         """Ask about the rows of a shard and write its parts; or stop at a bound, with what is there in the journal."""
-        rows = read_rows_of(self.source, shard)
+        rows = read_row_shard(self.source, shard)
         journal = Journal(self.target, shard.number)
         records = journal.read()
         if bound := self.runner.run(self._ask_rows(rows, records, journal)):
@@ -119,33 +116,14 @@ class ShardAsker:
         asked = await ask(messages, len(kinds), accepted, endpoint=self.endpoint, meter=self.meter, config=self.config)
         return row_record(row["id"], asked=asked, prompt=self.prompt, endpoint=self.endpoint.host, config=self.config)
 
-    def _write(self, shard: AskShard, rows: pa.Table, records: dict[int, ArrowRow], journal: Journal) -> ShardOutcome:
+    def _write(self, shard: RowShard, rows: pa.Table, records: dict[int, ArrowRow], journal: Journal) -> ShardOutcome:
         answers = pa.Table.from_pylist([records[row_id] for row_id in rows["id"].to_pylist()], schema=ANSWERS)
         made = rows_with_answers(rows, answers)
-        name = part_name(shard.number)
+        name = shard.name
         for table, folder in ((made, "rows"), (answers, "answers")):  # answers last: they say that the shard is done
-            self.target.write_bytes(parquet(table), folder, name)
+            self.target.write_bytes(parquet_bytes(table), folder, name)
         journal.remove()
         return outcome_of(answers, made)
-
-
-def read_rows_of(source: Folder, shard: AskShard) -> pa.Table:
-    """The rows of a shard, ``schema.ROWS``."""
-
-    def read() -> pa.Table:
-        with source.open("rows", shard.part) as file:
-            parquet_file = pq.ParquetFile(file)
-            start, found = 0, []
-            for group in range(parquet_file.num_row_groups):
-                count = parquet_file.metadata.row_group(group).num_rows
-                begin, end = max(shard.first - start, 0), min(shard.first + shard.rows - start, count)
-                if begin < end:
-                    piece = parquet_file.read_row_group(group, columns=schema.ROWS.names)
-                    found.append(piece.slice(begin, end - begin))
-                start += count
-        return pa.concat_tables(found).cast(schema.ROWS)
-
-    return require_storage(f"reading {source.uri}/rows/{shard.part}", read)
 
 
 def skip_reason(row: ArrowRow, config: SynthesiseConfig) -> str | None:

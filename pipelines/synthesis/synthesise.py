@@ -12,13 +12,10 @@ them as one part. All that concerns money is in one place, the *meter*; each ans
 from __future__ import annotations
 
 import logging
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -26,12 +23,10 @@ from crem.config import RunConfig, SynthesiseConfig
 from crem.errors import ConfigError, ResourceError
 from pipelines.synthesis.answer_table import (
     JOURNAL,
-    AskShard,
     ShardOutcome,
     SynthesisPlan,
     finished_shard,
     journal_spent,
-    parquet,
     start_or_resume,
 )
 from pipelines.synthesis.asking_progress import cost_text, progress
@@ -39,14 +34,15 @@ from pipelines.synthesis.endpoint import host_of
 from pipelines.synthesis.meter import Spent, start_meter
 from pipelines.synthesis.question_prompt import QuestionPrompt
 from pipelines.synthesis.shard_asking import ShardAsker, parameters_of
-from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables import ray_tasks, session
 from pipelines.tables.lease import Lease
-from pipelines.tables.manifest import PrepareManifest, read_manifest, table_parts
+from pipelines.tables.manifest import PrepareManifest, read_manifest
+from pipelines.tables.new_version import complete_version, copy_parts
+from pipelines.tables.row_shards import RowShard, row_shards
 from pipelines.tables.shared_folders import require_readable_tables, require_shared
 from pipelines.tables.storage import Folder, JobKind
 from pipelines.tables.storage_retry import TIMEOUT_S
 from pipelines.tables.stored_images import locate_images
-from pipelines.tables.table_copies import copy_parts
 
 __all__ = ["Synthesised", "synthesise"]
 
@@ -87,7 +83,7 @@ def synthesise(prepared: str, out: str, config: RunConfig) -> Synthesised:
             "who writes the questions? Give synthesise.model=NAME and the endpoint that serves it, "
             "synthesise.base_url=http://HOST:8000/v1"
         )
-    shards = _shards(source, settings.rows_per_shard)
+    shards = row_shards(source, settings.rows_per_shard)
     plan = _plan(source, manifest, prompt, shards, settings)
     target.claim(JobKind.SYNTHESISE)
     with Lease.take(target, JobKind.SYNTHESISE) as lease:
@@ -99,7 +95,7 @@ def _run(
     target: Folder,
     manifest: PrepareManifest,
     plan: SynthesisPlan,
-    shards: list[AskShard],
+    shards: list[RowShard],
     prompt: QuestionPrompt,
     lease: Lease,
     settings: SynthesiseConfig,
@@ -121,25 +117,11 @@ def _run(
     return _summary(outcomes, settings, was_complete=False)
 
 
-def _shards(source: Folder, rows_per_shard: int) -> list[AskShard]:
-    """The rows of every part, in pieces."""
-    found: list[AskShard] = []
-    rows = source.child("rows")
-    for name in table_parts(source, "rows"):
-        with rows.open(name) as file:
-            count = pq.ParquetFile(file).metadata.num_rows
-        for first in range(0, count, rows_per_shard):
-            found.append(AskShard(len(found), name, first, min(rows_per_shard, count - first)))
-    if not found:
-        raise ConfigError(f"{source.uri} has no rows; there is nothing to ask about")
-    return found
-
-
 def _plan(
     source: Folder,
     manifest: PrepareManifest,
     prompt: QuestionPrompt,
-    shards: Sequence[AskShard],
+    shards: Sequence[RowShard],
     settings: SynthesiseConfig,
 ) -> SynthesisPlan:
     decisive = {"model", "attempts", "split", "text_queries", "rows_per_shard"}
@@ -156,7 +138,7 @@ def _plan(
 def _ask(
     source: Folder,
     target: Folder,
-    shards: list[AskShard],
+    shards: list[RowShard],
     finished: dict[int, ShardOutcome],
     prompt: QuestionPrompt,
     settings: SynthesiseConfig,
@@ -213,38 +195,27 @@ def _finish(
     rows_in, rows_out = (sum(getattr(o, name) for o in outcomes) for name in ("rows_in", "rows_out"))
     if rows_in != manifest.rows_out:
         raise RuntimeError(f"{manifest.rows_out} rows went in and {rows_in} are accounted for")
-    target.write_bytes(parquet(schema.REJECTED.empty_table()), "rejected", "part-000000.parquet")  # it rejects none
     spent = sum((o.spent for o in outcomes), Spent())
-    made = PrepareManifest(
-        kind=JobKind.SYNTHESISE,
-        rows_in=rows_out,  # a row with three questions counts as three, as a conversation of three turns does
-        rows_out=rows_out,
-        rejected=0,
-        images=manifest.images,
-        images_shrunk=manifest.images_shrunk,
-        largest_source_pixels=manifest.largest_source_pixels,
-        by_reason={},
-        by_split_task=dict(sorted(sum((o.by_split_task for o in outcomes), Counter()).items())),
-        source_uri=source.uri,
-        created_with={"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("ray", "pyarrow", "openai")},
-        config=manifest.config
-        | {
-            "synthesise": plan.settings
-            | {
-                "prompt": plan.prompt,
-                "prompt_hash": plan.prompt_hash,
-                "endpoint": host_of(settings.base_url or ""),
-                "source_id": plan.source_id,
-                "without_a_question": dict(sorted(sum((o.by_reason for o in outcomes), Counter()).items())),
-                "requests": spent.requests,
-                "prompt_tokens": spent.prompt_tokens,
-                "answer_tokens": spent.answer_tokens,
-            }
-        },
-    )
     target.remove(JOURNAL)
-    made.write(target)
+    complete_version(
+        manifest,
+        source,
+        target,
+        JobKind.SYNTHESISE,
+        rows=rows_out,  # a row with three questions counts as three, as a conversation of three turns does
+        by_split_task=sum((o.by_split_task for o in outcomes), Counter()),
+        settings=plan.settings
+        | {
+            "prompt": plan.prompt,
+            "prompt_hash": plan.prompt_hash,
+            "endpoint": host_of(settings.base_url or ""),
+            "without_a_question": dict(sorted(sum((o.by_reason for o in outcomes), Counter()).items())),
+            "requests": spent.requests,
+            "prompt_tokens": spent.prompt_tokens,
+            "answer_tokens": spent.answer_tokens,
+        },
+        package="openai",
+    )
 
 
 def _summary(outcomes: Sequence[ShardOutcome], settings: SynthesiseConfig, *, was_complete: bool) -> Synthesised:
