@@ -299,6 +299,35 @@ def search(
 
 
 @job
+def mine(
+    prepared: Place,
+    /,
+    *settings: Setting,
+    model: str,
+    out: str,
+    preset: Preset = "2b",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Find hard negatives for the rows of prepared tables: near targets that are not likely to be right.
+
+    example:
+      crem mine s3://bucket/prepared --model s3://bucket/run/model --out s3://bucket/mined mine.negatives=4
+
+    Args:
+        prepared: folder or URI of prepared tables
+        model: checkpoint folder or URI, with which queries and targets are embedded
+        out: folder or URI for a new version of the tables, with the negatives; crem train takes it
+    """
+    from pipelines.mining.mine import mine
+
+    made = mine(model, prepared, out, config)
+    print(f"rows {made.rows}   negatives added {made.negatives}   dropped as false negatives {made.dropped}")
+    for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
+        print(f"  fewer than asked for {count:>8}  {reason}")
+
+
+@job
 def evaluate(
     prepared: Place,
     /,

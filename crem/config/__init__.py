@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crem.config.derived_tables import SynthesiseConfig
+from crem.config.derived_tables import MineConfig, SynthesiseConfig
 from crem.config.jobs import (
     AblateConfig,
     EmbedConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "LayoutConfig",
     "LoraSettings",
     "LossConfig",
+    "MineConfig",
     "ModelConfig",
     "OptimConfig",
     "PrepareConfig",

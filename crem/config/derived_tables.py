@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from crem.config.section import Section
 
-__all__ = ["SynthesiseConfig"]
+__all__ = ["MineConfig", "SynthesiseConfig"]
 
 
 class SynthesiseConfig(Section):
@@ -79,4 +79,42 @@ class SynthesiseConfig(Section):
             raise ValueError("synthesise.max_cost needs synthesise.input_price and synthesise.output_price")
         if not self.kinds:
             raise ValueError("synthesise.kinds is empty; name at least one kind of question")
+        return self
+
+
+class MineConfig(Section):
+    """Hard negatives for the rows of prepared tables (``crem mine``). How the model runs is set in ``embed``."""
+
+    negatives: int = Field(4, ge=1)
+    """Negatives that are added to a row, beside those that it has. Source: NV-Retriever (arXiv 2407.15831)."""
+    ranks: tuple[int, int] = (1, 200)
+    """First and last rank of the targets that are considered, 1 being the nearest that is not the row's own. A first
+    rank above 1 skips the nearest, which may be positives without a label. Source: ours; NV-Retriever's TopK-shifted."""
+    max_ratio: float = Field(0.95, gt=0, le=1)
+    """A target is dropped as a likely false negative where its similarity to the query is above this share of the
+    positive's. Source: NV-Retriever's TopK-PercPos, 95 %."""
+    margin: float = Field(0.0, ge=0)
+    """A target is dropped, too, where it comes nearer than this to the positive's similarity. Source: NV-Retriever's
+    TopK-MarginPos; off."""
+    within: Literal["task", "source", "all"] = "task"
+    """Negatives are targets of rows of the same source and task, of the same source, or any. Source: ours: a target of
+    another form (a text among images) is an easy negative."""
+    pick: Literal["nearest", "sample"] = "nearest"
+    """Which of the targets that are left: the nearest, or a sample. Source: NV-Retriever found samples as good."""
+    seed: int = Field(0, ge=0)
+    """Of the sample."""
+    split: str = "train"
+    """Only rows whose split starts with this get negatives, and only their targets become negatives."""
+    max_targets: int = Field(2_000_000, ge=1)
+    """Search is exact over all targets of a task up to this many; beyond it, over a fixed sample of as many."""
+    rows_per_shard: int = Field(4096, ge=1)
+    """Rows per Ray Data task, and per part. Source: ours."""
+
+    @model_validator(mode="after")
+    def _ranks(self) -> MineConfig:
+        first, last = self.ranks
+        if not 1 <= first <= last:
+            raise ValueError(f"mine.ranks={list(self.ranks)} must be [first, last] with 1 <= first <= last")
+        if last - first + 1 < self.negatives:
+            raise ValueError(f"mine.ranks={list(self.ranks)} has fewer ranks than mine.negatives={self.negatives}")
         return self

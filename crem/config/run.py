@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from crem.config.derived_tables import SynthesiseConfig
+from crem.config.derived_tables import MineConfig, SynthesiseConfig
 from crem.config.jobs import (
     AblateConfig,
     EmbedConfig,
@@ -35,6 +35,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     embed: EmbedConfig = EmbedConfig()
     index: IndexConfig = IndexConfig()
+    mine: MineConfig = MineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ablate: AblateConfig = AblateConfig()
     serve: ServeConfig = ServeConfig()

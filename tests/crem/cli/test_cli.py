@@ -26,6 +26,7 @@ JOBS = [
     "embed",
     "index",
     "search",
+    "mine",
     "evaluate",
     "ablate",
     "serve",
