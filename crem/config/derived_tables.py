@@ -89,7 +89,8 @@ class MineConfig(Section):
     """Negatives that are added to a row, beside those that it has. Source: NV-Retriever (arXiv 2407.15831)."""
     ranks: tuple[int, int] = (1, 200)
     """First and last rank of the targets that are considered, 1 being the nearest that is not the row's own. A first
-    rank above 1 skips the nearest, which may be positives without a label. Source: ours; NV-Retriever's TopK-shifted."""
+    rank above 1 skips the nearest, which may be positives without a label (NV-Retriever's TopK-shifted). Source: ours.
+    """
     max_ratio: float = Field(0.95, gt=0, le=1)
     """A target is dropped as a likely false negative where its similarity to the query is above this share of the
     positive's. Source: NV-Retriever's TopK-PercPos, 95 %."""

@@ -202,7 +202,8 @@ def _store(target: Folder, shards: list[RowShard], items: ItemNumbers, config: M
     """All vectors in Ray's object store, which spills to disk: by shard, and the targets of each group in blocks."""
     read = ray.remote(num_cpus=0.5, num_returns=3)(read_vectors)
     parts = [read.remote(target, shard.name) for shard in shards]
-    store = VectorStore(items, *(list(references) for references in zip(*parts, strict=True)))
+    vectors, valid, tables = (list(references) for references in zip(*parts, strict=True))
+    store = VectorStore(items, vectors, valid, tables)
     shared = ray.put(store)
     gather = ray.remote(num_cpus=0.5)(_block)
     for group, numbers in items.targets.items():

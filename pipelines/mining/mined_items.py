@@ -1,8 +1,8 @@
 """The distinct queries and targets of the rows, where each one's vector is, and which rows share what.
 
-Many rows share a query or a target (a class name, a question), and each is embedded once: the driver numbers the items in
-the order of the rows and gives each to the shard in which it first stands. It keeps 48 bytes a row, so one driver
-carries about 10^8 rows; the vectors stay with the workers.
+Many rows share a query or a target (a class name, a question), and each is embedded once: the driver numbers the items
+in the order of the rows and gives each to the shard in which it first stands. It keeps 48 bytes a row and as many an
+item, so one driver carries about 10^8 rows; the vectors stay with the workers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def item_key(side: ArrowRow) -> int:
 
 
 def content_key(side: ArrowRow) -> int:
-    """Equal for items that say the same, whatever is asked about them: the text without case and spacing, the images."""
+    """Equal for items that say the same, whatever is asked about them: text without case and spacing, and images."""
     text = " ".join((side["text"] or "").casefold().split())
     return schema.content_id(repr((text, side["images"] or [])).encode(errors="surrogatepass"))
 
@@ -91,13 +91,27 @@ class ItemNumbers:
     """[pairs] content keys of queries, sorted"""
     shared_targets: NDArray[np.int64]
     """[pairs] content key of a target of that query"""
+    hub_targets: NDArray[np.int64]
+    """[pairs of queries with several targets] content keys of targets, sorted"""
+    hub_queries: NDArray[np.int64]
+    """[the same pairs] content key of a query of that target"""
 
     def number(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers of the items with these keys."""
         return self.numbers[np.searchsorted(self.keys, keys)]
 
-    def positives(self, query: int) -> NDArray[np.int64]:
-        """Content keys of the targets of all rows whose query has this content."""
+    def positives(self, query: int, target: int) -> NDArray[np.int64]:
+        """Content keys of what must count as right for a row of these contents.
+
+        These are the targets of all rows with this query, and the targets of all queries that share this target: two
+        drawings that one word finds are not negatives of each other, whatever other words find them.
+        """
+        found = [np.array([query, target], np.int64), self._targets(query)]
+        begin, end = (np.searchsorted(self.hub_targets, target, side) for side in ("left", "right"))
+        found += [self._targets(other) for other in self.hub_queries[begin:end].tolist()]
+        return np.unique(np.concatenate(found))
+
+    def _targets(self, query: int) -> NDArray[np.int64]:
         begin, end = (np.searchsorted(self.shared_queries, query, side) for side in ("left", "right"))
         return self.shared_targets[begin:end]
 
@@ -115,6 +129,9 @@ def number_items(shards: Sequence[RowKeys]) -> ItemNumbers:
     groups = np.concatenate([s.groups for s in shards])
     target_numbers = numbers[np.searchsorted(keys, items[1::2])]
     pairs = np.unique(contents, axis=0) if len(contents) else contents
+    _, inverse, counts = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
+    hubs = pairs[counts[inverse] > 1]
+    hubs = hubs[np.argsort(hubs[:, 1], kind="stable")]
     return ItemNumbers(
         keys=keys,
         numbers=numbers,
@@ -125,6 +142,8 @@ def number_items(shards: Sequence[RowKeys]) -> ItemNumbers:
         targets={int(group): np.unique(target_numbers[groups == group]) for group in np.unique(groups)},
         shared_queries=pairs[:, 0],
         shared_targets=pairs[:, 1],
+        hub_targets=hubs[:, 1],
+        hub_queries=hubs[:, 0],
     )
 
 

@@ -5,8 +5,8 @@ answer the query and that nobody labelled. NV-Retriever (arXiv 2407.15831) compa
 to drop every candidate whose similarity to the query is above a share of the positive's (TopK-PercPos, 95 %); a margin
 (TopK-MarginPos) and skipping the first ranks (TopK-shifted) are its other rules. Here all three can be set.
 
-Never a negative, whatever their similarity: the targets of all rows that share the query, targets of the same content as
-one of them, and a target of the same content as the query itself.
+Never a negative, whatever their similarity: what ``ItemNumbers.positives`` names, which is the targets of all rows that
+share the query, the targets of queries that share the target, and all of the same content as these or as the query.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def top_candidates(
 def threshold(positive: float, config: MineConfig) -> float:
     """The similarity above which a candidate counts as a false negative.
 
-    For a positive similarity this is the lower of ``max_ratio`` times it and ``margin`` below it; the distance keeps its
-    size below zero, where the ratio alone would raise the threshold above the positive.
+    For a positive similarity this is the lower of ``max_ratio`` times it and ``margin`` below it; the distance keeps
+    its size below zero, where the ratio alone would raise the threshold above the positive.
     """
     return positive - max((1 - config.max_ratio) * abs(positive), config.margin)
 

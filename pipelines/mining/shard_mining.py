@@ -142,7 +142,7 @@ class ShardMiner:
             "positive_score": None,
             "negatives": [],
             "dropped": 0,
-            "reason": "not_a_pair_of_the_split",
+            "reason": "not_of_the_split",
         }
 
     def _mine_group(
@@ -158,10 +158,7 @@ class ShardMiner:
         queries, query_valid = store.vectors_of(items.number(keys.items[chosen, 0]))
         targets, target_valid = store.vectors_of(items.number(keys.items[chosen, 1]))
         positive = np.einsum("nd,nd->n", queries, targets)
-        forbidden = [
-            np.unique(np.append(items.positives(int(query)), [query, target]))
-            for query, target in keys.contents[chosen]
-        ]
+        forbidden = [items.positives(query, target) for query, target in keys.contents[chosen].tolist()]
         found: Candidates | None = None
         for reference in store.blocks[group]:
             block: TargetBlock = ray.get(reference)
