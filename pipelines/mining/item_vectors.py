@@ -25,12 +25,12 @@ from crem.data.sequence import PreparedSequence
 from crem.errors import CheckpointError, ItemError
 from pipelines.mining.mined_items import items_of_shard
 from pipelines.tables import ray_tasks, schema
+from pipelines.tables.image_index import ImageIndex
 from pipelines.tables.models import load_model
 from pipelines.tables.new_version import parquet_bytes
 from pipelines.tables.prepared import item_of
 from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.storage import Folder
-from pipelines.tables.stored_images import StoredImages
 
 __all__ = ["VECTORS_FOLDER", "ItemShard", "embed_items", "read_vectors"]
 
@@ -98,7 +98,7 @@ class ItemEmbedder:
         config: EmbedConfig,
     ):
         self.source, self.target, self.fingerprint = source, target, fingerprint
-        self.images: StoredImages = ray.get(images[0])
+        self.images: ImageIndex = ray.get(images[0])
         self.model = load_model(model, config.threads_per_actor, config.chorus_tokens)
         self.batch_size = config.batch_size
 
@@ -119,7 +119,9 @@ class ItemEmbedder:
         valid = np.zeros(len(items), np.bool_)
         step = self.batch_size * _WINDOW
         for start in range(0, len(items), step):
-            prepared = [self._prepared(item) for item in items[start : start + step]]
+            window = items[start : start + step]
+            images = self.images.fetch(np.array([i for item in window for i in item["images"] or ()], np.int64))
+            prepared = [self._prepared(item, images) for item in window]
             places = [start + i for i, sequence in enumerate(prepared) if sequence is not None]
             sequences = [sequence for sequence in prepared if sequence is not None]
             if sequences:
@@ -130,9 +132,9 @@ class ItemEmbedder:
         )
         return len(items)
 
-    def _prepared(self, item: schema.ArrowRow) -> PreparedSequence | None:
+    def _prepared(self, item: schema.ArrowRow, images: dict[int, bytes]) -> PreparedSequence | None:
         try:
-            return self.model.prepare(item_of(item, self.images.read))
+            return self.model.prepare(item_of(item, images.__getitem__))
         except ItemError as error:
             log.warning("an item has no vector: %s", error)
             return None

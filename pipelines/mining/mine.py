@@ -32,11 +32,11 @@ from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import PrepareManifest, read_manifest
 from pipelines.tables.models import describe_model
 from pipelines.tables.new_version import complete_version, copy_parts
+from pipelines.tables.prepared import index_images
 from pipelines.tables.row_shards import RowShard, row_shards
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder, JobKind
 from pipelines.tables.storage_retry import TIMEOUT_S
-from pipelines.tables.stored_images import locate_images
 
 __all__ = ["MineSummary", "mine"]
 
@@ -133,7 +133,7 @@ def _run(
     if missing:
         keys = _keys(source, shards, config.mine)
         items = number_items(keys)
-        images = ray.put(locate_images(source))
+        images = ray.put(index_images(source.uri))
         embed_items(
             source, target, _item_shards(shards, items), images, plan.model, described.fingerprint, config.embed
         )

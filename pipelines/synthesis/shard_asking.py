@@ -6,10 +6,11 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -24,13 +25,13 @@ from pipelines.synthesis.answer_table import (
 from pipelines.synthesis.asking import Asked, ask
 from pipelines.synthesis.endpoint import Endpoint
 from pipelines.synthesis.meter import BoundReachedError, MeterClient, RemoteMeter, Spent
-from pipelines.synthesis.question_prompt import QuestionPrompt, kinds_of_row
+from pipelines.synthesis.question_prompt import Message, QuestionPrompt, kinds_of_row
 from pipelines.tables import ray_tasks, schema
+from pipelines.tables.image_index import ImageIndex
 from pipelines.tables.new_version import parquet_bytes
 from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
-from pipelines.tables.stored_images import StoredImages
 
 __all__ = ["ShardAsker", "parameters_of", "row_record", "rows_with_answers", "skip_reason"]
 
@@ -51,7 +52,7 @@ class ShardAsker:
     ):
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line per request
         self.source, self.target, self.prompt, self.config = source, target, prompt, config
-        self.images: StoredImages = ray.get(images[0])
+        self.images: ImageIndex = ray.get(images[0])
         self.meter: MeterClient = RemoteMeter(meter)
         self.runner = asyncio.Runner()  # one loop for all calls: connections are kept open between them
         self.endpoint = Endpoint(config, tuple(prompt.kinds))
@@ -109,12 +110,14 @@ class ShardAsker:
         if reason := skip_reason(row, self.config):
             return row_record(row["id"], reason=reason)
         kinds = kinds_of_row(row["id"], self.config.kinds, self.config.questions)
-        messages = await asyncio.to_thread(
-            self.prompt.messages, row["query"], kinds, self.images.read, self.config.max_image_pixels
-        )
+        messages = await asyncio.to_thread(self._messages, row["query"], kinds)
         accepted = tuple(self.prompt.kinds)  # where the kind that is asked for does not fit, another one may stand
         asked = await ask(messages, len(kinds), accepted, endpoint=self.endpoint, meter=self.meter, config=self.config)
         return row_record(row["id"], asked=asked, prompt=self.prompt, endpoint=self.endpoint.host, config=self.config)
+
+    def _messages(self, query: ArrowRow, kinds: Sequence[str]) -> list[Message]:
+        images = self.images.fetch(np.array(query["images"] or [], np.int64))
+        return self.prompt.messages(query, kinds, images.__getitem__, self.config.max_image_pixels)
 
     def _write(self, shard: RowShard, rows: pa.Table, records: dict[int, ArrowRow], journal: Journal) -> ShardOutcome:
         answers = pa.Table.from_pylist([records[row_id] for row_id in rows["id"].to_pylist()], schema=ANSWERS)

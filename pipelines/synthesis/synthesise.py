@@ -38,11 +38,11 @@ from pipelines.tables import ray_tasks, session
 from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import PrepareManifest, read_manifest
 from pipelines.tables.new_version import complete_version, copy_parts
+from pipelines.tables.prepared import index_images
 from pipelines.tables.row_shards import RowShard, row_shards
 from pipelines.tables.shared_folders import require_readable_tables, require_shared
 from pipelines.tables.storage import Folder, JobKind
 from pipelines.tables.storage_retry import TIMEOUT_S
-from pipelines.tables.stored_images import locate_images
 
 __all__ = ["Synthesised", "synthesise"]
 
@@ -158,7 +158,7 @@ def _ask(
     )
     if not shards:
         return outcomes
-    images = ray.put(locate_images(source))
+    images = ray.put(index_images(source.uri))
     meter = start_meter(settings, before)
     dataset = ray_tasks.task_dataset(shards).map_batches(
         ShardAsker,
