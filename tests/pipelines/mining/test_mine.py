@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 
 EMOJI = Path("pipelines/emoji/corpus")
 MODEL = "crem/checkpoints/crem-micro"
-CONCEPTS = 40
+CONCEPTS = 24
 
 
 def config(*overrides: str) -> RunConfig:
@@ -43,7 +43,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     """The text-to-image and image-to-text rows of some concepts, and a test row that must be left alone."""
     folder = tmp_path_factory.mktemp("emoji")
     rows = pq.read_table(EMOJI / "rows" / "train.parquet").to_pylist()
-    wanted = sorted({concept(row["key"]) for row in rows})[::7][:CONCEPTS]
+    wanted = sorted({concept(row["key"]) for row in rows})[::12][:CONCEPTS]
     chosen = [
         row for row in rows if row["task"] in ("text_to_image", "image_to_text") and concept(row["key"]) in wanted
     ]
@@ -128,7 +128,7 @@ def test_no_negative_is_of_the_same_concept_and_they_are_nearer_than_chance(
         scores = vectors[1:] @ vectors[0]
         if mined_here:
             nearer.append(scores[: len(mined_here)].mean() - scores[len(mined_here) :].mean())
-    assert len(nearer) > 40 and np.mean(nearer) > 0.1 and np.mean(np.array(nearer) > 0) > 0.9
+    assert len(nearer) > 30 and np.mean(nearer) > 0.1 and np.mean(np.array(nearer) > 0) > 0.9
 
 
 def test_what_was_mined_is_what_all_pairs_say(prepared: str, mined: tuple[Path, MineSummary]) -> None:
