@@ -69,11 +69,14 @@ def prepare(
     /,
     *settings: Setting,
     out: str,
+    fresh: bool = False,
     preset: Preset = "micro",
     options: Options | None = None,
     config: Config,
 ) -> None:
     """Read a raw corpus, validate it, re-encode its images, write prepared and rejected tables.
+
+    Interrupted, it continues when it is run again; finished, it does nothing.
 
     example:
       crem prepare s3://bucket/corpus --out s3://bucket/prepared --preset 2b
@@ -81,19 +84,46 @@ def prepare(
     Args:
         source: raw corpus: folder or URI with rows (Parquet, JSONL) and images/ or images.zip
         out: folder or URI for the tables
+        fresh: prepare anew what is finished or was interrupted
     """
     from pipelines.corpus.prepare import prepare
+    from pipelines.tables.manifest import FILTER_STAGES
     from pipelines.tables.richness import shrunk_images
 
-    made = prepare(source, out, config)
+    made = prepare(source, out, config, fresh=fresh)
     print(f"rows in {made.rows_in} = out {made.rows_out} + rejected {made.rejected} + filtered {made.filtered}")
     print(f"images  {made.images}")
     if (shrunk := shrunk_images(made)) is not None:
         print(f"  {shrunk}")
     for split, count in made.unread_splits.items():
         print(f"  no job reads split {split!r}, {count} rows: name it train…, validation… or test…")
-    for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
-        print(f"  rejected {count:>8}  {reason}")
+    for name, count in made.unknown_columns.items():
+        print(f"  column {name!r} is not read, {count} records")
+    for stage, reasons in made.by_stage.items():
+        for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
+            print(f"  {'filtered' if stage in FILTER_STAGES else 'rejected'} {count:>8}  {stage}: {reason}")
+
+
+@job
+def verify(
+    prepared: Place, /, *settings: Setting, preset: Preset = "micro", options: Options | None = None, config: Config
+) -> int:
+    """Check prepared tables against their manifest: counts, files, checksums, ids, images.
+
+    example:
+      crem verify s3://bucket/prepared
+
+    Args:
+        prepared: folder or URI written by crem prepare
+    """
+    from pipelines.corpus.verify import verify
+
+    found = verify(prepared)
+    for fault in found.faults:
+        print(fault)
+    state = f"{len(found.faults)} faults" if found.faults else "all is well"
+    print(f"{found.parts} parts: {found.rows} rows, {found.images} images, {found.rejected} left out: {state}")
+    return 1 if found.faults else 0
 
 
 @job

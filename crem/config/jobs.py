@@ -84,8 +84,10 @@ class PrepareConfig(LayoutConfig, ImageAccess):
     """Checkpoint folder, URI or hub name whose tokenizer counts ``max_text_tokens``."""
     max_text_tokens: int | None = Field(None, ge=1)
     """A row with a text of more tokens is rejected; ``null`` does not count: a model cuts what it cannot read."""
-    rows_per_task: int = Field(512, ge=1)
-    """Rows per Ray Data task. Source: ours."""
+    rows_per_task: int | None = Field(None, ge=1)
+    """Records per Ray Data task; ``null``: a 256th of the corpus, 64 to 4,096. Source: ours."""
+    storage_patience_s: float = Field(600, ge=0)
+    """How long the job waits for storage of the output that does not answer. Source: ours."""
 
     # Duplicates, contamination and language: pipelines/duplicates. Those beside exact_duplicates need the extra curate.
     exact_duplicates: Literal["off", "report", "drop"] = "report"

@@ -1,164 +1,327 @@
-"""The second pass of ``crem prepare``: staged files become final parts, without what several tasks hold.
+"""Staged files become final parts of bounded size, each written by one task from neighbouring pieces.
 
-The driver resolves duplicates from the ledgers alone (24 bytes a row, 8 an image reference: a shard of ten million rows
-takes under a gigabyte). Each task's files are then moved as they are, or rewritten without the duplicates.
+Which pieces make a part depends on the ledgers and decisions alone, so the parts are the same bytes for any number of
+workers, and after any interruption. A part appears when it is complete; its *receipt* then says so, and a run that
+continues leaves it alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
-from pipelines.corpus.staging import StagedLedger, staged_file
+from pipelines.corpus.decisions import GroupDecisions
+from pipelines.corpus.ledger import PieceLedger, staged_file
+from pipelines.corpus.table_statistics import TableStatistics
 from pipelines.tables import schema
 from pipelines.tables.image_parts import ImagePartWriter
-from pipelines.tables.storage import Folder, JobKind
+from pipelines.tables.manifest import TABLES, PartFile
+from pipelines.tables.storage import Folder
 
-__all__ = ["TABLES", "CommitCounts", "CommitTask", "commit", "fill_empty_tables", "resolve_duplicates"]
+__all__ = ["CommittedPart", "PartTask", "cut_parts", "receipt_file", "write_empty_part", "write_part"]
 
-TABLES = {"rows": schema.ROWS, "images": schema.IMAGES, "rejected": schema.REJECTED}
-"""Prepared tables by the name of their folder."""
+_PART_ROWS = 100_000
+_PART_BYTES = 128 * 2**20
+"""A part of rows ends after so many staged rows or bytes, one of images after so many bytes. Source: ours."""
 
 
 @dataclass(frozen=True)
-class CommitTask:
-    """What to keep of one task's staged files."""
+class PieceSlice:
+    """Staged files of one piece, and what to keep of them."""
 
+    piece: int
+    attempt: str
+    files: tuple[int, ...]
+    """Numbers of the staged files of the table."""
+    keep: NDArray[np.bool_]
+    """[rows or images in these files]"""
+    rejected_files: int = 0
+    """Of a part of rows: staged files of rejections of the piece."""
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """One part of ``rows``, with the rejections of its pieces, or of ``images``."""
+
+    table: str
     number: int
-    """Number of the task, and of its final part."""
-    token: str
-    """Of ``StagedLedger``."""
-    keep_rows: NDArray[np.bool_]
-    """[rows] in the order in which they were staged."""
-    keep_images: NDArray[np.bool_]
-    """[images] in the order in which they were staged."""
+    slices: tuple[PieceSlice, ...]
+    left_out: pa.Table
+    """Of a part of rows: ``decisions.LEFT_OUT`` of its pieces."""
+    shrunk_from: NDArray[np.int64]
+    """Of a part of images: of the kept ones."""
 
 
-@dataclass(frozen=True)
-class CommitCounts:
-    """What one task added to the final tables."""
+class CommittedPart(BaseModel):
+    """The receipt of a part: its files, and what is in them."""
 
-    rows_out: int
-    rejected: int
-    images: int
-    by_reason: Counter[str]
-    """Rejected rows by reason."""
-    by_split_task: Counter[str]
-    """Rows out by ``<split>/<task>``."""
+    model_config = ConfigDict(frozen=True)
 
-    @classmethod
-    def total(cls, counts: Sequence[CommitCounts]) -> CommitCounts:
-        """Their sum."""
-        return cls(
-            rows_out=sum(c.rows_out for c in counts),
-            rejected=sum(c.rejected for c in counts),
-            images=sum(c.images for c in counts),
-            by_reason=sum((c.by_reason for c in counts), Counter()),
-            by_split_task=sum((c.by_split_task for c in counts), Counter()),
-        )
+    table: str
+    number: int
+    files: tuple[PartFile, ...]
+    """None where nothing is left of its pieces."""
+    statistics: TableStatistics
 
 
-def resolve_duplicates(ledgers: Sequence[StagedLedger]) -> list[CommitTask]:
-    """Which staged rows and images each task keeps.
+def receipt_file(table: str, number: int) -> str:
+    """Name of a receipt, from the work folder."""
+    return f"receipts/{table}-{number:06d}.json"
 
-    The first row of an id is kept. An image is kept once, by the first task that holds it, if a kept row refers to it.
+
+def cut_parts(ledgers: Iterable[PieceLedger], decisions: GroupDecisions, first: dict[str, int]) -> Iterator[PartTask]:
+    """The parts of one group of pieces.
+
+    Args:
+        ledgers: of the pieces of the group, in order.
+        first: numbers of the first part of ``rows`` and of ``images``.
     """
-    row_ids, image_ids = ([getattr(ledger, name) for ledger in ledgers] for name in ("row_ids", "image_ids"))
-    keep_row = _is_first(np.concatenate(row_ids))
-    row_offsets = np.cumsum([0, *(len(ids) for ids in row_ids)])
-    wanted = [
-        ledger.ref_images[keep_row[start + ledger.ref_rows]]
-        for ledger, start in zip(ledgers, row_offsets[:-1], strict=True)
-    ]
-    all_images = np.concatenate(image_ids)
-    keep_image = _is_first(all_images) & np.isin(all_images, np.concatenate(wanted))
-    keep_rows = np.split(keep_row, row_offsets[1:-1])
-    keep_images = np.split(keep_image, np.cumsum([len(ids) for ids in image_ids])[:-1])
-    return [
-        CommitTask(ledger.task, ledger.token, rows, images)
-        for ledger, rows, images in zip(ledgers, keep_rows, keep_images, strict=True)
-    ]
+    rows, images = _Cutter("rows", first["rows"]), _Cutter("images", first["images"])
+    for ledger in ledgers:
+        keep = decisions.keep_rows(ledger)
+        files = tuple(range(len(ledger.row_files)))
+        whole = PieceSlice(ledger.piece, ledger.attempt, files, keep, len(ledger.rejected_files))
+        yield from rows.add(whole, len(keep) + ledger.rejected, ledger.row_bytes, decisions=decisions)
+        keep, start = decisions.keep_images(ledger), 0
+        for number, size in enumerate(ledger.image_files.tolist()):
+            kept = keep[start : start + size]
+            sizes, shrunk = (values[start : start + size][kept] for values in (ledger.image_bytes, ledger.shrunk_from))
+            part = PieceSlice(ledger.piece, ledger.attempt, (number,), kept)
+            yield from images.add(part, len(sizes), int(sizes.sum()), shrunk=shrunk)
+            start += size
+    yield from rows.end(decisions)
+    yield from images.end(decisions)
 
 
-def _is_first(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    mask = np.zeros(len(values), dtype=np.bool_)
-    mask[np.unique(values, return_index=True)[1]] = True
-    return mask
+class _Cutter:
+    """Collects slices until they make a part."""
+
+    def __init__(self, table: str, number: int):
+        self.table, self.number = table, number
+        self._slices: list[PieceSlice] = []
+        self._shrunk: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self._rows = self._bytes = 0
+
+    def add(
+        self,
+        piece: PieceSlice,
+        rows: int,
+        size: int,
+        *,
+        shrunk: NDArray[np.int64] | None = None,
+        decisions: GroupDecisions | None = None,
+    ) -> Iterator[PartTask]:
+        if not rows:
+            return
+        self._slices.append(piece)
+        self._rows, self._bytes = self._rows + rows, self._bytes + size
+        if shrunk is not None:
+            self._shrunk.append(shrunk)
+        if self._bytes >= _PART_BYTES or (self.table == "rows" and self._rows >= _PART_ROWS):
+            yield from self.end(decisions)
+
+    def end(self, decisions: GroupDecisions | None) -> Iterator[PartTask]:
+        """The part of what was collected, if anything was."""
+        if not self._slices:
+            return
+        left_out = pa.table({})
+        if self.table == "rows" and decisions is not None:
+            pieces = pa.array([piece.piece for piece in self._slices])
+            left_out = decisions.rows.filter(pc.is_in(decisions.rows["piece"], value_set=pieces))
+        yield PartTask(self.table, self.number, tuple(self._slices), left_out, np.concatenate(self._shrunk))
+        self._slices, self._shrunk = [], [np.empty(0, np.int64)]
+        self._rows = self._bytes = 0
+        self.number += 1
 
 
-def commit(task: CommitTask, *, out: Folder) -> CommitCounts:
-    """Write or move one task's final parts."""
-    part = f"part-{task.number:06d}.parquet"
-    rows = _read(out, staged_file("rows", task.token), schema.ROWS)
-    rejected = _read(out, staged_file("rejected", task.token), schema.REJECTED)
-    kept = rows.filter(pa.array(task.keep_rows))
-    rejected = pa.concat_tables([rejected, _duplicates(rows.filter(pa.array(~task.keep_rows)))])
-    for table, name in ((kept, "rows"), (rejected, "rejected")):
-        if table.num_rows:
-            out.write_bytes(_parquet(table), name, part)
-    images = int(task.keep_images.sum())
-    if images == len(task.keep_images) and images:
-        out.move(staged_file("images", task.token), f"images/{part}")
-    elif images:
-        _rewrite(out, staged_file("images", task.token), f"images/{part}", task.keep_images)
-    splits_tasks = zip(kept["split"].to_pylist(), kept["task"].to_pylist(), strict=True)
-    return CommitCounts(
-        rows_out=kept.num_rows,
-        rejected=rejected.num_rows,
-        images=images,
-        by_reason=Counter(rejected["reason"].to_pylist()),
-        by_split_task=Counter(f"{split}/{name}" for split, name in splits_tasks),
-    )
+def write_part(task: PartTask, *, out: Folder, work: Folder, version: str) -> CommittedPart:
+    """In a worker: write one part, then its receipt."""
+    staged = _StagedPart(task, work)
+    name = _part_name(task.number, version)
+    statistics = TableStatistics()
+    files: list[PartFile] = []
+    if task.table == "images":
+        images, statistics = _write_images(staged, out, name)
+        shrunk = {
+            "images_shrunk": int((task.shrunk_from > 0).sum()),
+            "largest_source_pixels": int(task.shrunk_from.max(initial=0)),
+        }
+        statistics = statistics.model_copy(update=shrunk)
+        files.append(images)
+    else:
+        for table, tables, count in (
+            ("rows", staged.rows, TableStatistics.of_rows),
+            ("rejected", staged.rejected, TableStatistics.of_rejected),
+        ):
+            file, found = _write_table(out, table, name, tables, count)
+            if file is not None:
+                files.append(file)
+                statistics += found
+    receipt = CommittedPart(table=task.table, number=task.number, files=tuple(files), statistics=statistics)
+    work.write_bytes(receipt.model_dump_json().encode(), receipt_file(task.table, task.number))
+    return receipt
 
 
-def fill_empty_tables(out: Folder) -> None:
-    """Give a table without a single row an empty part, so that its schema can be read."""
-    for name, table in TABLES.items():
-        if not out.child(name).files(".parquet"):
-            out.write_bytes(_parquet(table.empty_table()), name, "part-000000.parquet")
+def write_empty_part(out: Folder, table: str, version: str) -> PartFile:
+    """A part without a row, so that the schema of a table that has none can be read."""
+    name = _part_name(0, version)
+    file, _ = _write_table(out, table, name, lambda: iter([TABLES[table].empty_table()]), None)
+    assert file is not None
+    return file
 
 
-def _duplicates(rows: pa.Table) -> pa.Table:
-    """Rejections of rows whose id an earlier row has."""
+def _part_name(number: int, version: str) -> str:
+    return f"part-{number:06d}-{version}.parquet"
+
+
+class _StagedPart:
+    """What the staged files of a part hold."""
+
+    def __init__(self, task: PartTask, work: Folder):
+        self._task, self._work = task, work
+
+    def _read(self, table: str, piece: PieceSlice, number: int) -> pa.Table:
+        name = staged_file(table, piece.piece, piece.attempt, number)
+        return pa.ipc.open_file(pa.BufferReader(self._work.read_bytes(name))).read_all()
+
+    def _filtered(self, table: str, *, kept: bool) -> Iterator[tuple[PieceSlice, int, pa.Table]]:
+        """(slice, number of rows before, the rows that are kept, or dropped) of each staged file."""
+        for piece in self._task.slices:
+            keep, start = piece.keep if kept else ~piece.keep, 0
+            if not keep.any():
+                continue
+            for number in piece.files:
+                found = self._read(table, piece, number)
+                mask = keep[start : start + found.num_rows]
+                yield piece, start, found if mask.all() else found.filter(pa.array(mask))
+                start += found.num_rows
+
+    def images(self) -> Iterator[pa.Table]:
+        """The kept images."""
+        return (table for _, _, table in self._filtered("images", kept=True))
+
+    def rows(self) -> Iterator[pa.Table]:
+        """The kept rows."""
+        return (table for _, _, table in self._filtered("rows", kept=True))
+
+    def rejected(self) -> Iterator[pa.Table]:
+        """The rejections that were staged, then the rows that the decisions leave out."""
+        for piece in self._task.slices:
+            for number in range(piece.rejected_files):
+                yield self._read("rejected", piece, number)
+        reasons = self._task.left_out.sort_by([("piece", "ascending"), ("row", "ascending")])
+        start = 0
+        for _, _, rows in self._filtered("rows", kept=False):
+            yield _rejections(rows, reasons.slice(start, rows.num_rows))
+            start += rows.num_rows
+
+
+def _rejections(rows: pa.Table, left_out: pa.Table) -> pa.Table:
+    """``schema.REJECTED`` of rows that are left out."""
     details = [
-        f"key {key!r} of source {source!r} is used by an earlier row; make keys unique within a source"
-        for key, source in zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
+        detail or f"key {key!r} of source {source!r} is used by an earlier row; make keys unique within a source"
+        for detail, key, source in zip(
+            left_out["detail"].to_pylist(), rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True
+        )
     ]
-    fixed = [pa.array([value] * rows.num_rows, pa.string()) for value in (JobKind.PREPARE.value, "duplicate_id")]
-    columns = [rows["id"], rows["source"], rows["key"], *fixed, pa.array(details, pa.string())]
-    return pa.table(columns, schema=schema.REJECTED)
+    columns = [rows["id"], rows["source"], rows["key"], left_out["stage"], left_out["reason"]]
+    return pa.table([*columns, pa.array(details, pa.string())], schema=schema.REJECTED)
 
 
-def _read(out: Folder, name: str, table: pa.Schema) -> pa.Table:
-    if not out.exists(name):
-        return table.empty_table()
-    with out.open(name) as file:
-        return pq.ParquetFile(file).read()
+def _write_images(staged: _StagedPart, out: Folder, name: str) -> tuple[PartFile, TableStatistics]:
+    def write(file: IO[bytes]) -> tuple[PartFile, TableStatistics]:
+        sink, statistics = _HashingSink(file), TableStatistics()
+        with ImagePartWriter(cast(IO[bytes], sink)) as writer:
+            for group in _regrouped(staged.images(), _image_sizes, schema.IMAGE_ROW_GROUP_BYTES):
+                writer.write(group)
+                statistics += TableStatistics.of_images(group)
+        return sink.part("images", name, statistics.images), statistics
+
+    return out.write_stream(write, "images", name)
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _write_table(
+    out: Folder,
+    table: str,
+    name: str,
+    tables: Callable[[], Iterator[pa.Table]],
+    count: Callable[[pa.Table], TableStatistics] | None,
+) -> tuple[PartFile | None, TableStatistics]:
+    """Write a part of ``rows`` or ``rejected``, if there are any."""
+    statistics, rows = TableStatistics(), 0
     sink = pa.BufferOutputStream()
     options = {"use_dictionary": False, "write_statistics": ["id"]}  # as schema.ROWS_ROW_GROUP_ROWS says
-    pq.write_table(table, sink, compression="zstd", row_group_size=schema.ROWS_ROW_GROUP_ROWS, **options)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    with pq.ParquetWriter(sink, TABLES[table], compression="zstd", write_page_checksum=True, **options) as writer:
+        for found in _regrouped(tables(), _ones, schema.ROWS_ROW_GROUP_ROWS):
+            writer.write_table(found)
+            rows += found.num_rows
+            statistics = statistics if count is None else statistics + count(found)
+    if count is not None and not rows:
+        return None, statistics
+    data = sink.getvalue().to_pybytes()
+    out.write_bytes(data, table, name)
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return PartFile(table=table, name=name, rows=rows, bytes=len(data), checksum=digest), statistics
 
 
-def _rewrite(out: Folder, staged: str, final: str, keep: NDArray[np.bool_]) -> None:
-    """Copy the kept images, a row group at a time."""
-    start = 0
-    with out.open(staged) as source, out.open(final, mode="wb") as sink:
-        reader = pq.ParquetFile(source)
-        with ImagePartWriter(sink) as writer:
-            for index in range(reader.num_row_groups):
-                group = reader.read_row_group(index)
-                mask = keep[start : start + group.num_rows]
-                start += group.num_rows
-                if mask.any():
-                    writer.write(group.filter(pa.array(mask)))
+def _regrouped(
+    tables: Iterable[pa.Table], weigh: Callable[[pa.Table], NDArray[np.int64]], limit: int
+) -> Iterator[pa.Table]:
+    """The same rows in tables that end where the weight of their rows reaches ``limit``."""
+    held: list[pa.Table] = []
+    weight = 0
+    for table in tables:
+        total, start, before = np.cumsum(weigh(table)), 0, 0
+        while start < table.num_rows:
+            stop = min(table.num_rows, int(np.searchsorted(total, before + limit - weight)) + 1)
+            held.append(table.slice(start, stop - start))
+            weight += int(total[stop - 1]) - before
+            start, before = stop, int(total[stop - 1])
+            if weight >= limit:
+                yield pa.concat_tables(held).combine_chunks()
+                held, weight = [], 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _image_sizes(images: pa.Table) -> NDArray[np.int64]:
+    sizes: NDArray[np.int64] = pc.binary_length(images["bytes"]).to_numpy().astype(np.int64)
+    return sizes
+
+
+def _ones(rows: pa.Table) -> NDArray[np.int64]:
+    return np.ones(rows.num_rows, np.int64)
+
+
+class _HashingSink(io.RawIOBase):
+    """Passes on what is written, and hashes it."""
+
+    def __init__(self, sink: IO[bytes]):
+        super().__init__()
+        self._sink, self._digest, self._position = sink, hashlib.blake2b(digest_size=16), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self._sink.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+        return len(data)
+
+    def part(self, table: str, name: str, rows: int) -> PartFile:
+        """What was written."""
+        return PartFile(table=table, name=name, rows=rows, bytes=self._position, checksum=self._digest.hexdigest())

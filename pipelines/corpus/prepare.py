@@ -1,37 +1,52 @@
 """``crem prepare``: a raw corpus becomes prepared tables.
 
-Two passes, both streaming through Ray Data; images never pass through the driver or the object store.
+Four steps, each of which continues where an interrupted run stopped; images never pass through the driver or the
+object store.
 
-1. *Stage* (``staging``): each task reads its ranges of rows, validates each row, decodes and re-encodes each image
-   once, and writes rows, images and rejections to its own files under ``_staging/``. It returns a ledger of ids.
-2. *Commit* (``commit``): the driver resolves duplicates from all ledgers, and each task's files become final parts.
+1. *Plan* (``work_plan``): the corpus in pieces of rows, written to ``_work/<version>/`` of the output.
+2. *Stage* (``staging``): a Ray Data task per piece reads its rows, validates them, decodes and re-encodes each image
+   once, and writes files and a ledger of ids. A piece that has a ledger is done.
+3. *Resolve* (``decisions``): from the ledgers alone, which rows and images are left out.
+4. *Commit* (``commit``): a task per final part merges staged files; then the manifest is swapped in (``publish``).
 
-A staged file counts only if its task's ledger arrived, so a task that died and ran again leaves nothing behind. The
-manifest is written last; a killed run has none, and the next run into the same folder starts clean.
+The version is a hash of the input, the settings and the versions of the programs: the same version is the same bytes.
+Until the manifest is swapped the output stays what it was. One job at a time holds the lease of the output.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import platform
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
-from pipelines.corpus.commit import TABLES, CommitCounts, commit, fill_empty_tables, resolve_duplicates
-from pipelines.corpus.staging import STAGING, StagedLedger, StagingTask, stage
+from pipelines.corpus.commit import CommittedPart, PartTask, cut_parts, receipt_file, write_empty_part, write_part
+from pipelines.corpus.decisions import GroupDecisions
+from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_pieces
+from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old
+from pipelines.corpus.resolve import resolve
+from pipelines.corpus.staging import PieceCounts, stage
+from pipelines.corpus.staging_progress import StagingProgress
+from pipelines.corpus.table_statistics import TableStatistics
 from pipelines.corpus.token_limit import open_tokenizer
-from pipelines.formats.raw_rows import COLUMNS
+from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks, read_pieces
+from pipelines.duplicates.decide import check_settings
+from pipelines.formats.detection import Detection, detect_source
+from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
-from pipelines.sources.records import RowRange
+from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, session
-from pipelines.tables.manifest import PrepareManifest
+from pipelines.tables.lease import Lease
+from pipelines.tables.manifest import TABLES, PartFile, PrepareManifest
 from pipelines.tables.richness import shrunk_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
@@ -40,45 +55,238 @@ __all__ = ["prepare"]
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 10.0
+_START_PATIENCE_S = 20.0
+"""How long the first look at the output waits: storage that is not there at all is more likely a wrong address."""
 
 
-def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
+def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) -> PrepareManifest:
     """Prepare the raw corpus at ``source`` into ``out`` (paths or URIs).
 
+    Args:
+        fresh: prepare anew, even if the output is complete or an interrupted run could continue.
+
     Raises:
-        ConfigError: there is no corpus or no usable row in it, ``out`` holds something else, or a node of the cluster
-            does not see a local ``source`` or ``out``.
+        ConfigError: there is no corpus or no usable row in it; ``out`` holds something else, or another job writes into
+            it; or a node of the cluster does not see a local ``source`` or ``out``.
+        StorageError: the storage of ``out`` stayed away. The same command continues.
+        ResourceError: another job took the output over.
     """
     began = time.monotonic()
     corpus = sources.find(source)
-    target = Folder.at(out)
+    target = Folder.at(out).patient(config.prepare.storage_patience_s)
     if target.uri == corpus.root.uri:
         raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
     reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare)
-    ranges = list(sources.split(corpus, COLUMNS, config.prepare.rows_per_task))
-    rows_in = sum(rows.rows for rows in ranges)
-    if not rows_in:
-        raise ConfigError(f"{source!r} has {len(corpus.names)} files and not one row in them; fill it first")
+    check_settings(config.prepare)
+    detection = detect_source(corpus, config.prepare, section="prepare")
+    plan_id = identity_of(corpus, [_settings(config), made_with(), [[a.name, a.size] for a in reader.archives]])
+    start = target.patient(min(_START_PATIENCE_S, target.patience_s))
+    old = finished(start, plan_id)
+    if old is not None and not fresh:
+        return _nothing_to_do(target, old)
+    draft = draft_plan(corpus, config.prepare.rows_per_task, None)
+    if draft is not None and not draft.records:
+        raise _no_rows(corpus)
     session.connect()
     if config.prepare.tokenizer is not None:
         require_readable_model(config.prepare.tokenizer)
         open_tokenizer(config.prepare.tokenizer)
     require_readable(corpus.folder, *corpus.names)
     require_readable(corpus.root, *reader.files)
-    target.claim(JobKind.PREPARE)
+    start.claim(JobKind.PREPARE)
     require_shared(target)
-    for old in (PrepareManifest.FILE, *TABLES, STAGING):  # not before: a refused run changes nothing
-        target.remove(old)
-    log.info("preparing %d rows of %d files from %s", rows_in, len(corpus.names), corpus.root.uri)
-    with ray_tasks.remote_errors():
-        ledgers = _stage(target, corpus.root.name, reader, ranges, rows_in, config)
-        counts, shrunk_from = _commit(target, ledgers)
-    manifest = _manifest(corpus.root.uri, rows_in, counts, shrunk_from, config)
-    _check(manifest, target)
-    fill_empty_tables(target)
-    target.remove(STAGING)
-    manifest.write(target)
+    version = plan_id if old is None else _next_version(old)
+    with Lease.take(target, JobKind.PREPARE) as lease, ray_tasks.remote_errors():
+        job = _Job(target, target.child(WORK).child(version), version, corpus, detection, reader, config, lease)
+        manifest = job.run(plan_id, draft, fresh=fresh)
+    _say(manifest, time.monotonic() - began)
+    return manifest
+
+
+def _no_rows(corpus: SourceFiles) -> ConfigError:
+    return ConfigError(f"{corpus.root.uri} has {len(corpus)} files and not one row in them; fill it first")
+
+
+def _decoding_limits(config: RunConfig) -> ImageConfig:
+    """Images are stored as large as ``encode_max_pixels`` allows, whatever size the model reads."""
+    return config.model.image.model_copy(update={"max_pixels": config.prepare.encode_max_pixels})
+
+
+def _settings(config: RunConfig) -> dict[str, JsonValue]:
+    """The settings that decide the output."""
+    chosen = config.prepare.model_dump(mode="json", exclude={"storage_patience_s"})
+    return {"prepare": chosen, "image": config.model.image.model_dump(mode="json")}
+
+
+def _nothing_to_do(target: Folder, manifest: PrepareManifest) -> PrepareManifest:
+    log.info("%s holds the tables of this corpus and these settings already; nothing to do", target.uri)
+    if target.exists(WORK) or foreign_files(target, manifest):  # of a job that was killed after it had finished
+        with Lease.take(target, JobKind.PREPARE):
+            remove_old(target, manifest)
+    return manifest
+
+
+def _next_version(old: PrepareManifest) -> str:
+    """A version for the same plan once more, whose parts do not overwrite those that are being read."""
+    count = old.version.removeprefix(old.plan).removeprefix(".") or "0"
+    return f"{old.plan}.{int(count) + 1}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A preparation that holds the lease of its output."""
+
+    target: Folder
+    work: Folder
+    version: str
+    corpus: SourceFiles
+    detection: Detection
+    reader: ImageReader
+    config: RunConfig
+    lease: Lease
+
+    def run(self, plan_id: str, draft: DraftPlan | None, *, fresh: bool) -> PrepareManifest:
+        """All steps."""
+        for other in self.target.child(WORK).folders():
+            if fresh or other != self.version:
+                self.target.remove(WORK, other)
+        plan = self._plan(draft)
+        self._stage(plan)
+        resolve(self.work, plan, self.config.prepare)
+        counts, statistics, parts = self._commit(plan)
+        if not statistics.rows:
+            raise self._nothing_usable(counts.rows_in, statistics)
+        parts += [
+            write_empty_part(self.target, table, self.version)
+            for table in TABLES
+            if not any(part.table == table for part in parts)
+        ]
+        manifest = manifest_of(
+            statistics,
+            plan=plan_id,
+            version=self.version,
+            records_in=plan.records,
+            rows_in=counts.rows_in,
+            unknown_columns=dict(sorted(counts.unknown.counts.items())),
+            layouts=self.detection.mapping(),
+            source_uri=self.corpus.root.uri,
+            config=_settings(self.config),
+            parts=parts,
+        )
+        accounted = manifest.rows_out + manifest.rejected + manifest.filtered
+        if accounted != manifest.rows_in:
+            raise RuntimeError(f"{manifest.rows_in} rows went in and {accounted} are accounted for: {manifest}")
+        for line in self.detection.warnings(counts.unknown):
+            log.warning("%s", line)
+        self.lease.check()
+        publish(self.target, manifest, statistics, parts)
+        remove_old(self.target, manifest)
+        return manifest
+
+    def _plan(self, draft: DraftPlan | None) -> WorkPlan:
+        plan = WorkPlan.read(self.work)
+        if plan is None and draft is not None:
+            plan = draft.write(self.work)
+        if plan is None:
+            plan = plan_by_tasks(self.corpus, self.config.prepare.rows_per_task, None, self.work)
+        if not plan.records:
+            raise ConfigError(
+                f"{self.corpus.root.uri} has {len(self.corpus)} files and not one row in them; fill it first"
+            )
+        return plan
+
+    def _stage(self, plan: WorkPlan) -> None:
+        done = staged_pieces(self.work)
+        if len(done):
+            log.info("continuing: %d of %d pieces are staged already", len(done), plan.pieces)
+        if len(done) == plan.pieces:
+            return
+        is_done = np.zeros(plan.pieces, np.bool_)
+        is_done[done] = True
+        log.info("preparing %d records of %d files from %s", plan.records, len(self.corpus), self.corpus.root.uri)
+        run = partial(
+            stage,
+            work=self.work,
+            source=self.corpus.root.name,
+            rows_folder=self.corpus.folder.uri.removeprefix(self.corpus.root.uri).strip("/"),
+            detection=self.detection,
+            reader=self.reader,
+            config=self.config,
+        )
+        pieces = (piece for piece in read_pieces(self.work, plan) if not is_done[piece.number])
+        staged = 0
+        with StagingProgress(plan.records, plan.records * len(done) // plan.pieces) as progress:
+            for counts in ray_tasks.stream(run, pieces):
+                assert isinstance(counts, PieceCounts)
+                progress.add(counts)
+                staged += 1
+                self.lease.check()
+        if staged != plan.pieces - len(done):
+            raise RuntimeError(f"{staged} of {plan.pieces - len(done)} pieces came back")
+
+    def _commit(self, plan: WorkPlan) -> tuple[_LedgerCounts, TableStatistics, list[PartFile]]:
+        """Write all parts: what went in, what is in the tables, and their parts in order."""
+        receipts = {name.removesuffix(".json") for name in self.work.child("receipts").files(".json")}
+        counts = _LedgerCounts(plan.records)
+        parts: dict[tuple[str, int], CommittedPart] = {}
+        waiting: list[PartTask] = []
+        for task in self._part_tasks(plan, counts):
+            key = (task.table, task.number)
+            if f"{task.table}-{task.number:06d}" in receipts:
+                data = self.work.read_bytes(receipt_file(*key))
+                parts[key] = CommittedPart.model_validate_json(data)
+            else:
+                waiting.append(task)
+        if parts:
+            log.info("continuing: %d parts are written already", len(parts))
+        run = partial(write_part, out=self.target, work=self.work, version=self.version)
+        for part in ray_tasks.stream(run, waiting):
+            parts[part.table, part.number] = part
+            self.lease.check()
+        counts.check()
+        ordered = [parts[key] for key in sorted(parts)]
+        statistics = sum((part.statistics for part in ordered), TableStatistics())
+        return counts, statistics, [file for part in ordered for file in part.files]
+
+    def _part_tasks(self, plan: WorkPlan, counts: _LedgerCounts) -> Iterator[PartTask]:
+        first = {"rows": 0, "images": 0}
+        for group in range(plan.groups):
+            ledgers = read_ledgers(self.work, plan.group(group))
+            counts.add(ledgers)
+            for task in cut_parts(ledgers, GroupDecisions.read(self.work, group), dict(first)):
+                first[task.table] = task.number + 1
+                yield task
+
+    def _nothing_usable(self, rows_in: int, statistics: TableStatistics) -> ConfigError:
+        reasons = {reason: n for found in statistics.left_out.values() for reason, n in found.items()}
+        rejected = f"{self.target.uri}/rejected/part-*-{self.version}.parquet"
+        return ConfigError(
+            f"none of the {rows_in} rows can be used: {reasons}; {rejected} says why for each; "
+            "the output is what it was before"
+        )
+
+
+class _LedgerCounts:
+    """What went in, as the ledgers count it."""
+
+    def __init__(self, records: int):
+        self._expected, self._records, self.rows_in = records, 0, 0
+        self.unknown = UnknownColumns()
+
+    def add(self, ledgers: list[PieceLedger]) -> None:
+        """Count some pieces."""
+        self._records += sum(ledger.records for ledger in ledgers)
+        self.rows_in += sum(ledger.rows_in for ledger in ledgers)
+        for ledger in ledgers:
+            self.unknown.merge(UnknownColumns(Counter(json.loads(ledger.unknown_columns))))
+
+    def check(self) -> None:
+        """Every record of the plan must have been read."""
+        if self._records != self._expected:
+            raise RuntimeError(f"the plan has {self._expected} records and {self._records} were read")
+
+
+def _say(manifest: PrepareManifest, seconds: float) -> None:
     for split, rows in manifest.unread_splits.items():
         log.warning(
             "%d rows are of split %r, which no job reads: training reads train…, validation validation…, evaluation "
@@ -88,7 +296,6 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
         )
     if (line := shrunk_images(manifest)) is not None:
         log.info("%s", line)
-    seconds = time.monotonic() - began
     log.info(
         "prepared %d rows in = %d out + %d rejected + %d filtered; %d images; %.1f s, %.0f rows/s",
         manifest.rows_in,
@@ -97,77 +304,5 @@ def prepare(source: str, out: str, config: RunConfig) -> PrepareManifest:
         manifest.filtered,
         manifest.images,
         seconds,
-        rows_in / seconds,
+        manifest.rows_in / seconds,
     )
-    return manifest
-
-
-def _decoding_limits(config: RunConfig) -> ImageConfig:
-    """Images are stored as large as ``encode_max_pixels`` allows, whatever size the model reads."""
-    return config.model.image.model_copy(update={"max_pixels": config.prepare.encode_max_pixels})
-
-
-def _stage(
-    target: Folder, source: str, reader: ImageReader, ranges: list[RowRange], rows_in: int, config: RunConfig
-) -> list[StagedLedger]:
-    """The first pass: ledgers in the order of the corpus."""
-    groups = sources.group(ranges, config.prepare.rows_per_task)
-    staging = [StagingTask(number, group) for number, group in enumerate(groups)]
-    run = partial(stage, out=target, source=source, reader=reader, config=config)
-    staged = ray_tasks.task_dataset(staging).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
-    ledgers: list[StagedLedger] = []
-    done = rejected = 0
-    began = logged = time.monotonic()
-    for ledger in ray_tasks.results(staged):
-        ledgers.append(ledger)
-        done += ledger.rows_in
-        rejected += ledger.rejected
-        now = time.monotonic()
-        if now - logged > _LOG_EVERY_S:
-            logged = now
-            log.info("%d of %d rows, %d rejected, %.0f rows/s", done, rows_in, rejected, done / (now - began))
-    if len(ledgers) != len(staging) or done != rows_in:
-        raise RuntimeError(f"{done} of {rows_in} rows came back from {len(ledgers)} of {len(staging)} tasks")
-    return sorted(ledgers, key=lambda ledger: ledger.task)
-
-
-def _commit(target: Folder, ledgers: list[StagedLedger]) -> tuple[CommitCounts, NDArray[np.int64]]:
-    """The second pass: what the final tables hold, and the ``shrunk_from`` of their images."""
-    commits = resolve_duplicates(ledgers)
-    run = partial(commit, out=target)
-    committed = ray_tasks.task_dataset(commits).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
-    counts = list(ray_tasks.results(committed))
-    if len(counts) != len(commits):
-        raise RuntimeError(f"{len(counts)} of {len(commits)} tasks committed their files")
-    shrunk_from = [ledger.shrunk_from[task.keep_images] for ledger, task in zip(ledgers, commits, strict=True)]
-    return CommitCounts.total(counts), np.concatenate(shrunk_from)
-
-
-def _manifest(
-    source_uri: str, rows_in: int, counts: CommitCounts, shrunk_from: NDArray[np.int64], config: RunConfig
-) -> PrepareManifest:
-    return PrepareManifest(
-        rows_in=rows_in,
-        rows_out=counts.rows_out,
-        rejected=counts.rejected,
-        images=counts.images,
-        images_shrunk=int((shrunk_from > 0).sum()),
-        largest_source_pixels=int(shrunk_from.max(initial=0)),
-        by_reason=dict(sorted(counts.by_reason.items())),
-        by_split_task=dict(sorted(counts.by_split_task.items())),
-        source_uri=source_uri,
-        created_with={"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("ray", "pyarrow", "pillow")},
-        config={"prepare": config.prepare.model_dump(mode="json"), "image": config.model.image.model_dump()},
-    )
-
-
-def _check(manifest: PrepareManifest, target: Folder) -> None:
-    accounted = manifest.rows_out + manifest.rejected + manifest.filtered
-    if accounted != manifest.rows_in:
-        raise RuntimeError(f"{manifest.rows_in} rows went in and {accounted} are accounted for: {manifest}")
-    if not manifest.rows_out:
-        raise ConfigError(
-            f"none of the {manifest.rows_in} rows can be used: {manifest.by_reason}; "
-            f"{target.uri}/rejected says why for each"
-        )

@@ -1,157 +1,175 @@
-"""One task of ``crem prepare``: it writes its rows, images and rejections as they come, and keeps a ledger of them.
+"""One piece of ``crem prepare``: its rows, images and rejections go to staged files, and their identifiers to a ledger.
 
-A task flushes images to their file by size, so it holds about 4 MB of them however many rows it has. It decodes and
-stores an image once, however many of its rows name it.
+A task writes images by size, so it holds about 16 MB of them however many rows it has. Every file is written from
+memory in one piece, so a failure of the storage in the middle of it costs nothing. A task decodes and stores an image
+once, however many of its rows name it.
 """
 
 from __future__ import annotations
 
+import json
+import posixpath
 import uuid
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from crem.config import RunConfig
 from crem.data.image_bytes import is_inline
 from crem.data.images import decode_image, encode_image
 from crem.errors import ItemError, shortened
+from pipelines.corpus.ledger import PieceLedger, staged_file
 from pipelines.corpus.token_limit import check_tokens
-from pipelines.formats.format import RowContext
-from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, check_row, source_and_key
-from pipelines.formats.registry import format_named
+from pipelines.corpus.work_plan import Piece
+from pipelines.formats.detection import Detection
+from pipelines.formats.raw_rows import RawItem, RawRow, check_row, source_and_key
+from pipelines.formats.record_reader import RecordReader
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
-from pipelines.sources.records import RowRange, SourceRow
+from pipelines.sources.records import SourceRow
 from pipelines.tables import schema
-from pipelines.tables.image_parts import ImagePartWriter
-from pipelines.tables.storage import Folder, JobKind
+from pipelines.tables.storage import Folder
 
-__all__ = ["STAGING", "StagedLedger", "StagingTask", "stage", "staged_file"]
+__all__ = ["PieceCounts", "stage", "stage_of"]
 
-STAGING = "_staging"
-"""Folder of staged files in the output of ``crem prepare``; gone once the run is complete."""
-_FLUSH_BYTES = schema.IMAGE_ROW_GROUP_BYTES
+_FLUSH_BYTES = 16 * 2**20
 _FLUSH_ROWS = 4096
+_STAGES = {
+    **dict.fromkeys(("image_missing", "uri_unreadable", "uri_refused"), "read"),
+    **dict.fromkeys(("image_corrupt", "image_too_large"), "decode"),
+    **dict.fromkeys(("text_too_long",), "text"),
+}
 
 
 @dataclass(frozen=True)
-class StagingTask:
-    """The rows that one task stages."""
+class PieceCounts:
+    """What the driver hears of a piece that is staged."""
 
-    number: int
-    """Position of the task in the order of the corpus."""
-    ranges: tuple[RowRange, ...]
-
-
-@dataclass(frozen=True)
-class StagedLedger:
-    """What one task staged: identifiers only, so that the driver can hold the ledgers of all tasks."""
-
-    task: int
-    """Number of the task."""
-    token: str
-    """Part of the names of its files; a retried task has another one."""
+    piece: int
+    records: int
     rows_in: int
     rejected: int
-    row_ids: NDArray[np.int64]
-    """[rows] ids of the staged rows, in their order."""
-    image_ids: NDArray[np.int64]
-    """[images] ids of the staged images, in their order."""
-    ref_rows: NDArray[np.int64]
-    """[references] position in ``row_ids`` of the row that refers to an image."""
-    ref_images: NDArray[np.int64]
-    """[references] id of that image."""
-    shrunk_from: NDArray[np.int64]
-    """[images] area in pixels of the source of a shrunk image, 0 of one that was stored at its size."""
+    images: int
+
+    @classmethod
+    def of(cls, ledger: PieceLedger) -> PieceCounts:
+        """The counts of a ledger."""
+        return cls(ledger.piece, ledger.records, ledger.rows_in, ledger.rejected, len(ledger.image_ids))
 
 
-def staged_file(table: str, token: str) -> str:
-    """Name of a task's staged file of ``table`` (``rows``, ``images`` or ``rejected``), from the output folder."""
-    return f"{STAGING}/{table}-{token}.parquet"
+def stage_of(reason: str) -> str:
+    """The stage at which a row was rejected, by the reason: ``parse`` of most."""
+    return _STAGES.get(reason, "parse")
 
 
-def stage(task: StagingTask, *, out: Folder, source: str, reader: ImageReader, config: RunConfig) -> StagedLedger:
-    """Stage the rows of one task under ``out``; ``source`` names the corpus in rows that have no source."""
-    token = f"{task.number:06d}-{uuid.uuid4().hex[:8]}"
-    with _StagingWriter(out, token, source, reader, config) as writer:
-        for rows in task.ranges:
-            for row in sources.read(rows, COLUMNS):
-                writer.add(row)
-    refs = np.array(writer.refs, np.int64).reshape(-1, 2)
-    return StagedLedger(
-        task=task.number,
-        token=token,
-        rows_in=writer.rows_in,
-        rejected=writer.rows_in - len(writer.row_ids),
-        row_ids=np.array(writer.row_ids, np.int64),
-        image_ids=np.array(list(writer.image_ids), np.int64),
-        ref_rows=refs[:, 0],
-        ref_images=refs[:, 1],
-        shrunk_from=np.array(list(writer.image_ids.values()), np.int64),
-    )
+def stage(
+    piece: Piece,
+    *,
+    work: Folder,
+    source: str,
+    rows_folder: str,
+    detection: Detection,
+    reader: ImageReader,
+    config: RunConfig,
+) -> PieceCounts:
+    """Stage a piece in the work folder.
+
+    Args:
+        source: names the corpus in rows that have no source.
+        rows_folder: path of the folder of the row files from that of the corpus.
+    """
+    writer = _PieceWriter(work, piece.number, RecordReader(detection, source), reader, config)
+    for rows in piece.ranges:
+        for row in sources.read(rows):
+            writer.add(row, posixpath.join(rows_folder, row.folder))
+    return PieceCounts.of(writer.finish())
 
 
-class _StagingWriter:
-    """Turns raw records into the three staged files of one task."""
+class _PieceWriter:
+    """Turns raw records into the staged files and the ledger of one piece."""
 
-    def __init__(self, out: Folder, token: str, source: str, reader: ImageReader, config: RunConfig):
-        self.source = source
-        self.format = format_named("crem")
+    def __init__(self, work: Folder, piece: int, records: RecordReader, reader: ImageReader, config: RunConfig):
+        self.work, self.piece = work, piece
+        self.attempt = uuid.uuid4().hex[:8]
+        self.parser = records
         self.reader = reader
         self.config = config
-        self.rows = _StagedFile(out, staged_file("rows", token), schema.ROWS, "zstd")
-        self.images = _StagedFile(out, staged_file("images", token), schema.IMAGES, "none")  # already compressed
-        self.rejected = _StagedFile(out, staged_file("rejected", token), schema.REJECTED, "zstd")
-        self.rows_in = 0
+        self.rows = _StagedTable(self, "rows", schema.ROWS, "zstd")
+        self.images = _StagedTable(self, "images", schema.IMAGES, None)  # already compressed
+        self.rejected = _StagedTable(self, "rejected", schema.REJECTED, "zstd")
+        self.records = 0
         self.row_ids: list[int] = []
-        self.image_ids: dict[int, int] = {}  # with ``shrunk_from``, in the order in which they were stored
+        self.image_ids: dict[int, tuple[int, int]] = {}  # (bytes, shrunk_from), in the order in which they were stored
         self.refs: list[tuple[int, int]] = []
-        self._known: dict[str, int | ItemError] = {}
+        self._folder = ""
+        self._known: dict[tuple[str, str], int | ItemError] = {}
 
-    def __enter__(self) -> _StagingWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in (self.rows, self.images, self.rejected):
-            file.close()
-
-    def add(self, source_row: SourceRow) -> None:
-        """Store a row, or its rejection with the reason."""
-        self.rows_in += 1
+    def add(self, source_row: SourceRow, folder: str) -> None:
+        """Store the rows of a record of a file in ``folder``, or their rejections with the reasons."""
+        self.records += 1
+        self._folder = folder
+        limits = self.config.model.image
         try:
-            if source_row.record is None:
-                raise ItemError("bad_row", source_row.parse_error)
-            context = RowContext(source=self.source, key=source_row.name)
-            limits = self.config.model.image
-            for row in self.format.rows(source_row.record, context):
+            rows = self.parser.rows(source_row)
+        except ItemError as error:
+            source, key = source_and_key(source_row.record, key=source_row.name, source=self.parser.source)
+            self._reject(source, key, error)
+            return
+        for row in rows:
+            try:
                 check_row(row, max_text_chars=self.config.prepare.max_text_chars, max_images=limits.max_images_per_item)
                 check_tokens(row, self.config.prepare)
                 self._store(row)
-        except ItemError as error:
-            source, key = source_and_key(source_row.record, key=source_row.name, source=self.source)
-            self.rejected.append(
-                {
-                    "id": schema.row_id(source, key),
-                    "source": source,
-                    "key": key,
-                    "stage": JobKind.PREPARE.value,
-                    "reason": error.reason,
-                    "detail": error.detail,
-                }
-            )
+            except ItemError as error:
+                self._reject(row.source, row.key, error)
+
+    def finish(self) -> PieceLedger:
+        """Write what is left, then the ledger."""
+        for table in (self.rows, self.images, self.rejected):
+            table.flush()
+        refs = np.array(self.refs, np.int64).reshape(-1, 2)
+        images = np.array(list(self.image_ids.values()), np.int64).reshape(-1, 2)
+        ledger = PieceLedger(
+            piece=self.piece,
+            attempt=self.attempt,
+            records=self.records,
+            rows_in=len(self.row_ids) + sum(self.rejected.files),
+            rejected=sum(self.rejected.files),
+            row_ids=np.array(self.row_ids, np.int64),
+            image_ids=np.array(list(self.image_ids), np.int64),
+            image_bytes=images[:, 0],
+            shrunk_from=images[:, 1],
+            ref_rows=refs[:, 0],
+            ref_images=refs[:, 1],
+            row_files=np.array(self.rows.files, np.int64),
+            row_bytes=self.rows.written_bytes,
+            image_files=np.array(self.images.files, np.int64),
+            rejected_files=np.array(self.rejected.files, np.int64),
+            unknown_columns=json.dumps(dict(self.parser.unknown.counts)),
+        )
+        ledger.write(self.work)
+        return ledger
+
+    def _reject(self, source: str, key: str, error: ItemError) -> None:
+        self.rejected.append(
+            {
+                "id": schema.row_id(source, key),
+                "source": source,
+                "key": key,
+                "stage": stage_of(error.reason),
+                "reason": error.reason,
+                "detail": error.detail,
+            },
+            len(error.detail),
+        )
 
     def _store(self, row: RawRow) -> None:
         query = self._item(row.query)
         target = None if row.target.is_empty else self._item(row.target)
         negatives = [self._item(negative) for negative in row.negatives]
         row_id = schema.row_id(row.source, row.key)
+        sides = [query, *([target] if target else []), *negatives]
         self.rows.append(
             {
                 "id": row_id,
@@ -164,9 +182,9 @@ class _StagingWriter:
                 "negatives": negatives,
                 "question": row.question,
                 "answer": row.answer,
-            }
+            },
+            sum(len(side["text"] or "") for side in sides) + len(row.question or "") + len(row.answer or ""),
         )
-        sides = [query, *([target] if target else []), *negatives]
         self.refs += [(len(self.row_ids), image) for side in sides for image in side["images"]]
         self.row_ids.append(row_id)
 
@@ -183,13 +201,14 @@ class _StagingWriter:
         """Id of an image, decoded at its first use in this task; a bad one is bad for every row that names it."""
         if isinstance(source, bytes) or is_inline(source):
             return self._encode(source)
-        known = self._known.get(source)
+        name = (self._folder, source)
+        known = self._known.get(name)
         if known is None:
             try:
                 known = self._encode(source)
             except ItemError as error:
                 known = ItemError(error.reason, error.detail)  # without the traceback, which holds the image
-            self._known[source] = known
+            self._known[name] = known
         if isinstance(known, ItemError):
             raise ItemError(known.reason, known.detail)
         return known
@@ -197,57 +216,53 @@ class _StagingWriter:
     def _encode(self, source: str | bytes) -> int:
         limits = self.reader.limits
         try:
-            decoded = decode_image(self.reader.read(source), limits)
+            decoded = decode_image(self.reader.read(source, near=self._folder), limits)
         except ItemError as error:
             if isinstance(source, bytes) or source[:60] in error.detail or is_inline(source):
                 raise
             raise ItemError(error.reason, f"{shortened(source, 160)!r}: {error.detail}") from error
-        data, width, height = encode_image(decoded.image, limits.max_pixels)
+        settings = self.config.prepare
+        data, width, height = encode_image(
+            decoded.image, limits.max_pixels, kind=settings.image_format, quality=settings.image_quality
+        )
         image_id = schema.content_id(data)
         if image_id not in self.image_ids:
             area = decoded.width * decoded.height
-            self.image_ids[image_id] = area if area > width * height else 0
+            self.image_ids[image_id] = (len(data), area if area > width * height else 0)
             uri = None if is_inline(source) else source
-            self.images.append(
-                {"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, size=len(data)
-            )
+            self.images.append({"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, len(data))
         return image_id
 
 
-class _StagedFile:
-    """A Parquet file written a row group at a time; it exists only if something was appended."""
+class _StagedTable:
+    """Rows of one table, written as Arrow files of bounded size."""
 
-    def __init__(self, folder: Folder, name: str, table: pa.Schema, compression: str):
-        self.folder = folder
-        self.name = name
-        self.schema = table
-        self.compression = compression
+    def __init__(self, writer: _PieceWriter, name: str, table: pa.Schema, compression: str | None):
+        self._writer, self._name, self._schema = writer, name, table
+        self._options = pa.ipc.IpcWriteOptions(compression=compression)
         self._rows: list[schema.ArrowRow] = []
         self._bytes = 0
-        self._file: Any = None
-        self._writer: pq.ParquetWriter | ImagePartWriter | None = None
+        self.files: list[int] = []
+        """Rows of each file."""
+        self.written_bytes = 0
 
-    def append(self, row: schema.ArrowRow, size: int = 0) -> None:
+    def append(self, row: schema.ArrowRow, size: int) -> None:
         self._rows.append(row)
         self._bytes += size
         if self._bytes >= _FLUSH_BYTES or len(self._rows) >= _FLUSH_ROWS:
-            self._flush()
+            self.flush()
 
-    def close(self) -> None:
-        self._flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._file.close()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the rows that are held, if there are any."""
         if not self._rows:
             return
-        if self._writer is None:
-            self._file = self.folder.open(self.name, mode="wb")
-            self._writer = (
-                ImagePartWriter(self._file)
-                if self.schema is schema.IMAGES
-                else pq.ParquetWriter(self._file, self.schema, compression=self.compression)
-            )
-        self._writer.write(pa.Table.from_pylist(self._rows, schema=self.schema))
+        table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, self._schema, options=self._options) as file:
+            file.write_table(table)
+        writer, data = self._writer, sink.getvalue()
+        name = staged_file(self._name, writer.piece, writer.attempt, len(self.files))
+        writer.work.write_bytes(data.to_pybytes(), name)
+        self.files.append(len(self._rows))
+        self.written_bytes += data.size
         self._rows, self._bytes = [], 0

@@ -4,20 +4,64 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
-from pydantic import JsonValue
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from crem.errors import ConfigError
 from pipelines.tables import schema
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["READ_SPLITS", "PrepareManifest", "read_manifest", "table_parts"]
+__all__ = [
+    "FILTER_STAGES",
+    "READ_SPLITS",
+    "TABLES",
+    "PartFile",
+    "PrepareManifest",
+    "read_manifest",
+    "read_part_files",
+    "table_parts",
+    "write_part_files",
+]
+
+TABLES = {"rows": schema.ROWS, "images": schema.IMAGES, "rejected": schema.REJECTED}
+"""Prepared tables by the name of their folder."""
+FILTER_STAGES = ("language", "duplicates", "contamination")
+"""Stages that leave out good rows by choice; at any other stage a row is left out because it is bad."""
 
 READ_SPLITS = ("train", "validation", "test")
 """How the names of the splits begin that jobs read: training, validation while it runs, evaluation."""
-_LATER_KEYS = {"format", "images_shrunk", "largest_source_pixels"}
+_FIRST_KEYS = {
+    *("kind", "rows_in", "rows_out", "rejected", "filtered", "images", "by_reason", "by_split_task"),
+    *("source_uri", "created_with", "config"),
+}
+_PART_FILES = pa.schema(
+    [
+        ("table", pa.string()),
+        ("name", pa.string()),
+        ("rows", pa.int64()),
+        ("bytes", pa.int64()),
+        ("checksum", pa.string()),
+    ]
+)
+
+
+class PartFile(BaseModel):
+    """A part of a prepared table."""
+
+    model_config = ConfigDict(frozen=True)
+
+    table: str
+    """Name of the table and of its folder."""
+    name: str
+    rows: int
+    bytes: int
+    checksum: str
+    """BLAKE2b of 16 bytes, in hexadecimal."""
 
 
 class PrepareManifest(JsonFile):
@@ -38,7 +82,9 @@ class PrepareManifest(JsonFile):
     largest_source_pixels: int = 0
     """Area of the largest of these before; 0 where none was shrunk."""
     by_reason: dict[str, int]
-    """Rejected rows by reason."""
+    """Rejected and filtered rows by reason."""
+    by_stage: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """The same by stage and reason."""
     by_split_task: dict[str, int]
     """Rows out by ``<split>/<task>``."""
     source_uri: str
@@ -46,14 +92,32 @@ class PrepareManifest(JsonFile):
     """Versions of Python and of the packages that decide the stored bytes."""
     config: dict[str, JsonValue]
     """The settings ``prepare`` and ``model.image`` of the run."""
+    records_in: int | None = None
+    """Records of the corpus; one can hold several rows."""
+    unknown_columns: dict[str, int] = Field(default_factory=dict)
+    """Records that have a column which is not read, by its name."""
+    layouts: list[dict[str, JsonValue]] = Field(default_factory=list)
+    """The formats that were recognised, with the use of each column."""
+    plan: str = ""
+    """Identity of the input, settings and versions from which these tables were made."""
+    version: str = ""
+    """Part of the names of all files of these tables."""
+    files: str = ""
+    """Name of the table of parts (``read_part_files``); empty in tables from before it."""
+    statistics: str = ""
+    """Name of the file of statistics (``pipelines.corpus.table_statistics``)."""
+    tables_checksum: str = ""
+    """Of the checksums of all parts."""
 
     @property
     def content_id(self) -> int:
         """Identifies these tables, so that a resumed run can tell whether they are still the same.
 
-        Keys that came later are left out: tables from before them keep their id.
+        Tables from before ``tables_checksum`` keep the id that they had.
         """
-        return schema.content_id(json.dumps(self.model_dump(mode="json", exclude=_LATER_KEYS)).encode())
+        if self.tables_checksum:
+            return schema.content_id(self.tables_checksum.encode())
+        return schema.content_id(json.dumps(self.model_dump(mode="json", include=_FIRST_KEYS)).encode())
 
     @property
     def unread_splits(self) -> dict[str, int]:
@@ -80,5 +144,38 @@ def read_manifest(prepared: Folder) -> PrepareManifest:
 
 
 def table_parts(prepared: Folder, table: str) -> list[str]:
-    """File names of the parts of a prepared table (``rows``, ``images`` or ``rejected``), in order."""
-    return prepared.child(table).files(".parquet")
+    """File names of the parts of a prepared table (``rows``, ``images`` or ``rejected``), in order.
+
+    The manifest says which they are: the folder may hold those of an earlier or of the next version too.
+
+    Raises:
+        ConfigError: there are no complete tables, or their list of parts is missing.
+    """
+    manifest = read_manifest(prepared)
+    if not manifest.files:  # tables from before the list
+        return prepared.child(table).files(".parquet")
+    return [file.name for file in read_part_files(prepared, manifest) if file.table == table]
+
+
+def read_part_files(prepared: Folder, manifest: PrepareManifest) -> Iterator[PartFile]:
+    """The parts of all tables, as the manifest lists them.
+
+    Raises:
+        ConfigError: the list is missing or damaged.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(prepared.read_bytes(manifest.files)), schema=_PART_FILES)
+    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"{prepared.uri}/{manifest.files}, the list of parts, cannot be read: {error}; run crem prepare again"
+        ) from error
+    return (PartFile(**row) for batch in table.to_batches(max_chunksize=4096) for row in batch.to_pylist())
+
+
+def write_part_files(prepared: Folder, name: str, files: Iterable[PartFile]) -> None:
+    """Write the list of parts, which a manifest then names."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_pylist([file.model_dump() for file in files], schema=_PART_FILES), sink, compression="zstd"
+    )
+    prepared.write_bytes(sink.getvalue().to_pybytes(), name)

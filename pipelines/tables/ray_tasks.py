@@ -12,6 +12,8 @@ import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
@@ -20,7 +22,7 @@ import ray.data
 from crem.errors import CremError, ResourceError
 from pipelines.tables.part_reads import in_threads
 
-__all__ = ["TASK", "attempt", "on_nodes", "remote_errors", "results", "root_cause", "task_dataset"]
+__all__ = ["TASK", "attempt", "on_nodes", "remote_errors", "results", "root_cause", "stream", "task_dataset"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ _TASK_ITEMS = 32
 """Items of one task of ``on_nodes``."""
 _S = TypeVar("_S")
 _T = TypeVar("_T")
+
+_TASKS_PER_CPU = 32
+_FEWEST, _MOST = 1024, 8192
+"""Tasks of one Ray Data execution: the wait for its last ones costs little, and its driver keeps 10 KB for each."""
 
 
 def task_dataset(tasks: Sequence[Any]) -> ray.data.Dataset:
@@ -65,6 +71,18 @@ def on_nodes(call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
     in_task = ray.remote(num_cpus=0.25)(in_threads)
     tasks = [in_task.remote(call, known[at : at + _TASK_ITEMS]) for at in range(0, len(known), _TASK_ITEMS)]
     return [result for results_of_task in ray.get(tasks) for result in results_of_task]
+
+
+def stream(function: Callable[[_S], _T], tasks: Iterable[_S]) -> Iterator[_T]:
+    """In the driver: ``function`` of every task, run by Ray Data; results come as they are ready, in any order.
+
+    Tasks are taken from the iterator as they are needed, so that there may be any number of them.
+    """
+    most = min(_MOST, max(_FEWEST, _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))))
+    waiting = iter(tasks)
+    run = partial(attempt, function)
+    while chunk := list(islice(waiting, most)):
+        yield from results(task_dataset(chunk).map(lambda row: run(row[TASK])))
 
 
 @contextmanager

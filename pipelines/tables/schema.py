@@ -140,6 +140,6 @@ def row_id(source: str, key: str) -> int:
     return content_id(f"{source}\0{key}".encode(errors="surrogatepass"))
 
 
-def content_id(data: bytes) -> int:
+def content_id(data: bytes | pa.Buffer) -> int:
     """The first 8 bytes of the data's BLAKE2b hash as a signed integer."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

@@ -230,7 +230,7 @@ class Folder:
                 return json.loads(self._call("reading", lambda: self.fs.cat_file(self.path(*parts)), *parts))
         except FileNotFoundError:
             return None
-        except (ValueError, IsADirectoryError):
+        except (ValueError, IsADirectoryError, NotADirectoryError):
             return None
 
     def remove(self, *parts: str) -> None:

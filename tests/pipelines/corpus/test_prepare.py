@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from crem.checkpoint import read_model
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
 from crem.train.step import retrieval_of
-from pipelines.corpus import prepare as job
-from pipelines.corpus.commit import resolve_duplicates
 from pipelines.corpus.prepare import prepare
-from pipelines.corpus.staging import StagedLedger
+from pipelines.corpus.staging import stage
+from pipelines.corpus.work_plan import Piece
+from pipelines.formats.detection import detect_source
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.tables import ray_tasks, schema
-from pipelines.tables.manifest import PrepareManifest
+from pipelines.tables.manifest import PrepareManifest, table_parts
 from pipelines.tables.prepared import read_rows
 from pipelines.tables.storage import Folder
 from tests.pipelines.conftest import (
@@ -50,6 +51,11 @@ LIMITS = ["prepare.max_text_chars=200", "model.image.max_images_per_item=4"]
 
 def config(rows_per_task: int = 4) -> RunConfig:
     return load_config("micro", [*LIMITS, f"prepare.rows_per_task={rows_per_task}"])
+
+
+def part(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,14 @@ def test_every_row_is_accounted_for_with_its_reason(prepared: tuple[Path, Prepar
         (k, reason) for k, _, reason in JSON_ROWS if reason
     )
     assert [r["key"] for r in table(out / "rows")] == [key for key, _, reason in JSON_ROWS if not reason]
-    assert all(r["detail"] and r["stage"] == "prepare" for r in rejected)
+    assert all(r["detail"] for r in rejected)
+    stages = {"bad_row": "parse", "duplicate_id": "ids", "image_corrupt": "decode", "image_missing": "read"}
+    assert {r["reason"]: r["stage"] for r in rejected if r["reason"] in stages} == stages
+    assert manifest.by_stage == {
+        stage: {reason: count for reason, count in expected.items() if (stage, reason) in found}
+        for found in [{(r["stage"], r["reason"]) for r in rejected}]
+        for stage in sorted({stage for stage, _ in found})
+    }
 
 
 @pytest.mark.ray
@@ -197,26 +210,57 @@ def test_a_second_run_replaces_the_first_and_never_mixes(tmp_path: Path, local_r
     manifest = prepare(str(tmp_path / "small"), str(out), config(2))
     assert manifest.rows_out == 2
     assert [row["key"] for row in table(out / "rows")] == ["small0", "small1"]
-    assert sorted(p.name for p in out.iterdir()) == ["_crem.json", "images", "manifest.json", "rejected", "rows"]
+    names = {"_crem.json", "images", "manifest.json", "rejected", "rows"}
+    assert {p.name for p in out.iterdir()} == names | {manifest.files, manifest.statistics}
 
 
 @pytest.mark.ray
-def test_a_run_that_fails_leaves_no_manifest_and_the_next_starts_clean(tmp_path: Path, local_ray: None) -> None:
+def test_a_finished_run_again_does_nothing_and_says_so(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus, out = tmp_path / "c", tmp_path / "out"
+    rows = write_rows(corpus / "rows" / "a.parquet", [{"key": "a", "query_text": "q", "target_text": "t"}])
+    first = prepare(str(corpus), str(out), config())
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    (out / "_work" / first.version / "staged").mkdir(parents=True)  # as a job leaves it that is killed after its swap
+    (out / "rows" / "part-000000-old.parquet").write_bytes(b"of the version before")
+    with caplog.at_level(logging.INFO):
+        assert prepare(str(corpus), str(out), config()) == first
+    assert "nothing to do" in caplog.text
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == written
+    again = prepare(str(corpus), str(out), config(), fresh=True)
+    assert (again.plan, again.version) == (first.plan, f"{first.plan}.1")
+    assert again.tables_checksum == first.tables_checksum and again.content_id == first.content_id
+    assert table_parts(Folder.at(out), "rows") == [f"part-000000-{first.plan}.1.parquet"]
+    assert prepare(str(corpus), str(out), config()) == again
+    next((out / "images").iterdir()).unlink()
+    assert prepare(str(corpus), str(out), config()).rows_out == 1, "a part is missing: it is made again"
+    assert len(list((out / "images").iterdir())) == 1
+    os.utime(rows, ns=(1, 1))
+    assert prepare(str(corpus), str(out), config()).plan != first.plan
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_leaves_the_good_output_as_it_was(tmp_path: Path, local_ray: None) -> None:
     corpus, out = tmp_path / "c", tmp_path / "out"
     write_rows(corpus / "rows" / "a.parquet", [{"key": "a", "query_text": "q", "target_text": "t"}])
     prepare(str(corpus), str(out), config())
+    good = (out / "manifest.json").read_bytes()
     write_rows(corpus / "rows" / "a.parquet", [{"key": "b", "query_text": "q"}])
-    with pytest.raises(ConfigError, match=r"none of the 1 rows can be used: \{'empty_target': 1\}.*rejected"):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"none of the 1 rows can be used: \{'empty_target': 1\}.*rejected/part"):
+            prepare(str(corpus), str(out), config())
+    (corpus / "rows" / "a.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read"):
         prepare(str(corpus), str(out), config())
-    assert not (out / "manifest.json").exists()
-    assert [row["reason"] for row in table(out / "rejected")] == ["empty_target"]
-    (out / "_staging").mkdir(exist_ok=True)
-    (out / "_staging" / "rows-000000-dead.parquet").write_bytes(b"from a task that died")
+    assert (out / "manifest.json").read_bytes() == good
+    assert [row["key"] for name in table_parts(Folder.at(out), "rows") for row in part(out / "rows" / name)] == ["a"]
+    assert read_rows(str(out), split_prefix="train").table["key"].to_pylist() == ["a"]
     write_rows(corpus / "rows" / "a.parquet", [{"key": "c", "query_text": "q", "target_text": "t"}])
     assert prepare(str(corpus), str(out), config()).rows_out == 1
     assert [row["key"] for row in table(out / "rows")] == ["c"]
     assert table(out / "rejected") == []
-    assert not (out / "_staging").exists()
+    assert not (out / "_work").exists()
 
 
 def test_what_cannot_be_prepared_is_refused_with_the_remedy(tmp_path: Path, nasty: Path) -> None:
@@ -229,8 +273,8 @@ def test_what_cannot_be_prepared_is_refused_with_the_remedy(tmp_path: Path, nast
     write_rows(tmp_path / "blank" / "rows.jsonl", [])
     with pytest.raises(ConfigError, match="not one row"):
         prepare(str(tmp_path / "blank"), out, config())
-    write_rows(tmp_path / "other" / "x.parquet", [{"caption": "c"}])
-    with pytest.raises(ConfigError, match=r"\['caption'\]; none of them is known"):
+    write_rows(tmp_path / "other" / "x.parquet", [{"colour": "c"}])
+    with pytest.raises(ConfigError, match=r"\['colour'\]; none of them is known"):
         prepare(str(tmp_path / "other"), out, config())
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1 and nothing more")
@@ -259,24 +303,6 @@ def test_an_output_folder_of_something_else_is_refused_untouched(tmp_path: Path,
     assert (nasty / "images" / "good_a.png").exists()
 
 
-def test_the_resolution_of_duplicates_keeps_the_first_row_and_one_copy_of_each_wanted_image() -> None:
-    def ledger(rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> StagedLedger:
-        columns = rows, images, [r for r, _ in refs], [i for _, i in refs]
-        return StagedLedger(0, "", len(rows), 0, *(np.array(v, np.int64) for v in (*columns, [0] * len(images))))
-
-    commits = resolve_duplicates(
-        [
-            ledger([1, 2], [10, 11], [(0, 10), (1, 11)]),
-            ledger([], [], []),
-            ledger([2, 3, 3], [12, 11, 13], [(0, 12), (1, 11), (2, 13)]),  # 12 and 13 belong only to repeated rows
-            ledger([4], [12], [(0, 12)]),
-        ]
-    )
-    assert [task.keep_rows.tolist() for task in commits] == [[True, True], [], [False, True, False], [True]]
-    # image 12 is wanted by row 4, and its first holder keeps it
-    assert [task.keep_images.tolist() for task in commits] == [[True, True], [], [True, False, False], [False]]
-
-
 def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"query_text": [str(i) for i in range(50)]}), path, row_group_size=20)
@@ -294,28 +320,14 @@ def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
 def test_an_error_in_a_worker_arrives_as_itself(tmp_path: Path, local_ray: None) -> None:
     file = write_rows(tmp_path / "c" / "a.jsonl", [{"query_text": "q", "target_text": "t"}] * 5)
     corpus = sources.find(str(tmp_path / "c"))
-    ranges = list(sources.split(corpus, ["query_text"], 5))
+    found = detect_source(corpus, config().prepare, section="prepare")
+    piece = Piece(0, tuple(sources.split(corpus, ["query_text"], 5)))
     write_rows(file, [{"query_text": "q", "target_text": "t"}] * 4)  # someone else writes to it
     reader = ImageReader.of(corpus.root, config().model.image)
-    with pytest.raises(ConfigError, match=r"a\.jsonl has changed since"), ray_tasks.remote_errors():
-        job._stage(Folder.at(tmp_path / "out"), "c", reader, ranges, 5, config())
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_run_is_replaced(tmp_path: Path, nasty: Path, local_ray: None) -> None:
-    out = tmp_path / "out"
-    program = (
-        "import sys, os, pipelines.corpus.prepare as p; from crem.config import load_config;"
-        "p._commit = lambda *a: os._exit(9);"  # the process dies between the two passes
-        f"p.prepare({str(nasty)!r}, {str(out)!r}, load_config('micro'))"
-    )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 9
-    assert (out / "_staging").is_dir()
-    assert not (out / "manifest.json").exists()
-    manifest = prepare(str(nasty), str(out), config())
-    assert manifest.rows_in == len(JSON_ROWS)
-    assert not (out / "_staging").exists()
+    work = Folder.at(tmp_path / "work")
+    run = partial(stage, work=work, source="c", rows_folder="", detection=found, reader=reader, config=config())
+    with pytest.raises(ConfigError, match=r"a\.jsonl has changed since this job began"), ray_tasks.remote_errors():
+        list(ray_tasks.stream(run, [piece]))
 
 
 @pytest.mark.ray
@@ -330,7 +342,7 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
         "from crem.config import load_config; from pipelines.corpus.prepare import prepare; "
         "config = load_config('micro', "
         f"{LIMITS}); places = 's3://{s3_env.bucket}/raw/nasty', 's3://{s3_env.bucket}/prepared';"
-        "prepare(*places, config); prepare(*places, config)"  # the second replaces the first
+        "prepare(*places, config); prepare(*places, config, fresh=True)"  # the second replaces the first
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -339,7 +351,7 @@ def test_from_object_storage_to_object_storage(tmp_path: Path, s3_env: Any) -> N
     assert manifest["by_reason"] == dict(Counter(reason for _, _, reason in JSON_ROWS if reason))
     assert len(table(tmp_path / "got" / "images")) == manifest["images"] == STORED_IMAGES
     assert len(table(tmp_path / "got" / "rows")) == manifest["rows_out"]
-    assert not (tmp_path / "got" / "_staging").exists()
+    assert not (tmp_path / "got" / "_work").exists() and not (tmp_path / "got" / "_lease.json").exists()
 
 
 @pytest.mark.ray

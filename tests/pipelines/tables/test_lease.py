@@ -49,13 +49,16 @@ def test_one_of_many_that_start_at_once_gets_it_and_gives_it_back(place: Folder)
 
 def test_it_is_renewed_and_a_holder_who_lost_it_may_not_commit(place: Folder) -> None:
     with Lease.take(place, JobKind.PREPARE, heartbeat_s=0.05) as lease:
-        first = place.read_json(LEASE)
-        time.sleep(1)
-        renewed = place.read_json(LEASE)
+        first = renewed = place.read_json(LEASE)
+        deadline = time.monotonic() + 20
+        while renewed == first and time.monotonic() < deadline:
+            renewed = place.read_json(LEASE)
         assert first and renewed and renewed["heartbeat"] > first["heartbeat"] and renewed["token"] == first["token"]
         lease.check()
-        place.write_json({**renewed, "token": "another", "host": "elsewhere"}, LEASE)
-        time.sleep(1)
+        other = {**renewed, "token": "another", "host": "elsewhere"}
+        while lease._thread.is_alive() and time.monotonic() < deadline:  # a heartbeat in flight may write over it
+            place.write_json(other, LEASE)
+            lease._thread.join(0.5)
         with pytest.raises(ResourceError, match="taken over by crem prepare on host elsewhere"):
             lease.check()
     assert (place.read_json(LEASE) or {})["token"] == "another", "a lease of another is not removed"

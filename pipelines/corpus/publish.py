@@ -1,0 +1,145 @@
+"""A complete set of parts becomes the output: the manifest that names them is swapped in, then the old parts go.
+
+Until the manifest is replaced, in one piece, the output is what it was before, and whole. Parts have the version in
+their names, so those of two versions stand side by side without harm. A job that is killed after the swap leaves old
+parts behind, which no reader sees; the next run removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+
+from pydantic import JsonValue
+
+from crem.errors import ConfigError
+from pipelines.corpus.table_statistics import TableStatistics
+from pipelines.corpus.work_plan import WORK
+from pipelines.tables.manifest import (
+    FILTER_STAGES,
+    TABLES,
+    PartFile,
+    PrepareManifest,
+    read_part_files,
+    write_part_files,
+)
+from pipelines.tables.storage import Folder
+
+__all__ = ["finished", "foreign_files", "made_with", "manifest_of", "publish", "remove_old"]
+
+log = logging.getLogger(__name__)
+
+
+def made_with() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the stored bytes."""
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in ("crem", "ray", "pyarrow", "pillow")
+    }
+
+
+def manifest_of(
+    statistics: TableStatistics,
+    *,
+    plan: str,
+    version: str,
+    records_in: int,
+    rows_in: int,
+    unknown_columns: dict[str, int],
+    layouts: list[dict[str, object]],
+    source_uri: str,
+    config: dict[str, JsonValue],
+    parts: Iterable[PartFile],
+) -> PrepareManifest:
+    """The manifest of committed parts."""
+    by_reason: dict[str, int] = {}
+    for reasons in statistics.left_out.values():
+        for reason, count in reasons.items():
+            by_reason[reason] = by_reason.get(reason, 0) + count
+    left_out = {stage: sum(reasons.values()) for stage, reasons in statistics.left_out.items()}
+    filtered = sum(count for stage, count in left_out.items() if stage in FILTER_STAGES)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"{part.table}\0{part.checksum}\n".encode())
+    return PrepareManifest(
+        rows_in=rows_in,
+        rows_out=statistics.rows,
+        rejected=sum(left_out.values()) - filtered,
+        filtered=filtered,
+        images=statistics.images,
+        images_shrunk=statistics.images_shrunk,
+        largest_source_pixels=statistics.largest_source_pixels,
+        by_reason=dict(sorted(by_reason.items())),
+        by_stage=statistics.left_out,
+        by_split_task=statistics.by_split_task,
+        source_uri=source_uri,
+        created_with=made_with(),
+        config=config,
+        records_in=records_in,
+        unknown_columns=unknown_columns,
+        layouts=layouts,
+        plan=plan,
+        version=version,
+        files=f"files-{version}.parquet",
+        statistics=f"statistics-{version}.json",
+        tables_checksum=digest.hexdigest(),
+    )
+
+
+def publish(target: Folder, manifest: PrepareManifest, statistics: TableStatistics, parts: list[PartFile]) -> None:
+    """Make the parts the output.
+
+    Raises:
+        ConfigError: a part that was written is not there.
+    """
+    for table in TABLES:
+        stored = target.child(table).sizes()
+        for part in parts:
+            if part.table == table and stored.get(part.name) != part.bytes:  # written by a node that joined meanwhile
+                raise ConfigError(
+                    f"{target.uri}/{table}/{part.name} was written with {part.bytes} bytes and has "
+                    f"{stored.get(part.name, 'none')} here: not all nodes share the folder; run again with --out on a "
+                    "file system that all nodes share, or an s3:// URI"
+                )
+    write_part_files(target, manifest.files, parts)
+    target.write_json(statistics.model_dump(mode="json"), manifest.statistics)
+    manifest.write(target)
+
+
+def finished(target: Folder, plan: str) -> PrepareManifest | None:
+    """The manifest of the output, if it was made by this plan and all of its parts are there."""
+    manifest = PrepareManifest.read(target)
+    if manifest is None or manifest.plan != plan:
+        return None
+    try:
+        parts = list(read_part_files(target, manifest))
+    except ConfigError as error:
+        log.warning("%s; preparing anew", error)
+        return None
+    for table in TABLES:
+        stored = target.child(table).sizes()
+        for part in parts:
+            if part.table == table and stored.get(part.name) != part.bytes:
+                log.warning("%s/%s/%s is missing or damaged; preparing anew", target.uri, table, part.name)
+                return None
+    return manifest
+
+
+def foreign_files(target: Folder, manifest: PrepareManifest) -> list[str]:
+    """Files in the folders of the tables, and lists beside them, that do not belong to the output."""
+    listed = {(part.table, part.name) for part in read_part_files(target, manifest)}
+    found = [
+        f"{table}/{name}" for table in TABLES for name in target.child(table).files() if (table, name) not in listed
+    ]
+    own = {manifest.files, manifest.statistics}
+    return found + [name for name in target.files() if name.startswith(("files-", "statistics-")) and name not in own]
+
+
+def remove_old(target: Folder, manifest: PrepareManifest) -> None:
+    """Remove what an earlier version, or an interrupted run, left; the job holds the lease."""
+    for name in foreign_files(target, manifest):
+        target.remove(*name.split("/"))
+    for folder in (WORK, "_staging"):
+        target.remove(folder)
