@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pipelines.corpus.inspection import Inspection, SampledRow
+from pipelines.corpus.shown_items import Part, Piece, pieces_of, size_text
 from pipelines.formats.raw_rows import RawItem
 from pipelines.formats.registry import format_named
 from pipelines.reports.pages import data_url, render
@@ -18,26 +18,12 @@ _TEXT = 2_000
 """Characters of a text that the page shows."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    text: str = ""
-    image: str = ""
-    """``data:`` URL"""
-    alt: str = ""
-
-
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    pieces: tuple[_Piece, ...]
-
-
 def inspection_text(found: Inspection) -> str:
     """What was found, for the terminal."""
     lines = [
         f"{found.place}",
         f"  format    {_formats(found)}",
-        f"  records   {_rows(found)} in {len(found.files):,} files, {_size(found.size_bytes)}",
+        f"  records   {_rows(found)} in {len(found.files):,} files, {size_text(found.size_bytes)}",
         "  columns",
     ]
     width = max((len(column.name) for column in found.columns), default=0)
@@ -74,7 +60,7 @@ def inspection_page(found: Inspection) -> str:
             "format_title": _titles(found),
             "rows_text": _rows(found),
             "files": len(found.files),
-            "size_text": _size(found.size_bytes),
+            "size_text": size_text(found.size_bytes),
             "records_checked": found.records_checked,
             "rows_checked": found.rows_checked,
             "accepted": found.rows_checked - found.rejected.total(),
@@ -113,36 +99,30 @@ def inspection_page(found: Inspection) -> str:
     )
 
 
-def _parts(sample: SampledRow) -> Iterator[_Part]:
+def _parts(sample: SampledRow) -> Iterator[Part]:
     row = sample.row
     sides = [("query", row.query), ("target", row.target), *(("negative", n) for n in row.negatives[:3])]
     for name, item in sides:
         if not item.is_empty:
             if item.instruction:
-                yield _Part(f"{name} instruction", (_Piece(item.instruction[:_TEXT]),))
-            yield _Part(name, tuple(_pieces(item, sample)))
+                yield Part(f"{name} instruction", (Piece(item.instruction[:_TEXT]),))
+            yield Part(name, tuple(_pieces(item, sample)))
     if len(row.negatives) > 3:
-        yield _Part("", (_Piece(f"and {len(row.negatives) - 3} more negatives"),))
+        yield Part("", (Piece(f"and {len(row.negatives) - 3} more negatives"),))
     for name, text in (("question", row.question), ("answer", row.answer)):
         if text is not None:
-            yield _Part(name, (_Piece(text[:_TEXT]),))
+            yield Part(name, (Piece(text[:_TEXT]),))
 
 
-def _pieces(item: RawItem, sample: SampledRow) -> Iterator[_Piece]:
+def _pieces(item: RawItem, sample: SampledRow) -> Iterator[Piece]:
     """Text and images of an item in their order."""
-    text, at = item.text or "", 0
-    places = item.image_at or (0,) * len(item.images)
-    for source, place in zip(item.images, places, strict=True):
-        if text[at:place]:
-            yield _Piece(text[at:place][:_TEXT])
-        at = max(at, place)
-        image = sample.images[source]
-        yield _Piece(image=data_url(image.thumbnail), alt=f"{image.name}, {image.width} x {image.height}")
-    if text[at:]:
-        yield _Piece(text[at:][:_TEXT])
+    images = [sample.images[source] for source in item.images]
+    alts = [f"{image.name}, {image.width} x {image.height}" for image in images]
+    urls = [data_url(image.thumbnail) for image in images]
+    return pieces_of(item.text, urls, item.image_at, alts=alts, limit=_TEXT)
 
 
-def _line(part: _Part) -> str:
+def _line(part: Part) -> str:
     text = " ".join(f"[{piece.alt}]" if piece.image else piece.text for piece in part.pieces).replace("\n", "⏎")
     return text if len(text) <= 200 else f"{text[:200]} …"
 
@@ -163,11 +143,3 @@ def _sizes(found: Inspection) -> str:
     areas = sorted(found.sizes, key=lambda size: size[0] * size[1])
     (small, median, large) = (areas[0], areas[len(areas) // 2], areas[-1])
     return f"{small[0]}x{small[1]} to {large[0]}x{large[1]} pixels, median {median[0]}x{median[1]}"
-
-
-def _size(size_bytes: float) -> str:
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = 0
-    while size_bytes >= 1000 and power < len(units) - 1:
-        size_bytes, power = size_bytes / 1000, power + 1
-    return f"{size_bytes:,.{1 if power else 0}f} {units[power]}"

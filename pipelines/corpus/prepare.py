@@ -28,8 +28,9 @@ from pydantic import JsonValue
 
 from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
+from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import CommittedPart, PartTask, cut_parts, receipt_file, write_empty_part, write_part
-from pipelines.corpus.decisions import GroupDecisions
+from pipelines.corpus.decisions import CHOSEN, GroupDecisions
 from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_pieces
 from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old
 from pipelines.corpus.resolve import resolve
@@ -180,6 +181,7 @@ class _Job:
             log.warning("%s", line)
         self.lease.check()
         publish(self.target, manifest, statistics, parts)
+        write_card(self.target, manifest, statistics, chosen=self.work.child(CHOSEN))
         remove_old(self.target, manifest)
         return manifest
 
