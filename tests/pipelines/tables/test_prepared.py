@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from crem.config import load_config
 from crem.errors import ConfigError
@@ -141,3 +145,21 @@ def test_an_index_holds_few_bytes_a_row(prepared: str) -> None:
 def vars_of(index: RowIndex) -> list[np.ndarray]:  # type: ignore[type-arg]
     labels = [index.split.codes, index.source.codes, index.task.codes]
     return [index.ids, index.part, index.row, index.paired, index.answered, *labels]
+
+
+@pytest.mark.slow
+def test_storage_that_is_away_is_waited_for(s3_server: Any, s3_env: Any, tmp_path: Path) -> None:
+    local = write_tables(tmp_path / "prepared")
+    s3fs.S3FileSystem().put(local, f"{s3_server.bucket}/chosen", recursive=True)
+    prepared = f"s3://{s3_server.bucket}/chosen"
+    index, images = index_rows(prepared, split_prefix="train"), index_images(prepared)
+    oracle = read_rows(local, split_prefix="train")
+    s3_server.kill()
+    back, began = threading.Timer(30, s3_server.start), time.monotonic()
+    back.start()
+    try:
+        loaded = load_rows(index, images)
+    finally:
+        back.join()
+    assert time.monotonic() - began > 25, "it had to wait"
+    assert loaded.table.equals(oracle.table) and loaded.images == oracle.images
