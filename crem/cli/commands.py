@@ -95,6 +95,8 @@ def prepare(
     print(f"images  {made.images}")
     if (shrunk := shrunk_images(made)) is not None:
         print(f"  {shrunk}")
+    if made.images_truncated:
+        print(f"  {made.images_truncated} images lack the end of their files (model.image.allow_truncated)")
     for split, count in made.unread_splits.items():
         print(f"  no job reads split {split!r}, {count} rows: name it train…, validation… or test…")
     for name, count in made.unknown_columns.items():

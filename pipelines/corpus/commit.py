@@ -60,6 +60,8 @@ class PartTask:
     """Of a part of rows: ``decisions.LEFT_OUT`` of its pieces."""
     shrunk_from: NDArray[np.int64]
     """Of a part of images: of the kept ones."""
+    truncated: int = 0
+    """Of a part of images: how many of the kept ones lack the end of their file."""
 
 
 class CommittedPart(BaseModel):
@@ -97,6 +99,7 @@ def cut_parts(ledgers: Iterable[PieceLedger], decisions: GroupDecisions, first: 
             kept = keep[start : start + size]
             sizes, shrunk = (values[start : start + size][kept] for values in (ledger.image_bytes, ledger.shrunk_from))
             part = PieceSlice(ledger.piece, ledger.attempt, (number,), kept)
+            images.truncated += int(ledger.truncated[start : start + size][kept].sum())
             yield from images.add(part, len(sizes), int(sizes.sum()), shrunk=shrunk)
             start += size
     yield from rows.end(decisions)
@@ -111,6 +114,8 @@ class _Cutter:
         self._slices: list[PieceSlice] = []
         self._shrunk: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         self._rows = self._bytes = 0
+        self.truncated = 0
+        """Images without their end among those of the slices."""
 
     def add(
         self,
@@ -138,9 +143,11 @@ class _Cutter:
         if self.table == "rows" and decisions is not None:
             pieces = pa.array([piece.piece for piece in self._slices])
             left_out = decisions.rows.filter(pc.is_in(decisions.rows["piece"], value_set=pieces))
-        yield PartTask(self.table, self.number, tuple(self._slices), left_out, np.concatenate(self._shrunk))
+        yield PartTask(
+            self.table, self.number, tuple(self._slices), left_out, np.concatenate(self._shrunk), self.truncated
+        )
         self._slices, self._shrunk = [], [np.empty(0, np.int64)]
-        self._rows = self._bytes = 0
+        self._rows = self._bytes = self.truncated = 0
         self.number += 1
 
 
@@ -155,6 +162,7 @@ def write_part(task: PartTask, *, out: Folder, work: Folder, version: str) -> Co
         shrunk = {
             "images_shrunk": int((task.shrunk_from > 0).sum()),
             "largest_source_pixels": int(task.shrunk_from.max(initial=0)),
+            "images_truncated": task.truncated,
         }
         statistics = statistics.model_copy(update=shrunk)
         files.append(images)

@@ -57,6 +57,8 @@ class PieceLedger:
     """[files] rows of each staged file of rejections."""
     unknown_columns: str
     """JSON: cells by the name of a column that is not read."""
+    truncated: NDArray[np.int64]
+    """[images] 1 of an image whose file lacks its end (``model.image.allow_truncated``), else 0."""
 
     def write(self, work: Folder) -> None:
         """Write the ledger into the work folder."""
@@ -95,6 +97,7 @@ _LEDGER = pa.schema(
         ("image_files", _POSITIONS),
         ("rejected_files", _POSITIONS),
         ("unknown_columns", pa.string()),
+        ("truncated", _POSITIONS),
     ]
 )
 

@@ -70,6 +70,7 @@ def manifest_of(
         filtered=filtered,
         images=statistics.images,
         images_shrunk=statistics.images_shrunk,
+        images_truncated=statistics.images_truncated,
         largest_source_pixels=statistics.largest_source_pixels,
         by_reason=dict(sorted(by_reason.items())),
         by_stage=statistics.left_out,

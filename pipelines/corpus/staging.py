@@ -100,7 +100,7 @@ class _PieceWriter:
         self.rejected = _StagedTable(self, "rejected", schema.REJECTED, "zstd")
         self.records = 0
         self.row_ids: list[int] = []
-        self.image_ids: dict[int, tuple[int, int]] = {}  # (bytes, shrunk_from), in the order in which they were stored
+        self.image_ids: dict[int, tuple[int, int, bool]] = {}  # (bytes, shrunk_from, truncated), as they were stored
         self.refs: list[tuple[int, int]] = []
         self._folder = ""
         self._known: dict[tuple[str, str], int | ItemError] = {}
@@ -129,7 +129,7 @@ class _PieceWriter:
         for table in (self.rows, self.images, self.rejected):
             table.flush()
         refs = np.array(self.refs, np.int64).reshape(-1, 2)
-        images = np.array(list(self.image_ids.values()), np.int64).reshape(-1, 2)
+        images = np.array(list(self.image_ids.values()), np.int64).reshape(-1, 3)
         ledger = PieceLedger(
             piece=self.piece,
             attempt=self.attempt,
@@ -140,6 +140,7 @@ class _PieceWriter:
             image_ids=np.array(list(self.image_ids), np.int64),
             image_bytes=images[:, 0],
             shrunk_from=images[:, 1],
+            truncated=images[:, 2],
             ref_rows=refs[:, 0],
             ref_images=refs[:, 1],
             row_files=np.array(self.rows.files, np.int64),
@@ -228,7 +229,7 @@ class _PieceWriter:
         image_id = schema.content_id(data)
         if image_id not in self.image_ids:
             area = decoded.width * decoded.height
-            self.image_ids[image_id] = (len(data), area if area > width * height else 0)
+            self.image_ids[image_id] = (len(data), area if area > width * height else 0, decoded.truncated)
             uri = None if is_inline(source) else source
             self.images.append({"id": image_id, "bytes": data, "width": width, "height": height, "uri": uri}, len(data))
         return image_id

@@ -32,6 +32,7 @@ class TableStatistics(JsonFile):
     images: int = 0
     image_bytes: int = 0
     images_shrunk: int = 0
+    images_truncated: int = 0
     largest_source_pixels: int = 0
     by_split_task: Counts = Field(default_factory=dict)
     """Rows by ``<split>/<task>``."""
@@ -87,7 +88,8 @@ class TableStatistics(JsonFile):
     def __add__(self, other: TableStatistics) -> TableStatistics:
         stages = sorted({*self.left_out, *other.left_out})
         kinds = sorted({*self.histograms, *other.histograms})
-        numbers = ("rows", "images", "image_bytes", "images_shrunk", "with_target", "with_question", "with_negatives")
+        images = ("images", "image_bytes", "images_shrunk", "images_truncated")
+        numbers = ("rows", *images, "with_target", "with_question", "with_negatives")
         return TableStatistics(
             **{name: getattr(self, name) + getattr(other, name) for name in numbers},
             largest_source_pixels=max(self.largest_source_pixels, other.largest_source_pixels),

@@ -79,6 +79,8 @@ class PrepareManifest(JsonFile):
     """Distinct images in the image table."""
     images_shrunk: int = 0
     """Those of them that were larger than ``prepare.encode_max_pixels`` and are stored smaller."""
+    images_truncated: int = 0
+    """Images whose files lack their end, taken as they are by ``model.image.allow_truncated``."""
     largest_source_pixels: int = 0
     """Area of the largest of these before; 0 where none was shrunk."""
     by_reason: dict[str, int]

@@ -19,7 +19,14 @@ from pipelines.tables.storage import Folder
 def ledger(piece: int, rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> PieceLedger:
     columns = rows, images, [1] * len(images), [0] * len(images), [r for r, _ in refs], [i for _, i in refs]
     arrays = (np.array(values, np.int64) for values in columns)
-    files = (np.array([len(rows)]), 1, np.array([len(images)]), np.array([], np.int64), "{}")
+    files = (
+        np.array([len(rows)]),
+        1,
+        np.array([len(images)]),
+        np.array([], np.int64),
+        "{}",
+        np.zeros(len(images), np.int64),
+    )
     return PieceLedger(piece, "a", len(rows), len(rows), 0, *arrays, *files)
 
 
