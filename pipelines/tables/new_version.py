@@ -88,9 +88,11 @@ def complete_version(
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as a Parquet file whose pages carry checksums."""
+    """A table as a Parquet file whose pages carry checksums, in row groups of the size that training reads."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        table, sink, compression="zstd", write_page_checksum=True, row_group_size=schema.ROWS_ROW_GROUP_ROWS
+    )
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
