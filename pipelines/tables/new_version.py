@@ -90,9 +90,7 @@ def complete_version(
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as a Parquet file whose pages carry checksums, in row groups of the size that training reads."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", write_page_checksum=True, row_group_size=schema.ROWS_ROW_GROUP_ROWS
-    )
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=schema.ROWS_ROW_GROUP_ROWS)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
