@@ -5,6 +5,7 @@ The images are copied, not linked: another job may write the origin anew in plac
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from pipelines.tables import ray_tasks, schema
-from pipelines.tables.manifest import PrepareManifest, table_parts
+from pipelines.tables.manifest import TABLES, PartFile, PrepareManifest, table_parts, write_part_files
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["complete_version", "copy_parts", "parquet_bytes"]
@@ -70,7 +71,14 @@ def complete_version(
         package: the one beside Ray and PyArrow that decides what was made.
     """
     target.write_bytes(parquet_bytes(schema.REJECTED.empty_table()), "rejected", "part-000000.parquet")
+    parts = _part_files(target)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"{part.table}\0{part.checksum}\n".encode())
+    write_part_files(target, f"files-{digest.hexdigest()}.parquet", parts)
     PrepareManifest(
+        files=f"files-{digest.hexdigest()}.parquet",
+        tables_checksum=digest.hexdigest(),
         kind=kind,
         rows_in=rows,
         rows_out=rows,
@@ -85,6 +93,25 @@ def complete_version(
         | {name: metadata.version(name) for name in ("ray", "pyarrow", package)},
         config=origin.config | {kind.value: dict(settings) | {"source_id": origin.content_id}},
     ).write(target)
+
+
+def _part_files(target: Folder) -> list[PartFile]:
+    """All parts with their checksums: read once more, from the storage, by a task each."""
+    tasks = [_Copy(table, name) for table in TABLES for name in target.child(table).files(".parquet")]
+    run = partial(_part_file, target=target)
+    found = ray_tasks.task_dataset(tasks).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
+    return sorted(ray_tasks.results(found), key=lambda part: (list(TABLES).index(part.table), part.name))
+
+
+def _part_file(task: _Copy, *, target: Folder) -> PartFile:
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with target.open(task.table, task.name) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    with target.open(task.table, task.name) as file:
+        rows = pq.ParquetFile(file).metadata.num_rows
+    return PartFile(table=task.table, name=task.name, rows=rows, bytes=size, checksum=digest.hexdigest())
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -15,6 +15,7 @@ import crem
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
 from pipelines.corpus.prepare import prepare
+from pipelines.corpus.verify import verify
 from pipelines.mining.mine import MineSummary, mine
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.prepared import item_of, read_rows
@@ -90,6 +91,7 @@ def test_negatives_are_added_and_nothing_else_changes(prepared: str, mined: tupl
     assert (manifest.rows_in, manifest.rows_out, manifest.kind) == (len(before), len(before), "mine")
     assert (stored["fingerprint"], stored["negatives_added"]) == (summary.fingerprint, added)
     assert summary.by_reason["not_of_the_split"] == 1 and not (out / "_vectors").exists()
+    assert verify(str(out)).faults == ()
     loaded = read_rows(str(out), split_prefix="train")
     every = np.arange(loaded.table.num_rows)
     assert sum(len(e.negatives) for e in loaded.examples(every, np.zeros(len(every), np.bool_))) == added + 1

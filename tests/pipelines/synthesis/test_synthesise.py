@@ -18,6 +18,7 @@ import pytest
 
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError, ResourceError
+from pipelines.corpus.verify import verify
 from pipelines.synthesis.answer_table import JOURNAL
 from pipelines.synthesis.endpoint import KEY
 from pipelines.synthesis.synthesise import synthesise
@@ -81,6 +82,7 @@ def test_rows_get_questions_and_the_tables_can_be_trained_on(prepared: str, tmp_
     assert len(both) == ASKABLE + 1 and all(isinstance(e.query.images[0], bytes) for e in both)
     manifest = read_manifest(Folder.at(tmp_path))
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected, manifest.images) == (ROWS, ROWS, 0, 36)
+    assert verify(str(tmp_path)).faults == ()
     assert not (tmp_path / JOURNAL).exists()
 
 
