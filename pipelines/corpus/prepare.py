@@ -30,6 +30,7 @@ from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import CommittedPart, PartTask, cut_parts, receipt_file, write_empty_part, write_part
+from pipelines.corpus.curation import identity, publish_clusters
 from pipelines.corpus.decisions import CHOSEN, GroupDecisions
 from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_pieces
 from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old
@@ -80,7 +81,8 @@ def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) ->
     reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare)
     check_settings(config.prepare)
     detection = detect_source(corpus, config.prepare, section="prepare")
-    plan_id = identity_of(corpus, [_settings(config), made_with(), [[a.name, a.size] for a in reader.archives]])
+    archives = [[a.name, a.size] for a in reader.archives]
+    plan_id = identity_of(corpus, [_settings(config), made_with(), archives, identity(config.prepare)])
     start = target.patient(min(_START_PATIENCE_S, target.patience_s))
     old = finished(start, plan_id)
     if old is not None and not fresh:
@@ -180,6 +182,7 @@ class _Job:
         for line in self.detection.warnings(counts.unknown):
             log.warning("%s", line)
         self.lease.check()
+        publish_clusters(self.target, self.work, self.version)
         publish(self.target, manifest, statistics, parts)
         write_card(self.target, manifest, statistics, chosen=self.work.child(CHOSEN))
         remove_old(self.target, manifest)

@@ -28,7 +28,7 @@ from pipelines.tables.manifest import (
 )
 from pipelines.tables.storage import Folder
 
-__all__ = ["finished", "foreign_files", "made_with", "manifest_of", "publish", "remove_old"]
+__all__ = ["clusters_file", "finished", "foreign_files", "made_with", "manifest_of", "publish", "remove_old"]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ def manifest_of(
     )
 
 
+def clusters_file(version: str) -> str:
+    """Name of the table of clusters of duplicates; not there where none were found."""
+    return f"clusters-{version}.parquet"
+
+
 def publish(target: Folder, manifest: PrepareManifest, statistics: TableStatistics, parts: list[PartFile]) -> None:
     """Make the parts the output.
 
@@ -134,8 +139,9 @@ def foreign_files(target: Folder, manifest: PrepareManifest) -> list[str]:
     found = [
         f"{table}/{name}" for table in TABLES for name in target.child(table).files() if (table, name) not in listed
     ]
-    own = {manifest.files, manifest.statistics}
-    return found + [name for name in target.files() if name.startswith(("files-", "statistics-")) and name not in own]
+    own = {manifest.files, manifest.statistics, clusters_file(manifest.version)}
+    lists = ("clusters-", "files-", "statistics-")
+    return found + [name for name in target.files() if name.startswith(lists) and name not in own]
 
 
 def remove_old(target: Folder, manifest: PrepareManifest) -> None:
