@@ -86,7 +86,7 @@ class MineConfig(Section):
     """Hard negatives for the rows of prepared tables (``crem mine``). How the model runs is set in ``embed``."""
 
     negatives: int = Field(4, ge=1)
-    """Negatives that are added to a row, beside those that it has. Source: NV-Retriever (arXiv 2407.15831)."""
+    """Negatives that are added to a row, beside those that it has. Source: ours."""
     ranks: tuple[int, int] = (1, 200)
     """First and last rank of the targets that are considered, 1 being the nearest that is not the row's own. A first
     rank above 1 skips the nearest, which may be positives without a label (NV-Retriever's TopK-shifted). Source: ours.
