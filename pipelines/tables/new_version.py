@@ -85,6 +85,7 @@ def complete_version(
         rejected=0,
         images=origin.images,
         images_shrunk=origin.images_shrunk,
+        images_truncated=origin.images_truncated,
         largest_source_pixels=origin.largest_source_pixels,
         by_reason={},
         by_split_task=dict(sorted(by_split_task.items())),
