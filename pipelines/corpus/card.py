@@ -1,7 +1,8 @@
 """``card.html`` of prepared tables: what they hold, as one page that people read before they train on them.
 
 The numbers are those of the manifest and the statistics that preparing left; of the tables themselves only the first
-part of the rows is read, and the images of the rows that are shown.
+part of the rows is read, and the images of the rows that are shown. The same tables have the same page wherever they
+are.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ def _page(prepared: Folder, manifest: PrepareManifest, statistics: TableStatisti
     chosen: dict[str, Any] = {name: value for name, value in manifest.config.items() if isinstance(value, dict)}
     return render(
         "card.html.j2",
-        name=prepared.name,
-        uri=prepared.uri,
+        name=manifest.source_uri.rstrip("/").rpartition("/")[2],
         m=manifest,
         s=statistics,
         image_size=size_text(statistics.image_bytes),

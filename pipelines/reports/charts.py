@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 __all__ = ["BLUE", "GREEN", "GREY", "INK", "LIGHT_GREY", "ORANGE", "PALETTE", "axes", "line", "png", "style", "svg"]
@@ -54,9 +55,10 @@ def line(axis: Any, points: Sequence[tuple[float, float | None]], colour: str = 
 
 
 def svg(figure: Figure) -> Markup:
-    """The figure as an ``<svg>`` element."""
+    """The figure as an ``<svg>`` element: the same figure is the same text, without a date and with no random names."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight")
+    with rc_context({"svg.hashsalt": "crem"}):
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = out.getvalue()
     return Markup(text[text.index("<svg") :])
 

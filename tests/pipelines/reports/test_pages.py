@@ -51,3 +51,12 @@ def test_charts_are_markup_and_png() -> None:
 def test_images_are_in_the_page() -> None:
     assert data_url(b"\x89PNG\r\n") == "data:image/png;base64,iVBORw0K"
     assert data_url(b"\xff\xd8").startswith("data:image/jpeg;base64,")
+
+
+def test_the_same_chart_is_the_same_text() -> None:
+    def drawn() -> str:
+        figure, (panel,) = axes(1, 3)
+        line(panel, [(0, 1.0), (1, 2.0)])
+        return str(svg(figure))
+
+    assert drawn() == drawn()
