@@ -210,7 +210,7 @@ def test_a_second_run_replaces_the_first_and_never_mixes(tmp_path: Path, local_r
     manifest = prepare(str(tmp_path / "small"), str(out), config(2))
     assert manifest.rows_out == 2
     assert [row["key"] for row in table(out / "rows")] == ["small0", "small1"]
-    names = {"_crem.json", "images", "manifest.json", "rejected", "rows"}
+    names = {"_crem.json", "card.html", "images", "manifest.json", "rejected", "rows"}
     assert {p.name for p in out.iterdir()} == names | {manifest.files, manifest.statistics}
 
 
