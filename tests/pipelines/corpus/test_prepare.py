@@ -203,7 +203,7 @@ def test_rows_without_key_are_named_by_file_and_number(tmp_path: Path, local_ray
 @pytest.mark.ray
 def test_a_second_run_replaces_the_first_and_never_mixes(tmp_path: Path, local_ray: None) -> None:
     for size, name in ((12, "big"), (2, "small")):
-        rows = [{"key": f"{name}{i}", "query_text": "q", "target_text": "t"} for i in range(size)]
+        rows = [{"key": f"{name}{i}", "query_text": f"q{i}", "target_text": "t"} for i in range(size)]
         write_rows(tmp_path / name / "rows.jsonl", rows)
     out = tmp_path / "out"
     prepare(str(tmp_path / "big"), str(out), config(2))
