@@ -195,7 +195,7 @@ def test_every_folder_with_code_is_a_package() -> None:
         ("pipelines/embedding/embed.py", "from ray.data._internal.plan import ExecutionPlan"),
         ("pipelines/embedding/embed.py", "from ray import _private"),
         ("serve/app.py", "import ray\nray._private.services.get_node_ip_address()"),
-        ("crem/cli/commands.py", "import ray._private.worker"),
+        ("crem/cli/model_jobs.py", "import ray._private.worker"),
         ("tests/test_x.py", "from ray._private.test_utils import wait_for_condition"),
     ],
 )
@@ -207,7 +207,7 @@ def test_the_checker_finds(path: str, source: str) -> None:
     ("path", "source"),
     [
         (
-            "crem/cli/commands.py",
+            "crem/cli/model_jobs.py",
             "def f():\n    from pipelines.training import train\n    import serve.app, cluster.submit, ray",
         ),
         ("crem/model/crem.py", "from . import chorus\nfrom ..serve import x\nimport torch"),

@@ -9,7 +9,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-import crem.cli.commands  # registers the jobs, in the order of crem --help
+import crem.cli.corpus_jobs  # registers the jobs, in the order of crem --help
+import crem.cli.model_jobs
 import crem.cli.operations  # noqa: F401
 from crem.cli.command_line import CommandLine, parse
 from crem.config import load_config
