@@ -1,335 +1,132 @@
-"""Staged files become final parts of bounded size, each written by one task from neighbouring pieces.
+"""Staged files become the final tables: cut, written and summed up group by group, a Ray Data task each.
 
-Which pieces make a part depends on the ledgers and decisions alone, so the parts are the same bytes for any number of
-workers, and after any interruption. A part appears when it is complete; its *receipt* then says so, and a run that
-continues leaves it alone.
+The driver holds the places of the cuts, 16 bytes a part, and the sums of the groups. Receipts are read by tasks, and
+the list of parts stands in files of the work folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
-
-from pipelines.corpus.decisions import GroupDecisions
-from pipelines.corpus.ledger import PieceLedger, staged_file
+from pipelines.corpus.part_cuts import GroupCuts, PartTask, cut_group, part_tasks
+from pipelines.corpus.part_writer import CommittedPart, receipt_file, write_empty_part, write_part
 from pipelines.corpus.table_statistics import TableStatistics
-from pipelines.tables import schema
-from pipelines.tables.image_parts import ImagePartWriter
-from pipelines.tables.manifest import TABLES, PartFile
+from pipelines.corpus.work_plan import WorkPlan, each_group
+from pipelines.formats.unknown_columns import UnknownColumns
+from pipelines.tables import ray_tasks
+from pipelines.tables.manifest import TABLES, PartFile, listed_parts, write_part_files
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder
 
-__all__ = ["CommittedPart", "PartTask", "cut_parts", "receipt_file", "write_empty_part", "write_part"]
+__all__ = ["Committed", "CommittedParts", "commit"]
 
-_PART_ROWS = 100_000
-_PART_BYTES = 128 * 2**20
-"""A part of rows ends after so many staged rows or bytes, one of images after so many bytes. Source: ours."""
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class PieceSlice:
-    """Staged files of one piece, and what to keep of them."""
-
-    piece: int
-    attempt: str
-    files: tuple[int, ...]
-    """Numbers of the staged files of the table."""
-    keep: NDArray[np.bool_]
-    """[rows or images in these files]"""
-    rejected_files: int = 0
-    """Of a part of rows: staged files of rejections of the piece."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class PartTask:
-    """One part of ``rows``, with the rejections of its pieces, or of ``images``."""
+class CommittedParts:
+    """The parts of all tables in order, read from the work folder a group at a time."""
 
-    table: str
-    number: int
-    slices: tuple[PieceSlice, ...]
-    left_out: pa.Table
-    """Of a part of rows: ``decisions.LEFT_OUT`` of its pieces."""
-    shrunk_from: NDArray[np.int64]
-    """Of a part of images: of the kept ones."""
-    truncated: int = 0
-    """Of a part of images: how many of the kept ones lack the end of their file."""
+    work: Folder
+    groups: tuple[int, ...]
+    empty: tuple[PartFile, ...]
+    """Those of tables that have no row."""
+
+    def __iter__(self) -> Iterator[PartFile]:
+        for group in self.groups:
+            yield from listed_parts(self.work, _parts_file(group))
+        yield from self.empty
 
 
-class CommittedPart(BaseModel):
-    """The receipt of a part: its files, and what is in them."""
+@dataclass(frozen=True)
+class Committed:
+    """What was written."""
 
-    model_config = ConfigDict(frozen=True)
-
-    table: str
-    number: int
-    files: tuple[PartFile, ...]
-    """None where nothing is left of its pieces."""
+    rows_in: int
+    unknown: UnknownColumns
     statistics: TableStatistics
+    parts: CommittedParts
 
 
-def receipt_file(table: str, number: int) -> str:
-    """Name of a receipt, from the work folder."""
-    return f"receipts/{table}-{number:06d}.json"
-
-
-def cut_parts(ledgers: Iterable[PieceLedger], decisions: GroupDecisions, first: dict[str, int]) -> Iterator[PartTask]:
-    """The parts of one group of pieces.
+def commit(plan: WorkPlan, *, out: Folder, work: Folder, version: str, after_each: Callable[[], None]) -> Committed:
+    """Write all parts that have no receipt yet.
 
     Args:
-        ledgers: of the pieces of the group, in order.
-        first: numbers of the first part of ``rows`` and of ``images``.
+        after_each: called after each result of a task.
     """
-    rows, images = _Cutter("rows", first["rows"]), _Cutter("images", first["images"])
-    for ledger in ledgers:
-        keep = decisions.keep_rows(ledger)
-        files = tuple(range(len(ledger.row_files)))
-        whole = PieceSlice(ledger.piece, ledger.attempt, files, keep, len(ledger.rejected_files))
-        yield from rows.add(whole, len(keep) + ledger.rejected, ledger.row_bytes, decisions=decisions)
-        keep, start = decisions.keep_images(ledger), 0
-        for number, size in enumerate(ledger.image_files.tolist()):
-            kept = keep[start : start + size]
-            sizes, shrunk = (values[start : start + size][kept] for values in (ledger.image_bytes, ledger.shrunk_from))
-            part = PieceSlice(ledger.piece, ledger.attempt, (number,), kept)
-            images.truncated += int(ledger.truncated[start : start + size][kept].sum())
-            yield from images.add(part, len(sizes), int(sizes.sum()), shrunk=shrunk)
-            start += size
-    yield from rows.end(decisions)
-    yield from images.end(decisions)
+
+    def heard(results: Iterable[_T]) -> Iterator[_T]:
+        for result in results:
+            after_each()
+            yield result
+
+    cuts = sorted(
+        heard(each_group(partial(cut_group, work=work, plan=plan), range(plan.groups))), key=lambda found: found.group
+    )
+    records = sum(found.records for found in cuts)
+    if records != plan.records:
+        raise RuntimeError(f"the plan has {plan.records} records and {records} were read")
+    for _ in heard(ray_tasks.stream(partial(write_part, out=out, work=work, version=version), _waiting(cuts, work))):
+        pass
+    sums = sorted(heard(each_group(partial(_sum_group, work=work), list(_groups(cuts)))), key=lambda found: found.group)
+    statistics, unknown = TableStatistics(), UnknownColumns()
+    for found in cuts:
+        unknown.merge(found.unknown)
+    for of_group in sums:
+        statistics += of_group.statistics
+    tables = {table for of_group in sums for table in of_group.tables}
+    empty = tuple(write_empty_part(out, table, version) for table in TABLES if table not in tables)
+    rows_in = sum(found.rows_in for found in cuts)
+    return Committed(
+        rows_in, unknown, statistics, CommittedParts(work, tuple(of_group.group for of_group in sums), empty)
+    )
 
 
-class _Cutter:
-    """Collects slices until they make a part."""
-
-    def __init__(self, table: str, number: int):
-        self.table, self.number = table, number
-        self._slices: list[PieceSlice] = []
-        self._shrunk: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-        self._rows = self._bytes = 0
-        self.truncated = 0
-        """Images without their end among those of the slices."""
-
-    def add(
-        self,
-        piece: PieceSlice,
-        rows: int,
-        size: int,
-        *,
-        shrunk: NDArray[np.int64] | None = None,
-        decisions: GroupDecisions | None = None,
-    ) -> Iterator[PartTask]:
-        if not rows:
-            return
-        self._slices.append(piece)
-        self._rows, self._bytes = self._rows + rows, self._bytes + size
-        if shrunk is not None:
-            self._shrunk.append(shrunk)
-        if self._bytes >= _PART_BYTES or (self.table == "rows" and self._rows >= _PART_ROWS):
-            yield from self.end(decisions)
-
-    def end(self, decisions: GroupDecisions | None) -> Iterator[PartTask]:
-        """The part of what was collected, if anything was."""
-        if not self._slices:
-            return
-        left_out = pa.table({})
-        if self.table == "rows" and decisions is not None:
-            pieces = pa.array([piece.piece for piece in self._slices])
-            left_out = decisions.rows.filter(pc.is_in(decisions.rows["piece"], value_set=pieces))
-        yield PartTask(
-            self.table, self.number, tuple(self._slices), left_out, np.concatenate(self._shrunk), self.truncated
-        )
-        self._slices, self._shrunk = [], [np.empty(0, np.int64)]
-        self._rows = self._bytes = self.truncated = 0
-        self.number += 1
+def _waiting(cuts: Sequence[GroupCuts], work: Folder) -> Iterator[PartTask]:
+    """The parts that are not written yet."""
+    receipts = work.child("receipts")
+    groups = receipts.folders()
+    written = in_threads(lambda group: receipts.child(group).files(".json"), groups)
+    done = {f"receipts/{group}/{name}" for group, names in zip(groups, written, strict=True) for name in names}
+    if done:
+        log.info("continuing: %d parts are written already", len(done))
+    return (task for task in part_tasks(cuts) if receipt_file(task) not in done)
 
 
-def write_part(task: PartTask, *, out: Folder, work: Folder, version: str) -> CommittedPart:
-    """In a worker: write one part, then its receipt."""
-    staged = _StagedPart(task, work)
-    name = _part_name(task.number, version)
-    statistics = TableStatistics()
-    files: list[PartFile] = []
-    if task.table == "images":
-        images, statistics = _write_images(staged, out, name)
-        shrunk = {
-            "images_shrunk": int((task.shrunk_from > 0).sum()),
-            "largest_source_pixels": int(task.shrunk_from.max(initial=0)),
-            "images_truncated": task.truncated,
-        }
-        statistics = statistics.model_copy(update=shrunk)
-        files.append(images)
-    else:
-        for table, tables, count in (
-            ("rows", staged.rows, TableStatistics.of_rows),
-            ("rejected", staged.rejected, TableStatistics.of_rejected),
-        ):
-            file, found = _write_table(out, table, name, tables, count)
-            if file is not None:
-                files.append(file)
-                statistics += found
-    receipt = CommittedPart(table=task.table, number=task.number, files=tuple(files), statistics=statistics)
-    work.write_bytes(receipt.model_dump_json().encode(), receipt_file(task.table, task.number))
-    return receipt
+@dataclass(frozen=True)
+class _GroupParts:
+    group: int
+    receipts: tuple[str, ...]
 
 
-def write_empty_part(out: Folder, table: str, version: str) -> PartFile:
-    """A part without a row, so that the schema of a table that has none can be read."""
-    name = _part_name(0, version)
-    file, _ = _write_table(out, table, name, lambda: iter([TABLES[table].empty_table()]), None)
-    assert file is not None
-    return file
+@dataclass(frozen=True)
+class _GroupSum:
+    group: int
+    statistics: TableStatistics
+    tables: frozenset[str]
+    """Those that have a part."""
 
 
-def _part_name(number: int, version: str) -> str:
-    return f"part-{number:06d}-{version}.parquet"
+def _groups(cuts: Sequence[GroupCuts]) -> Iterator[_GroupParts]:
+    for group, tasks in groupby(part_tasks(cuts), key=lambda task: task.group):
+        yield _GroupParts(group, tuple(receipt_file(task) for task in tasks))
 
 
-class _StagedPart:
-    """What the staged files of a part hold."""
-
-    def __init__(self, task: PartTask, work: Folder):
-        self._task, self._work = task, work
-
-    def _read(self, table: str, piece: PieceSlice, number: int) -> pa.Table:
-        name = staged_file(table, piece.piece, piece.attempt, number)
-        return pa.ipc.open_file(pa.BufferReader(self._work.read_bytes(name))).read_all()
-
-    def _filtered(self, table: str, *, kept: bool) -> Iterator[tuple[PieceSlice, int, pa.Table]]:
-        """(slice, number of rows before, the rows that are kept, or dropped) of each staged file."""
-        for piece in self._task.slices:
-            keep, start = piece.keep if kept else ~piece.keep, 0
-            if not keep.any():
-                continue
-            for number in piece.files:
-                found = self._read(table, piece, number)
-                mask = keep[start : start + found.num_rows]
-                yield piece, start, found if mask.all() else found.filter(pa.array(mask))
-                start += found.num_rows
-
-    def images(self) -> Iterator[pa.Table]:
-        """The kept images."""
-        return (table for _, _, table in self._filtered("images", kept=True))
-
-    def rows(self) -> Iterator[pa.Table]:
-        """The kept rows."""
-        return (table for _, _, table in self._filtered("rows", kept=True))
-
-    def rejected(self) -> Iterator[pa.Table]:
-        """The rejections that were staged, then the rows that the decisions leave out."""
-        for piece in self._task.slices:
-            for number in range(piece.rejected_files):
-                yield self._read("rejected", piece, number)
-        reasons = self._task.left_out.sort_by([("piece", "ascending"), ("row", "ascending")])
-        start = 0
-        for _, _, rows in self._filtered("rows", kept=False):
-            yield _rejections(rows, reasons.slice(start, rows.num_rows))
-            start += rows.num_rows
+def _sum_group(task: _GroupParts, *, work: Folder) -> _GroupSum:
+    """Add up the receipts of a group, and list its parts."""
+    parts = [CommittedPart.model_validate_json(data) for data in in_threads(work.read_bytes, task.receipts)]
+    files = [file for part in parts for file in part.files]
+    write_part_files(work, _parts_file(task.group), files)
+    statistics = sum((part.statistics for part in parts), TableStatistics())
+    return _GroupSum(task.group, statistics, frozenset(file.table for file in files))
 
 
-def _rejections(rows: pa.Table, left_out: pa.Table) -> pa.Table:
-    """``schema.REJECTED`` of rows that are left out."""
-    details = [
-        detail or f"key {key!r} of source {source!r} is used by an earlier row; make keys unique within a source"
-        for detail, key, source in zip(
-            left_out["detail"].to_pylist(), rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True
-        )
-    ]
-    columns = [rows["id"], rows["source"], rows["key"], left_out["stage"], left_out["reason"]]
-    return pa.table([*columns, pa.array(details, pa.string())], schema=schema.REJECTED)
-
-
-def _write_images(staged: _StagedPart, out: Folder, name: str) -> tuple[PartFile, TableStatistics]:
-    def write(file: IO[bytes]) -> tuple[PartFile, TableStatistics]:
-        sink, statistics = _HashingSink(file), TableStatistics()
-        with ImagePartWriter(cast(IO[bytes], sink)) as writer:
-            for group in _regrouped(staged.images(), _image_sizes, schema.IMAGE_ROW_GROUP_BYTES):
-                writer.write(group)
-                statistics += TableStatistics.of_images(group)
-        return sink.part("images", name, statistics.images), statistics
-
-    return out.write_stream(write, "images", name)
-
-
-def _write_table(
-    out: Folder,
-    table: str,
-    name: str,
-    tables: Callable[[], Iterator[pa.Table]],
-    count: Callable[[pa.Table], TableStatistics] | None,
-) -> tuple[PartFile | None, TableStatistics]:
-    """Write a part of ``rows`` or ``rejected``, if there are any."""
-    statistics, rows = TableStatistics(), 0
-    sink = pa.BufferOutputStream()
-    options = {"use_dictionary": False, "write_statistics": ["id"]}  # as schema.ROWS_ROW_GROUP_ROWS says
-    with pq.ParquetWriter(sink, TABLES[table], compression="zstd", write_page_checksum=True, **options) as writer:
-        for found in _regrouped(tables(), _ones, schema.ROWS_ROW_GROUP_ROWS):
-            writer.write_table(found)
-            rows += found.num_rows
-            statistics = statistics if count is None else statistics + count(found)
-    if count is not None and not rows:
-        return None, statistics
-    data = sink.getvalue().to_pybytes()
-    out.write_bytes(data, table, name)
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return PartFile(table=table, name=name, rows=rows, bytes=len(data), checksum=digest), statistics
-
-
-def _regrouped(
-    tables: Iterable[pa.Table], weigh: Callable[[pa.Table], NDArray[np.int64]], limit: int
-) -> Iterator[pa.Table]:
-    """The same rows in tables that end where the weight of their rows reaches ``limit``."""
-    held: list[pa.Table] = []
-    weight = 0
-    for table in tables:
-        total, start, before = np.cumsum(weigh(table)), 0, 0
-        while start < table.num_rows:
-            stop = min(table.num_rows, int(np.searchsorted(total, before + limit - weight)) + 1)
-            held.append(table.slice(start, stop - start))
-            weight += int(total[stop - 1]) - before
-            start, before = stop, int(total[stop - 1])
-            if weight >= limit:
-                yield pa.concat_tables(held).combine_chunks()
-                held, weight = [], 0
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
-
-
-def _image_sizes(images: pa.Table) -> NDArray[np.int64]:
-    sizes: NDArray[np.int64] = pc.binary_length(images["bytes"]).to_numpy().astype(np.int64)
-    return sizes
-
-
-def _ones(rows: pa.Table) -> NDArray[np.int64]:
-    return np.ones(rows.num_rows, np.int64)
-
-
-class _HashingSink(io.RawIOBase):
-    """Passes on what is written, and hashes it."""
-
-    def __init__(self, sink: IO[bytes]):
-        super().__init__()
-        self._sink, self._digest, self._position = sink, hashlib.blake2b(digest_size=16), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any) -> int:
-        self._sink.write(data)
-        self._digest.update(data)
-        self._position += len(data)
-        return len(data)
-
-    def part(self, table: str, name: str, rows: int) -> PartFile:
-        """What was written."""
-        return PartFile(table=table, name=name, rows=rows, bytes=self._position, checksum=self._digest.hexdigest())
+def _parts_file(group: int) -> str:
+    return f"parts/{group:06d}.parquet"

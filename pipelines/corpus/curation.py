@@ -1,39 +1,42 @@
 """Rows that are left out by choice: duplicates, contamination, other languages (``pipelines.duplicates``).
 
-Between the staging and the resolution of ids. The decisions stand in ``CHOSEN`` of the work folder, where
-``decisions`` reads them; the largest clusters are published beside the manifest, for the card.
+After repeated ids are known, and before the decisions on rows. What is chosen stands in ``CHOSEN`` of the work folder,
+a file or two for each *part*: neighbouring pieces that are put together to one task. The driver knows how many rows a
+part has; a worker finds its files. The largest clusters are published beside the manifest, for the card.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from crem.config import PrepareConfig
-from pipelines.corpus.decisions import CHOSEN, first_of_each
-from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_file
+from pipelines.corpus.decisions import LEFT_OUT_IDS, keep_of_pieces
+from pipelines.corpus.ledger import read_ledgers, staged_file
 from pipelines.corpus.publish import clusters_file
 from pipelines.corpus.work_plan import WorkPlan
 from pipelines.duplicates.decide import asked_for, decide, needs_libraries
-from pipelines.duplicates.decision_tables import read_clusters
-from pipelines.duplicates.parts import TablePart
+from pipelines.duplicates.decision_tables import read_clusters, read_decisions
+from pipelines.duplicates.parts import FoundFiles, TablePart
+from pipelines.tables import ray_tasks
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.storage import Folder
 
-__all__ = ["curate", "identity", "publish_clusters"]
+__all__ = ["CHOSEN", "chosen_rows", "curate", "identity", "publish_clusters"]
 
 log = logging.getLogger(__name__)
 
+CHOSEN = "left_out"
+"""Folder, in the work folder, of the rows to leave out by choice and of clusters."""
 _PARTS = 4096
 """Parts at most that the staged pieces are put together to: each is one task, and a number in the driver."""
-_IDS_HERE = 100_000_000
-"""Records whose ids the driver holds, in 0.8 GB."""
 _CLUSTERS = 1000
 """Clusters of each kind that are published, the largest first."""
 
@@ -68,32 +71,56 @@ def publish_clusters(target: Folder, work: Folder, version: str) -> None:
         target.write_bytes(sink.getvalue().to_pybytes(), clusters_file(version))
 
 
+def chosen_rows(work: Folder, plan: WorkPlan, group: int) -> pa.Table:
+    """``LEFT_OUT_IDS`` of the rows that are left out of a group of pieces, among them some of neighbouring groups."""
+    together, pieces = _together(plan), plan.group(group)
+    parts = range(pieces.start // together, (pieces.stop - 1) // together + 1)
+    return read_decisions(work.child(CHOSEN), parts).select(LEFT_OUT_IDS.names)
+
+
+@dataclass(frozen=True)
+class _PartSizes:
+    number: int
+    rows: int
+    images: int
+
+
 def _staged_parts(work: Folder, plan: WorkPlan) -> tuple[list[TablePart], list[TablePart]]:
-    """The staged rows and images, several pieces a part; rows count where they are the first of their id.
-
-    Of more than ``_IDS_HERE`` records all rows count: a row may then be the duplicate of one whose id is rejected.
-    """
-    together = -(-plan.pieces // _PARTS)
-    rows: list[TablePart] = []
-    images: list[TablePart] = []
-    ids: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-    for start in range(0, plan.pieces, together):
-        ledgers = read_ledgers(work, range(start, min(plan.pieces, start + together)))
-        if plan.records <= _IDS_HERE:
-            ids.append(np.concatenate([ledger.row_ids for ledger in ledgers]))
-        rows.append(_part(work, "rows", ledgers, [ledger.row_files for ledger in ledgers]))
-        images.append(_part(work, "images", ledgers, [ledger.image_files for ledger in ledgers]))
-    images = [part for part in images if part.rows]
-    if not ids:
-        return rows, images
-    first = np.split(first_of_each(np.concatenate(ids)), np.cumsum([len(of_part) for of_part in ids])[:-1])
-    return [replace(part, keep=keep) for part, keep in zip(rows, first, strict=True)], images
+    """The staged rows and images, several pieces a part; rows count where they are the first of their id."""
+    together = _together(plan)
+    count = partial(_part_sizes, work=work, plan=plan)
+    parts = range(-(-plan.pieces // together))
+    sizes: Iterator[_PartSizes] = map(count, parts) if plan.groups == 1 else ray_tasks.stream(count, parts)
+    rows, images = [], []
+    for part in sorted(sizes, key=lambda part: part.number):
+        pieces = _pieces(part.number, plan)
+        rows.append(TablePart(work, (), part.rows, find=partial(_find, pieces, "rows", work=work)))
+        if part.images:
+            images.append(TablePart(work, (), part.images, find=partial(_find, pieces, "images", work=work)))
+    return rows, images
 
 
-def _part(work: Folder, table: str, ledgers: list[PieceLedger], files: list[np.ndarray]) -> TablePart:
+def _together(plan: WorkPlan) -> int:
+    """Pieces of a part."""
+    return -(-plan.pieces // _PARTS)
+
+
+def _pieces(part: int, plan: WorkPlan) -> range:
+    together = _together(plan)
+    return range(part * together, min(plan.pieces, (part + 1) * together))
+
+
+def _part_sizes(part: int, *, work: Folder, plan: WorkPlan) -> _PartSizes:
+    ledgers = read_ledgers(work, _pieces(part, plan))
+    return _PartSizes(part, sum(len(x.row_ids) for x in ledgers), sum(len(x.image_ids) for x in ledgers))
+
+
+def _find(pieces: range, table: str, *, work: Folder) -> FoundFiles:
+    """In a worker: the staged files of a part, and which of its rows count."""
+    ledgers = read_ledgers(work, pieces)
     names = [
         staged_file(table, ledger.piece, ledger.attempt, number)
-        for ledger, sizes in zip(ledgers, files, strict=True)
-        for number in range(len(sizes))
+        for ledger in ledgers
+        for number in range(len(ledger.row_files if table == "rows" else ledger.image_files))
     ]
-    return TablePart(work, tuple(names), int(sum(sizes.sum() for sizes in files)))
+    return FoundFiles(tuple(names), keep_of_pieces(work, ledgers) if table == "rows" else None)

@@ -2,25 +2,26 @@
 
 Its presence means that the piece is done: a run that continues leaves it alone. The staged files of an attempt have a
 name of their own, and the ledger names the attempt, so the files of a task that died, or ran twice, are of no account.
+
+The files of a group of pieces are in folders of their own, so that no folder grows with the corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.corpus.work_plan import GROUP_PIECES, WorkPlan
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder
 
 __all__ = ["PieceLedger", "ledger_file", "read_ledgers", "staged_file", "staged_pieces"]
 
-_READ_THREADS = 16
 _IDS, _POSITIONS = pa.list_(pa.int64()), pa.list_(pa.int32())
 
 
@@ -64,13 +65,14 @@ class PieceLedger:
         """Write the ledger into the work folder."""
         sink = pa.BufferOutputStream()
         values = {name: [getattr(self, name)] for name in _LEDGER.names}
-        pq.write_table(pa.table(values, schema=_LEDGER), sink, compression="zstd")
+        with pa.ipc.new_file(sink, _LEDGER, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
+            file.write_table(pa.table(values, schema=_LEDGER))
         work.write_bytes(sink.getvalue().to_pybytes(), ledger_file(self.piece))
 
     @classmethod
     def read(cls, work: Folder, piece: int) -> PieceLedger:
         """The ledger of a piece that is done."""
-        table = pq.read_table(pa.BufferReader(work.read_bytes(ledger_file(piece))), schema=_LEDGER)
+        table = pa.ipc.open_file(pa.BufferReader(work.read_bytes(ledger_file(piece)))).read_all()
         values: dict[str, Any] = {}
         for name in _LEDGER.names:
             column = table.column(name).combine_chunks()
@@ -104,21 +106,26 @@ _LEDGER = pa.schema(
 
 def ledger_file(piece: int) -> str:
     """Name of a ledger, from the work folder."""
-    return f"ledgers/{piece:09d}.parquet"
+    return f"{_ledgers(piece // GROUP_PIECES)}/{piece:09d}.arrow"
+
+
+def _ledgers(group: int) -> str:
+    return f"ledgers/{group:06d}"
 
 
 def staged_file(table: str, piece: int, attempt: str, number: int) -> str:
     """Name of a staged file of ``table`` (``rows``, ``images`` or ``rejected``), from the work folder."""
-    return f"staged/{piece:09d}-{attempt}-{table}-{number:04d}.arrow"
+    return f"staged/{piece // GROUP_PIECES:06d}/{piece:09d}-{attempt}-{table}-{number:04d}.arrow"
 
 
-def staged_pieces(work: Folder) -> NDArray[np.int64]:
+def staged_pieces(work: Folder, plan: WorkPlan) -> NDArray[np.int64]:
     """Numbers of the pieces that are done, in order."""
-    names = work.child("ledgers").files(".parquet")
-    return np.array([int(name.partition(".")[0]) for name in names], np.int64)
+    if not work.exists("ledgers"):
+        return np.empty(0, np.int64)
+    names = in_threads(lambda group: work.child(_ledgers(group)).files(".arrow"), range(plan.groups))
+    return np.array([int(name.partition(".")[0]) for of_group in names for name in of_group], np.int64)
 
 
 def read_ledgers(work: Folder, pieces: Iterable[int]) -> list[PieceLedger]:
     """The ledgers of some pieces, in their order."""
-    with ThreadPoolExecutor(_READ_THREADS) as threads:
-        return list(threads.map(lambda piece: PieceLedger.read(work, piece), pieces))
+    return in_threads(lambda piece: PieceLedger.read(work, piece), pieces)

@@ -6,8 +6,10 @@ object store.
 1. *Plan* (``work_plan``): the corpus in pieces of rows, written to ``_work/<version>/`` of the output.
 2. *Stage* (``staging``): a Ray Data task per piece reads its rows, validates them, decodes and re-encodes each image
    once, and writes files and a ledger of ids. A piece that has a ledger is done.
-3. *Resolve* (``decisions``): from the ledgers alone, which rows and images are left out.
+3. *Resolve* (``decisions``): which rows and images are left out, a task per group of pieces.
 4. *Commit* (``commit``): a task per final part merges staged files; then the manifest is swapped in (``publish``).
+
+The driver holds nothing for each row, nor for each piece; ``tests/bench/README.md`` has what it holds.
 
 The version is a hash of the input, the settings and the versions of the programs: the same version is the same bytes.
 Until the manifest is swapped the output stays what it was. One job at a time holds the lease of the output.
@@ -15,11 +17,8 @@ Until the manifest is swapped the output stays what it was. One job at a time ho
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,11 +28,10 @@ from pydantic import JsonValue
 from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.card import write_card
-from pipelines.corpus.commit import CommittedPart, PartTask, cut_parts, receipt_file, write_empty_part, write_part
-from pipelines.corpus.curation import identity, publish_clusters
-from pipelines.corpus.decisions import CHOSEN, GroupDecisions
-from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_pieces
-from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old
+from pipelines.corpus.commit import commit
+from pipelines.corpus.curation import CHOSEN, identity, publish_clusters
+from pipelines.corpus.ledger import staged_pieces
+from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old, remove_work
 from pipelines.corpus.resolve import resolve
 from pipelines.corpus.staging import PieceCounts, stage
 from pipelines.corpus.staging_progress import StagingProgress
@@ -42,13 +40,12 @@ from pipelines.corpus.token_limit import open_tokenizer
 from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks, read_pieces
 from pipelines.duplicates.decide import check_settings
 from pipelines.formats.detection import Detection, detect_source
-from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, session
 from pipelines.tables.lease import Lease
-from pipelines.tables.manifest import TABLES, PartFile, PrepareManifest
+from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.richness import shrunk_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
@@ -150,41 +147,37 @@ class _Job:
 
     def run(self, plan_id: str, draft: DraftPlan | None, *, fresh: bool) -> PrepareManifest:
         """All steps."""
-        for other in self.target.child(WORK).folders():
+        work = self.target.child(WORK)
+        for other in work.folders():
             if fresh or other != self.version:
-                self.target.remove(WORK, other)
+                remove_work(work, other)
         plan = self._plan(draft)
         self._stage(plan)
         resolve(self.work, plan, self.config.prepare)
-        counts, statistics, parts = self._commit(plan)
-        if not statistics.rows:
-            raise self._nothing_usable(counts.rows_in, statistics)
-        parts += [
-            write_empty_part(self.target, table, self.version)
-            for table in TABLES
-            if not any(part.table == table for part in parts)
-        ]
+        found = commit(plan, out=self.target, work=self.work, version=self.version, after_each=self.lease.check)
+        if not found.statistics.rows:
+            raise self._nothing_usable(found.rows_in, found.statistics)
         manifest = manifest_of(
-            statistics,
+            found.statistics,
             plan=plan_id,
             version=self.version,
             records_in=plan.records,
-            rows_in=counts.rows_in,
-            unknown_columns=dict(sorted(counts.unknown.counts.items())),
+            rows_in=found.rows_in,
+            unknown_columns=dict(sorted(found.unknown.counts.items())),
             layouts=self.detection.mapping(),
             source_uri=self.corpus.root.uri,
             config=_settings(self.config),
-            parts=parts,
+            parts=found.parts,
         )
         accounted = manifest.rows_out + manifest.rejected + manifest.filtered
         if accounted != manifest.rows_in:
             raise RuntimeError(f"{manifest.rows_in} rows went in and {accounted} are accounted for: {manifest}")
-        for line in self.detection.warnings(counts.unknown):
+        for line in self.detection.warnings(found.unknown):
             log.warning("%s", line)
         self.lease.check()
         publish_clusters(self.target, self.work, self.version)
-        publish(self.target, manifest, statistics, parts)
-        write_card(self.target, manifest, statistics, chosen=self.work.child(CHOSEN))
+        publish(self.target, manifest, found.statistics, found.parts)
+        write_card(self.target, manifest, found.statistics, chosen=self.work.child(CHOSEN))
         remove_old(self.target, manifest)
         return manifest
 
@@ -201,7 +194,7 @@ class _Job:
         return plan
 
     def _stage(self, plan: WorkPlan) -> None:
-        done = staged_pieces(self.work)
+        done = staged_pieces(self.work, plan)
         if len(done):
             log.info("continuing: %d of %d pieces are staged already", len(done), plan.pieces)
         if len(done) == plan.pieces:
@@ -229,39 +222,6 @@ class _Job:
         if staged != plan.pieces - len(done):
             raise RuntimeError(f"{staged} of {plan.pieces - len(done)} pieces came back")
 
-    def _commit(self, plan: WorkPlan) -> tuple[_LedgerCounts, TableStatistics, list[PartFile]]:
-        """Write all parts: what went in, what is in the tables, and their parts in order."""
-        receipts = {name.removesuffix(".json") for name in self.work.child("receipts").files(".json")}
-        counts = _LedgerCounts(plan.records)
-        parts: dict[tuple[str, int], CommittedPart] = {}
-        waiting: list[PartTask] = []
-        for task in self._part_tasks(plan, counts):
-            key = (task.table, task.number)
-            if f"{task.table}-{task.number:06d}" in receipts:
-                data = self.work.read_bytes(receipt_file(*key))
-                parts[key] = CommittedPart.model_validate_json(data)
-            else:
-                waiting.append(task)
-        if parts:
-            log.info("continuing: %d parts are written already", len(parts))
-        run = partial(write_part, out=self.target, work=self.work, version=self.version)
-        for part in ray_tasks.stream(run, waiting):
-            parts[part.table, part.number] = part
-            self.lease.check()
-        counts.check()
-        ordered = [parts[key] for key in sorted(parts)]
-        statistics = sum((part.statistics for part in ordered), TableStatistics())
-        return counts, statistics, [file for part in ordered for file in part.files]
-
-    def _part_tasks(self, plan: WorkPlan, counts: _LedgerCounts) -> Iterator[PartTask]:
-        first = {"rows": 0, "images": 0}
-        for group in range(plan.groups):
-            ledgers = read_ledgers(self.work, plan.group(group))
-            counts.add(ledgers)
-            for task in cut_parts(ledgers, GroupDecisions.read(self.work, group), dict(first)):
-                first[task.table] = task.number + 1
-                yield task
-
     def _nothing_usable(self, rows_in: int, statistics: TableStatistics) -> ConfigError:
         reasons = {reason: n for found in statistics.left_out.values() for reason, n in found.items()}
         rejected = f"{self.target.uri}/rejected/part-*-{self.version}.parquet"
@@ -269,26 +229,6 @@ class _Job:
             f"none of the {rows_in} rows can be used: {reasons}; {rejected} says why for each; "
             "the output is what it was before"
         )
-
-
-class _LedgerCounts:
-    """What went in, as the ledgers count it."""
-
-    def __init__(self, records: int):
-        self._expected, self._records, self.rows_in = records, 0, 0
-        self.unknown = UnknownColumns()
-
-    def add(self, ledgers: list[PieceLedger]) -> None:
-        """Count some pieces."""
-        self._records += sum(ledger.records for ledger in ledgers)
-        self.rows_in += sum(ledger.rows_in for ledger in ledgers)
-        for ledger in ledgers:
-            self.unknown.merge(UnknownColumns(Counter(json.loads(ledger.unknown_columns))))
-
-    def check(self) -> None:
-        """Every record of the plan must have been read."""
-        if self._records != self._expected:
-            raise RuntimeError(f"the plan has {self._expected} records and {self._records} were read")
 
 
 def _say(manifest: PrepareManifest, seconds: float) -> None:

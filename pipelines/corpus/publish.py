@@ -26,9 +26,19 @@ from pipelines.tables.manifest import (
     read_part_files,
     write_part_files,
 )
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder
 
-__all__ = ["clusters_file", "finished", "foreign_files", "made_with", "manifest_of", "publish", "remove_old"]
+__all__ = [
+    "clusters_file",
+    "finished",
+    "foreign_files",
+    "made_with",
+    "manifest_of",
+    "publish",
+    "remove_old",
+    "remove_work",
+]
 
 log = logging.getLogger(__name__)
 
@@ -94,24 +104,30 @@ def clusters_file(version: str) -> str:
     return f"clusters-{version}.parquet"
 
 
-def publish(target: Folder, manifest: PrepareManifest, statistics: TableStatistics, parts: list[PartFile]) -> None:
+def publish(target: Folder, manifest: PrepareManifest, statistics: TableStatistics, parts: Iterable[PartFile]) -> None:
     """Make the parts the output.
 
     Raises:
         ConfigError: a part that was written is not there.
     """
-    for table in TABLES:
-        stored = target.child(table).sizes()
-        for part in parts:
-            if part.table == table and stored.get(part.name) != part.bytes:  # written by a node that joined meanwhile
-                raise ConfigError(
-                    f"{target.uri}/{table}/{part.name} was written with {part.bytes} bytes and has "
-                    f"{stored.get(part.name, 'none')} here: not all nodes share the folder; run again with --out on a "
-                    "file system that all nodes share, or an s3:// URI"
-                )
+    wrong = _first_wrong(target, parts)
+    if wrong is not None:  # written by a node that joined meanwhile
+        part, size = wrong
+        raise ConfigError(
+            f"{target.uri}/{part.table}/{part.name} was written with {part.bytes} bytes and has "
+            f"{'none' if size is None else size} here: not all nodes share the folder; run again with --out on a "
+            "file system that all nodes share, or an s3:// URI"
+        )
     write_part_files(target, manifest.files, parts)
     target.write_json(statistics.model_dump(mode="json"), manifest.statistics)
     manifest.write(target)
+
+
+def _first_wrong(target: Folder, parts: Iterable[PartFile]) -> tuple[PartFile, int | None] | None:
+    """The first part that is not stored with its size, and the size that is."""
+    stored = {table: target.child(table).sizes() for table in TABLES}
+    sizes = ((part, stored[part.table].get(part.name)) for part in parts)
+    return next(((part, size) for part, size in sizes if size != part.bytes), None)
 
 
 def finished(target: Folder, plan: str) -> PrepareManifest | None:
@@ -120,25 +136,22 @@ def finished(target: Folder, plan: str) -> PrepareManifest | None:
     if manifest is None or manifest.plan != plan:
         return None
     try:
-        parts = list(read_part_files(target, manifest))
+        wrong = _first_wrong(target, read_part_files(target, manifest))
     except ConfigError as error:
         log.warning("%s; preparing anew", error)
         return None
-    for table in TABLES:
-        stored = target.child(table).sizes()
-        for part in parts:
-            if part.table == table and stored.get(part.name) != part.bytes:
-                log.warning("%s/%s/%s is missing or damaged; preparing anew", target.uri, table, part.name)
-                return None
-    return manifest
+    if wrong is None:
+        return manifest
+    log.warning("%s/%s/%s is missing or damaged; preparing anew", target.uri, wrong[0].table, wrong[0].name)
+    return None
 
 
 def foreign_files(target: Folder, manifest: PrepareManifest) -> list[str]:
     """Files in the folders of the tables, and lists beside them, that do not belong to the output."""
-    listed = {(part.table, part.name) for part in read_part_files(target, manifest)}
-    found = [
-        f"{table}/{name}" for table in TABLES for name in target.child(table).files() if (table, name) not in listed
-    ]
+    listed: dict[str, set[str]] = {table: set() for table in TABLES}
+    for part in read_part_files(target, manifest):
+        listed[part.table].add(part.name)
+    found = [f"{table}/{name}" for table in TABLES for name in target.child(table).files() if name not in listed[table]]
     own = {manifest.files, manifest.statistics, clusters_file(manifest.version)}
     lists = ("clusters-", "files-", "statistics-")
     return found + [name for name in target.files() if name.startswith(lists) and name not in own]
@@ -146,7 +159,17 @@ def foreign_files(target: Folder, manifest: PrepareManifest) -> list[str]:
 
 def remove_old(target: Folder, manifest: PrepareManifest) -> None:
     """Remove what an earlier version, or an interrupted run, left; the job holds the lease."""
-    for name in foreign_files(target, manifest):
-        target.remove(*name.split("/"))
+    in_threads(lambda name: target.remove(*name.split("/")), foreign_files(target, manifest))
+    work = target.child(WORK)
+    for version in work.folders():
+        remove_work(work, version)
     for folder in (WORK, "_staging"):
         target.remove(folder)
+
+
+def remove_work(work: Folder, version: str) -> None:
+    """Remove a version's work, a folder of a group of pieces at a time: together they may have millions of files."""
+    for name in work.child(version).folders():
+        of_groups = work.child(version).child(name)
+        in_threads(of_groups.remove, of_groups.folders())
+    work.remove(version)

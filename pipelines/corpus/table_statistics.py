@@ -1,11 +1,13 @@
 """What is in prepared tables, counted part by part: numbers that can be added up, and histograms of them.
 
-The card of a corpus is drawn from these; nothing reads the tables a second time for it.
+The card of a corpus is drawn from these; nothing reads the tables a second time for it. Names that users choose
+(sources, tasks, splits) may be as many as the rows: beyond ``MOST_NAMES`` the rarest are counted together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import numpy as np
@@ -15,8 +17,10 @@ from pydantic import Field
 
 from pipelines.tables.json_file import JsonFile
 
-__all__ = ["Counts", "TableStatistics"]
+__all__ = ["MOST_NAMES", "Counts", "TableStatistics", "is_bounded", "split_tasks", "sum_by_split_task"]
 
+MOST_NAMES = 1000
+_OTHER = "(other)"
 Counts = dict[str, int]
 
 
@@ -49,7 +53,6 @@ class TableStatistics(JsonFile):
     @classmethod
     def of_rows(cls, rows: pa.Table) -> Self:
         """Of a table of ``schema.ROWS``."""
-        split_task = pc.binary_join_element_wise(rows["split"], rows["task"], "/")
         texts = {name: _field(rows[name], "text") for name in ("query", "target")}
         texts |= {name: rows[name] for name in ("question", "answer")}
         lengths = {f"{name}_chars": pc.utf8_length(text.drop_null()) for name, text in texts.items()}
@@ -57,8 +60,8 @@ class TableStatistics(JsonFile):
         negatives = pc.fill_null(pc.list_value_length(rows["negatives"]), 0)
         return cls(
             rows=rows.num_rows,
-            by_split_task=_values(split_task),
-            by_source=_values(rows["source"]),
+            by_split_task=sum_by_split_task({}, split_tasks(rows)),
+            by_source=_sum_by_source({}, _values(rows["source"])),
             with_target=rows.num_rows - rows["target"].null_count,
             with_question=rows.num_rows - rows["question"].null_count,
             with_negatives=int(pc.sum(pc.greater(negatives, 0)).as_py() or 0),
@@ -93,11 +96,42 @@ class TableStatistics(JsonFile):
         return TableStatistics(
             **{name: getattr(self, name) + getattr(other, name) for name in numbers},
             largest_source_pixels=max(self.largest_source_pixels, other.largest_source_pixels),
-            by_split_task=_sum(self.by_split_task, other.by_split_task),
-            by_source=_sum(self.by_source, other.by_source),
+            by_split_task=sum_by_split_task(self.by_split_task, other.by_split_task),
+            by_source=_sum_by_source(self.by_source, other.by_source),
             left_out={s: _sum(self.left_out.get(s, {}), other.left_out.get(s, {})) for s in stages},
             histograms={k: _by_number(_sum(self.histograms.get(k, {}), other.histograms.get(k, {}))) for k in kinds},
         )
+
+
+def split_tasks(rows: pa.Table) -> Counts:
+    """Rows by ``<split>/<task>``."""
+    return _values(pc.binary_join_element_wise(rows["split"], rows["task"], "/"))
+
+
+def sum_by_split_task(left: Counts, right: Counts) -> Counts:
+    """The sum; rare tasks of a split are ``<split>/(other)`` where there are many, and so are splits."""
+    counts = _bounded(_sum(left, right), lambda name: f"{name.partition('/')[0]}/{_OTHER}")
+    return counts if len(counts) <= 2 * MOST_NAMES else _bounded(counts, lambda _: f"{_OTHER}/{_OTHER}")
+
+
+def is_bounded(counts: Counts) -> bool:
+    """Whether some names are counted together."""
+    return any(name.endswith(_OTHER) for name in counts)
+
+
+def _sum_by_source(left: Counts, right: Counts) -> Counts:
+    return _bounded(_sum(left, right), lambda _: _OTHER)
+
+
+def _bounded(counts: Counts, other: Callable[[str], str]) -> Counts:
+    """The largest counts by name, and the others together."""
+    if len(counts) <= MOST_NAMES:
+        return counts
+    ranked = sorted(counts, key=lambda name: (-counts[name], name))
+    kept = Counter({name: counts[name] for name in ranked[:MOST_NAMES]})
+    for name in ranked[MOST_NAMES:]:
+        kept[other(name)] += counts[name]
+    return dict(sorted(kept.items()))
 
 
 def _field(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

@@ -5,7 +5,8 @@ the workers, so that the tables are the same for any number of them. Small corpo
 has work. Files are planned in chunks: in threads here where they are few, in Ray tasks where they are many. Only the
 counts of the chunks come back, so the plan of a corpus of any size is never in one process.
 
-A *group* is ``GROUP_PIECES`` neighbouring pieces. Decisions and parts are made group by group.
+A *group* is ``GROUP_PIECES`` neighbouring pieces. Decisions and parts are made group by group, a task each, so that
+nothing that grows with the rows of the corpus is in one process.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,17 @@ from pipelines.tables import ray_tasks
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.storage import Folder
 
-__all__ = ["GROUP_PIECES", "WORK", "DraftPlan", "Piece", "WorkPlan", "draft_plan", "identity_of", "read_pieces"]
+__all__ = [
+    "GROUP_PIECES",
+    "WORK",
+    "DraftPlan",
+    "Piece",
+    "WorkPlan",
+    "draft_plan",
+    "each_group",
+    "identity_of",
+    "read_pieces",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +54,8 @@ _PIECES = 256
 _CHUNK_FILES = 64
 _HERE_FILES, _HERE_BYTES = 256, 2**30
 """A corpus of more files, or of larger ones, is planned by Ray tasks."""
+_S = TypeVar("_S")
+_T = TypeVar("_T")
 _PLANNED = pa.schema([("records", pa.int64()), ("ranges", pa.string())])
 
 
@@ -102,8 +115,8 @@ def identity_of(corpus: SourceFiles, settings: object) -> str:
     Two preparations of one identity write the same bytes.
     """
     digest = hashlib.blake2b(json.dumps([corpus.root.uri, settings], sort_keys=True).encode(), digest_size=6)
-    for stamp in sources.stamps(corpus):
-        digest.update(f"{stamp.file}\0{stamp.size}\0{stamp.version}\n".encode(errors="surrogatepass"))
+    for file in corpus.files():
+        digest.update(f"{file.name}\0{file.size}\0{file.version}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
@@ -138,6 +151,11 @@ def plan_by_tasks(corpus: SourceFiles, rows: int | None, columns: Sequence[str] 
         if rows or size == _piece_rows(records):
             return _complete(work, [counts[number] for number in sorted(counts)])
         size = _piece_rows(records)
+
+
+def each_group(call: Callable[[_S], _T], groups: Sequence[_S]) -> Iterator[_T]:
+    """``call`` of each group, in tasks, in any order; of the only one of a small corpus here."""
+    return map(call, groups) if len(groups) == 1 else ray_tasks.stream(call, groups)
 
 
 def read_pieces(work: Folder, plan: WorkPlan) -> Iterator[Piece]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
-__all__ = ["CLUSTERS", "DECISIONS", "Decisions", "read_clusters", "write_table"]
+__all__ = [
+    "CLUSTERS",
+    "DECISIONS",
+    "Decisions",
+    "duplicates_file",
+    "filtered_file",
+    "read_clusters",
+    "read_decisions",
+    "write_table",
+]
 
 DECISIONS = pa.schema(
     [
@@ -60,6 +70,22 @@ class Decisions:
         return pa.concat_tables([DECISIONS.empty_table(), *tables])
 
 
+def filtered_file(part: int) -> str:
+    """Name of the decisions on the rows of a part by themselves: their language, an evaluation set."""
+    return f"filtered-{part:06d}.parquet"
+
+
+def duplicates_file(part: int) -> str:
+    """Name of the decisions on the rows of a part that repeat another one."""
+    return f"duplicates-{part:06d}.parquet"
+
+
+def read_decisions(folder: Folder, parts: Iterable[int]) -> pa.Table:
+    """The decisions on the rows of some parts, as ``DECISIONS``."""
+    names = [name for part in parts for name in (duplicates_file(part), filtered_file(part))]
+    return pa.concat_tables([DECISIONS.empty_table(), *(_read(folder, name, DECISIONS) for name in names)])
+
+
 def read_clusters(decisions: Folder, largest: int) -> pa.Table:
     """The largest clusters of each kind, largest first."""
     names = decisions.child("clusters").files(".parquet")
@@ -67,7 +93,7 @@ def read_clusters(decisions: Folder, largest: int) -> pa.Table:
     for name in names:
         kept = pa.concat_tables([kept, _read(decisions, f"clusters/{name}", CLUSTERS)])
         kept = kept.sort_by([("kind", "descending"), ("size", "descending"), ("cluster", "ascending")])
-        of_kind = [kept.filter(pa.array([k == kind for k in kept["kind"].to_pylist()])) for kind in ("rows", "images")]
+        of_kind = [kept.filter(pc.equal(kept["kind"], kind)) for kind in ("rows", "images")]
         kept = pa.concat_tables([table.slice(0, largest) for table in of_kind])
     return kept
 

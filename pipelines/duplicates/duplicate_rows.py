@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from crem.config import PrepareConfig
-from pipelines.duplicates.decision_tables import CLUSTERS, DECISIONS, write_table
+from pipelines.duplicates.decision_tables import CLUSTERS, DECISIONS, duplicates_file, write_table
 from pipelines.duplicates.row_filters import COUNT
 from pipelines.tables.storage import Folder
 
@@ -110,7 +110,7 @@ def write_decisions(found: pa.Table, *, work: Folder) -> pa.Table:
         {**row, "stage": "duplicates"}
         for row in found.sort_by("position").drop_columns(["part", "position"]).to_pylist()
     ]
-    write_table(rows, DECISIONS, work, f"duplicates-{part:06d}.parquet")
+    write_table(rows, DECISIONS, work, duplicates_file(part))
     counts = Counter(f"left_out:duplicates/{row['reason']}" for row in rows)
     return pa.table(
         {"position": pa.array(list(counts.values()), pa.int64()), "reason": pa.array(list(counts), pa.string())}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
-__all__ = ["TablePart", "pieces"]
+__all__ = ["FoundFiles", "TablePart", "pieces"]
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """Files of a part and what of them counts, as fields of ``TablePart``."""
+
+    names: tuple[str, ...]
+    keep: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class TablePart:
     keep: NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
     """[rows] which of them count; None for all. Rows that are rejected already, such as those of a repeated id, do not
     count: no other row is a duplicate of them."""
+    find: Callable[[], FoundFiles] | None = field(default=None, compare=False, repr=False)
+    """Finds ``names`` and ``keep`` in a worker, so that the driver does not hold them."""
 
 
 def pieces(part: TablePart, columns: list[str]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
@@ -35,6 +45,9 @@ def pieces(part: TablePart, columns: list[str]) -> Iterator[tuple[NDArray[np.int
 
     A store that fails for a while is asked again.
     """
+    if part.find is not None:
+        found = part.find()
+        part = replace(part, names=found.names, keep=found.keep)
     start = 0
     for table in _tables(part, columns):
         positions = np.arange(start, start + table.num_rows)

@@ -17,7 +17,7 @@ import ray
 from numpy.typing import NDArray
 
 from crem.config import PrepareConfig
-from pipelines.duplicates.decision_tables import DECISIONS, write_table
+from pipelines.duplicates.decision_tables import DECISIONS, filtered_file, write_table
 from pipelines.duplicates.evaluation_sets import EvaluationSet, evaluation_row_key, is_training_split
 from pipelines.duplicates.language import LanguageFilter
 from pipelines.duplicates.near_items import NearItems
@@ -118,7 +118,7 @@ def key_rows(
                     continue
             records.append(_record(row, position, task.number, seen, config, buckets))
         yield pa.Table.from_pylist(records, schema=ROW_RECORD)
-    write_table(left_out, DECISIONS, work, f"filtered-{task.number:06d}.parquet")
+    write_table(left_out, DECISIONS, work, filtered_file(task.number))
     yield pa.Table.from_pylist(
         [_count(name, count, task.number % buckets) for name, count in sorted(counts.items())]
         or [_count("", 0, task.number % buckets)],  # a block of no rows has no columns for Ray Data

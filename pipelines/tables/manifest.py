@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import ClassVar, Literal
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ __all__ = [
     "TABLES",
     "PartFile",
     "PrepareManifest",
+    "listed_parts",
     "read_manifest",
     "read_part_files",
     "table_parts",
@@ -39,6 +41,7 @@ _FIRST_KEYS = {
     *("kind", "rows_in", "rows_out", "rejected", "filtered", "images", "by_reason", "by_split_task"),
     *("source_uri", "created_with", "config"),
 }
+_BATCH = 4096
 _PART_FILES = pa.schema(
     [
         ("table", pa.string()),
@@ -166,18 +169,23 @@ def read_part_files(prepared: Folder, manifest: PrepareManifest) -> Iterator[Par
         ConfigError: the list is missing or damaged.
     """
     try:
-        table = pq.read_table(pa.BufferReader(prepared.read_bytes(manifest.files)), schema=_PART_FILES)
+        return listed_parts(prepared, manifest.files)
     except (FileNotFoundError, pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"{prepared.uri}/{manifest.files}, the list of parts, cannot be read: {error}; run crem prepare again"
         ) from error
-    return (PartFile(**row) for batch in table.to_batches(max_chunksize=4096) for row in batch.to_pylist())
 
 
-def write_part_files(prepared: Folder, name: str, files: Iterable[PartFile]) -> None:
-    """Write the list of parts, which a manifest then names."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_pylist([file.model_dump() for file in files], schema=_PART_FILES), sink, compression="zstd"
-    )
-    prepared.write_bytes(sink.getvalue().to_pybytes(), name)
+def listed_parts(folder: Folder, name: str) -> Iterator[PartFile]:
+    """The parts in a list of ``write_part_files``; few of them are objects at a time."""
+    table = pq.read_table(pa.BufferReader(folder.read_bytes(name)), schema=_PART_FILES)
+    return (PartFile(**row) for batch in table.to_batches(max_chunksize=_BATCH) for row in batch.to_pylist())
+
+
+def write_part_files(folder: Folder, name: str, files: Iterable[PartFile]) -> None:
+    """Write a list of parts, which a manifest then names."""
+    sink, waiting = pa.BufferOutputStream(), iter(files)
+    with pq.ParquetWriter(sink, _PART_FILES, compression="zstd") as writer:
+        while batch := list(islice(waiting, _BATCH)):
+            writer.write_table(pa.Table.from_pylist([file.model_dump() for file in batch], schema=_PART_FILES))
+    folder.write_bytes(sink.getvalue().to_pybytes(), name)

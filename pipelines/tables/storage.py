@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -48,6 +48,23 @@ class JobKind(StrEnum):
     EVALUATE = "evaluate"
     ABLATE = "ablate"
     DEMO = "demo"
+
+
+class _Entry(NamedTuple):
+    """A file or folder of a folder."""
+
+    name: str
+    size: int
+    is_folder: bool
+
+
+def _local_entry(entry: os.DirEntry[str]) -> _Entry | None:
+    try:
+        if entry.is_dir():
+            return _Entry(entry.name, 0, True)
+        return _Entry(entry.name, entry.stat().st_size, False) if entry.is_file() else None
+    except FileNotFoundError:  # removed just now
+        return None
 
 
 @dataclass(frozen=True)
@@ -132,19 +149,41 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file directly in this folder, by its name; names are sorted."""
-        found = ((e["name"].rpartition("/")[2], e["size"]) for e in self._entries() if e["type"] == "file")
-        return dict(sorted((name, int(size or 0)) for name, size in found if name))
+        found = ((entry.name, entry.size) for entry in self._entries() if not entry.is_folder)
+        return dict(sorted(found))
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this folder, sorted."""
-        names = (e["name"].rstrip("/").rpartition("/")[2] for e in self._entries() if e["type"] == "directory")
-        return sorted(n for n in names if n)
+        return sorted(entry.name for entry in self._entries() if entry.is_folder)
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def _entries(self) -> Iterator[_Entry]:
+        """What is directly in this folder; of large ones a page at a time is in memory."""
         try:
-            return list(self._call("listing", lambda: self.fs.ls(self.path(), detail=True)))
-        except FileNotFoundError:
-            return []
+            if isinstance(self.fs, LocalFileSystem):
+                with self._call("listing", lambda: os.scandir(self.path())) as entries:
+                    yield from filter(None, map(_local_entry, entries))
+            elif hasattr(self.fs, "call_s3"):
+                for page in self._s3_pages():
+                    yield from page
+            else:
+                for found in self._call("listing", lambda: self.fs.ls(self.path(), detail=True)):
+                    name = found["name"].rstrip("/").rpartition("/")[2]
+                    yield _Entry(name, int(found["size"] or 0), found["type"] == "directory")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+
+    def _s3_pages(self) -> Iterator[list[_Entry]]:
+        bucket, _, prefix = self.path().partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        while True:
+            page = self._call("listing", lambda: self.fs.call_s3("list_objects_v2", **request))
+            files = [_Entry(e["Key"].removeprefix(prefix), e["Size"], False) for e in page.get("Contents", ())]
+            folders = [e["Prefix"].removeprefix(prefix).rstrip("/") for e in page.get("CommonPrefixes", ())]
+            yield [entry for entry in files if entry.name] + [_Entry(name, 0, True) for name in folders]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def upload(self, local: str, *parts: str) -> None:
         """Copy a local file into this folder; on an object store it appears only when complete."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpus.decisions import CHOSEN, LEFT_OUT_IDS, GroupDecisions, decide, resolve_here
-from pipelines.corpus.ledger import PieceLedger
-from pipelines.corpus.resolve_shuffle import resolve_by_shuffle
+from crem.config import load_config
+from pipelines.corpus import first_of_ids
+from pipelines.corpus.curation import CHOSEN
+from pipelines.corpus.decisions import GroupDecisions
+from pipelines.corpus.ledger import PieceLedger, staged_pieces
+from pipelines.corpus.resolve import resolve
 from pipelines.corpus.work_plan import GROUP_PIECES, WorkPlan
+from pipelines.duplicates.decision_tables import DECISIONS, duplicates_file, filtered_file, write_table
 from pipelines.tables.storage import Folder
+
+CONFIG = load_config("micro", ['prepare.exact_duplicates="off"']).prepare
 
 
 def ledger(piece: int, rows: list[int], images: list[int], refs: list[tuple[int, int]]) -> PieceLedger:
@@ -30,89 +35,102 @@ def ledger(piece: int, rows: list[int], images: list[int], refs: list[tuple[int,
     return PieceLedger(piece, "a", len(rows), len(rows), 0, *arrays, *files)
 
 
+def decided(
+    work: Folder, ledgers: list[PieceLedger], chosen: dict[str, list[dict[str, Any]]] | None = None
+) -> list[GroupDecisions]:
+    """The decisions on each group.
+
+    Args:
+        chosen: rows to leave out by choice, by the name of their file: each piece is a part of its own here.
+    """
+    plan = WorkPlan(records=sum(len(one.row_ids) for one in ledgers), chunks=(len(ledgers),))
+    for one in ledgers:
+        one.write(work)
+    for name, rows in (chosen or {}).items():
+        write_table([{"cluster": None, **row} for row in rows], DECISIONS, work.child(CHOSEN), name)
+    resolve(work, plan, CONFIG)
+    assert GroupDecisions.are_made(work, plan, "images")
+    return [GroupDecisions.read(work, group) for group in range(plan.groups)]
+
+
 LEDGERS = [
     ledger(0, [1, 2], [10, 11], [(0, 10), (1, 11)]),
     ledger(1, [], [], []),
     ledger(2, [2, 3, 3], [12, 11, 13], [(0, 12), (1, 11), (2, 13)]),  # 12 and 13 belong only to repeated rows
     ledger(3, [4], [12], [(0, 12)]),
 ]
-PLAN = WorkPlan(records=6, chunks=(4,))
 
 
 def of(decisions: GroupDecisions) -> tuple[list[list[bool]], list[list[bool]]]:
     return [decisions.keep_rows(x).tolist() for x in LEDGERS], [decisions.keep_images(x).tolist() for x in LEDGERS]
 
 
-def test_the_first_row_of_an_id_and_one_copy_of_each_wanted_image_are_kept() -> None:
-    (decisions,) = decide(LEDGERS, LEFT_OUT_IDS.empty_table(), PLAN)
+def test_the_first_row_of_an_id_and_one_copy_of_each_wanted_image_are_kept(tmp_path: Path) -> None:
+    (decisions,) = decided(Folder.at(tmp_path), LEDGERS)
     rows, images = of(decisions)
     assert rows == [[True, True], [], [False, True, False], [True]]
     # image 12 is named by a kept row of the last piece only, which therefore holds it
     assert images == [[True, True], [], [False, False, False], [True]]
     assert decisions.rows.to_pylist() == [
-        {"piece": 2, "row": row, "stage": "ids", "reason": "duplicate_id", "detail": None} for row in (0, 2)
+        {"piece": 2, "place": place, "stage": "ids", "reason": "duplicate_id", "detail": None} for place in (0, 2)
     ]
 
 
-def test_rows_left_out_by_choice_take_their_images_along() -> None:
-    chosen = [
-        {"id": 2, "stage": "duplicates", "reason": "near_duplicate", "detail": "of 7"},
-        {"id": 9, "stage": "language", "reason": "language", "detail": "no such row"},
-    ]
-    (decisions,) = decide(LEDGERS, pa.Table.from_pylist(chosen, schema=LEFT_OUT_IDS), PLAN)
+def test_rows_left_out_by_choice_take_their_images_along(tmp_path: Path) -> None:
+    near = {"id": 2, "stage": "duplicates", "reason": "near_duplicate", "detail": "of 7"}
+    language = {"id": 4, "stage": "language", "reason": "other_language", "detail": "of 8"}
+    chosen = {duplicates_file(0): [near], filtered_file(3): [language]}
+    (decisions,) = decided(Folder.at(tmp_path), LEDGERS, chosen)
     rows, images = of(decisions)
-    assert rows == [[True, False], [], [False, True, False], [True]]
-    assert images == [[True, False], [], [False, True, False], [True]], "image 11 is now held by the piece of row 3"
+    assert rows == [[True, False], [], [False, True, False], [False]]
+    assert images == [[True, False], [], [False, True, False], [False]], "image 11 is now held by the piece of row 3"
     assert [tuple(row.values()) for row in decisions.rows.to_pylist()] == [
         (0, 1, "duplicates", "near_duplicate", "of 7"),
         (2, 0, "ids", "duplicate_id", None),
         (2, 2, "ids", "duplicate_id", None),
+        (3, 0, "language", "other_language", "of 8"),
     ]
 
 
-def test_decisions_and_ledgers_are_read_as_they_were_written(tmp_path: object) -> None:
-    work = Folder.at(str(tmp_path))
-    (decisions,) = decide(LEDGERS, LEFT_OUT_IDS.empty_table(), PLAN)
-    decisions.write(work, 0)
-    assert GroupDecisions.are_made(work, PLAN)
-    assert of(GroupDecisions.read(work, 0)) == of(decisions)
-    for one in LEDGERS:
+def test_ledgers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    work = Folder.at(tmp_path)
+    plan = WorkPlan(records=6, chunks=(GROUP_PIECES + 1,))
+    assert staged_pieces(work, plan).tolist() == []
+    for one in (*LEDGERS, ledger(GROUP_PIECES, [5], [], [])):
         one.write(work)
         read = PieceLedger.read(work, one.piece)
         for name, value in vars(one).items():
             assert np.array_equal(getattr(read, name), value), name
+    assert staged_pieces(work, plan).tolist() == [0, 1, 2, 3, GROUP_PIECES]
 
 
-def test_groups_partition_the_decisions() -> None:
+@pytest.mark.ray
+def test_groups_partition_the_decisions(tmp_path: Path, local_ray: None) -> None:
     pieces = GROUP_PIECES + 3
     ledgers = [ledger(i, [i % 100], [i % 50], [(0, i % 50)]) for i in range(pieces)]
-    groups = list(decide(ledgers, LEFT_OUT_IDS.empty_table(), WorkPlan(records=pieces, chunks=(pieces,))))
+    groups = decided(Folder.at(tmp_path), ledgers)
     assert [g.rows.num_rows for g in groups] == [GROUP_PIECES - 100, 3]
     assert [g.images.num_rows for g in groups] == [GROUP_PIECES - 50, 3]
     assert groups[1].rows["piece"].to_pylist() == [GROUP_PIECES, GROUP_PIECES + 1, GROUP_PIECES + 2]
 
 
 @pytest.mark.ray
-def test_the_shuffle_decides_the_same(tmp_path: Path, local_ray: None) -> None:
+def test_the_shuffle_decides_the_same(tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     random, pieces = np.random.default_rng(5), GROUP_PIECES + 40
-    ledgers = []
+    ledgers, chosen = [], {}
     for piece in range(pieces):
         images = random.choice(300, 6, replace=False).tolist()
         rows = random.integers(-400, 400, 5).tolist()
         refs = [(row, images[int(random.integers(6))]) for row in range(5)]
         ledgers.append(ledger(piece, rows, images, refs))
-    plan = WorkPlan(records=5 * pieces, chunks=(pieces,))
-    chosen = [{"id": i, "stage": "language", "reason": "language", "detail": f"of {i}"} for i in range(0, 400, 7)]
-    works = [Folder.at(tmp_path / name) for name in ("here", "shuffled")]
-    for work in works:
-        for one in ledgers:
-            one.write(work)
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(chosen, schema=LEFT_OUT_IDS), sink)
-        work.write_bytes(sink.getvalue().to_pybytes(), CHOSEN, "a.parquet")
-    resolve_here(works[0], plan)
-    resolve_by_shuffle(works[1], plan, rows=5 * pieces, ids_per_bucket=300)
-    for group in range(2):
-        here, shuffled = (GroupDecisions.read(work, group) for work in works)
-        assert here.rows.num_rows > 50 and here.images.num_rows > 50
-        assert shuffled.rows.equals(here.rows) and shuffled.images.equals(here.images)
+        if piece % 7 == 0:
+            reason = {"stage": "language", "reason": "other_language", "detail": f"of {rows[0]}"}
+            chosen[filtered_file(piece)] = [{"id": rows[0], **reason}]
+    here = decided(Folder.at(tmp_path / "here"), ledgers, chosen)
+    monkeypatch.setattr(first_of_ids, "_HERE", 0)
+    monkeypatch.setattr(first_of_ids, "_IDS_PER_BUCKET", 300)
+    shuffled = decided(Folder.at(tmp_path / "shuffled"), ledgers, chosen)
+    assert len(here) == 2 and "language" in here[0].rows["stage"].to_pylist()
+    for one, other in zip(here, shuffled, strict=True):
+        assert one.rows.num_rows > 50 and one.images.num_rows > 50
+        assert other.rows.equals(one.rows) and other.images.equals(one.images)

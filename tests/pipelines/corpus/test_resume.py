@@ -19,7 +19,7 @@ import pytest
 
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError, StorageError
-from pipelines.corpus import commit
+from pipelines.corpus import part_cuts
 from pipelines.corpus.prepare import prepare
 from pipelines.corpus.publish import publish
 from pipelines.corpus.verify import verify
@@ -98,7 +98,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
             prepare(str(corpus), str(out), config())
     assert not (out / "manifest.json").exists() and not (out / "_lease.json").exists()
     (work,) = (out / "_work").iterdir()
-    ledgers = {path: path.stat().st_mtime_ns for path in (work / "ledgers").iterdir()}
+    ledgers = {path: path.stat().st_mtime_ns for path in (work / "ledgers").glob("*/*")}
     assert len(ledgers) >= results or results == 14
     again: list[Path] = []
 
@@ -138,8 +138,8 @@ def test_an_earlier_output_stays_readable_until_the_new_one_is_complete(
 def test_parts_are_cut_by_size_and_do_not_depend_on_the_order_of_results(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
 ) -> None:
-    monkeypatch.setattr(commit, "_PART_ROWS", 10)
-    monkeypatch.setattr(commit, "_PART_BYTES", 700)
+    monkeypatch.setattr(part_cuts, "_PART_ROWS", 10)
+    monkeypatch.setattr(part_cuts, "_PART_BYTES", 700)
     prepare(str(corpus), str(tmp_path / "a"), config())
     stream = ray_tasks.stream
     monkeypatch.setattr(ray_tasks, "stream", lambda f, tasks: reversed(list(stream(f, tasks))))
@@ -173,7 +173,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, lo
     for _ in range(6):
         job = subprocess.Popen(command(str(corpus), str(out)), stderr=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 120
-        while job.poll() is None and not list(out.glob("_work/*/ledgers/*")) and time.monotonic() < deadline:
+        while job.poll() is None and not list(out.glob("_work/*/ledgers/*/*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(moments.uniform(0, 3))
         os.killpg(job.pid, signal.SIGKILL)  # driver, raylet and workers
@@ -191,7 +191,7 @@ def test_a_worker_that_is_killed_costs_a_piece(tmp_path: Path, local_ray: None) 
     job = subprocess.Popen(command(str(corpus), str(out)), stderr=subprocess.PIPE, text=True, start_new_session=True)
     killed, deadline = 0, time.monotonic() + 120
     while job.poll() is None and killed < 3 and time.monotonic() < deadline:
-        if len(list(out.glob("_work/*/ledgers/*"))) > 5 * (killed + 1):
+        if len(list(out.glob("_work/*/ledgers/*/*"))) > 5 * (killed + 1):
             found = subprocess.run(["pgrep", "-g", str(job.pid), "-f", "ray::Map"], capture_output=True, text=True)
             for pid in found.stdout.split()[:1]:
                 os.kill(int(pid), signal.SIGKILL)
@@ -214,7 +214,7 @@ def test_the_storage_is_away_for_a_while(tmp_path: Path, s3_env: S3Server, local
     job = subprocess.Popen(command(place, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while job.poll() is None and time.monotonic() < deadline:
-        if len(fs.glob(f"{s3_env.bucket}/away/out/_work/*/ledgers/*", refresh=True)) > 5:
+        if len(fs.glob(f"{s3_env.bucket}/away/out/_work/*/ledgers/*/*", refresh=True)) > 5:
             break
         time.sleep(0.2)
     s3_env.kill()
@@ -236,7 +236,7 @@ def test_storage_that_stays_away_ends_the_job_in_one_line_and_it_continues(tmp_p
 
     fs, deadline = s3fs.S3FileSystem(), time.monotonic() + 120
     while job.poll() is None and time.monotonic() < deadline:
-        if len(fs.glob(f"{s3_env.bucket}/gone/out/_work/*/ledgers/*", refresh=True)) > 5:
+        if len(fs.glob(f"{s3_env.bucket}/gone/out/_work/*/ledgers/*/*", refresh=True)) > 5:
             break
         time.sleep(0.2)
     s3_env.kill()
