@@ -37,6 +37,8 @@ CHOSEN = "left_out"
 """Folder, in the work folder, of the rows to leave out by choice and of clusters."""
 _PARTS = 4096
 """Parts at most that the staged pieces are put together to: each is one task, and a number in the driver."""
+_PART_ROWS = 4096
+"""Rows of a part at least: the keys of fewer are made faster than a task starts."""
 _CLUSTERS = 1000
 """Clusters of each kind that are published, the largest first."""
 
@@ -82,27 +84,32 @@ def chosen_rows(work: Folder, plan: WorkPlan, group: int) -> pa.Table:
 class _PartSizes:
     number: int
     rows: int
-    images: int
+    images: list[tuple[range, int]]
+    """Pieces and images of the parts of images among its pieces, which are smaller: images take longer."""
 
 
 def _staged_parts(work: Folder, plan: WorkPlan) -> tuple[list[TablePart], list[TablePart]]:
     """The staged rows and images, several pieces a part; rows count where they are the first of their id."""
-    together = _together(plan)
     count = partial(_part_sizes, work=work, plan=plan)
-    parts = range(-(-plan.pieces // together))
+    parts = range(-(-plan.pieces // _together(plan)))
     sizes: Iterator[_PartSizes] = map(count, parts) if plan.groups == 1 else ray_tasks.stream(count, parts)
     rows, images = [], []
     for part in sorted(sizes, key=lambda part: part.number):
-        pieces = _pieces(part.number, plan)
-        rows.append(TablePart(work, (), part.rows, find=partial(_find, pieces, "rows", work=work)))
-        if part.images:
-            images.append(TablePart(work, (), part.images, find=partial(_find, pieces, "images", work=work)))
+        find = partial(_find, _pieces(part.number, plan), "rows", work=work)
+        rows.append(TablePart(work, (), part.rows, find=find))
+        for pieces, number in part.images:
+            images.append(TablePart(work, (), number, find=partial(_find, pieces, "images", work=work)))
     return rows, images
 
 
-def _together(plan: WorkPlan) -> int:
-    """Pieces of a part."""
+def _step(plan: WorkPlan) -> int:
+    """Pieces of a part of images."""
     return -(-plan.pieces // _PARTS)
+
+
+def _together(plan: WorkPlan) -> int:
+    """Pieces of a part of rows."""
+    return _step(plan) * max(1, _PART_ROWS * plan.pieces // plan.records // _step(plan))
 
 
 def _pieces(part: int, plan: WorkPlan) -> range:
@@ -111,8 +118,14 @@ def _pieces(part: int, plan: WorkPlan) -> range:
 
 
 def _part_sizes(part: int, *, work: Folder, plan: WorkPlan) -> _PartSizes:
-    ledgers = read_ledgers(work, _pieces(part, plan))
-    return _PartSizes(part, sum(len(x.row_ids) for x in ledgers), sum(len(x.image_ids) for x in ledgers))
+    pieces, step = _pieces(part, plan), _step(plan)
+    ledgers = read_ledgers(work, pieces)
+    images = [
+        (pieces[at : at + step], sum(len(ledger.image_ids) for ledger in ledgers[at : at + step]))
+        for at in range(0, len(pieces), step)
+    ]
+    rows = sum(len(ledger.row_ids) for ledger in ledgers)
+    return _PartSizes(part, rows, [(found, number) for found, number in images if number])
 
 
 def _find(pieces: range, table: str, *, work: Folder) -> FoundFiles:

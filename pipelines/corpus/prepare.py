@@ -214,7 +214,7 @@ class _Job:
         pieces = (piece for piece in read_pieces(self.work, plan) if not is_done[piece.number])
         staged = 0
         with StagingProgress(plan.records, plan.records * len(done) // plan.pieces) as progress:
-            for counts in ray_tasks.stream(run, pieces):
+            for counts in ray_tasks.stream(run, pieces, together=plan.pieces_at_once):
                 assert isinstance(counts, PieceCounts)
                 progress.add(counts)
                 staged += 1

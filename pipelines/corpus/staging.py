@@ -95,9 +95,9 @@ class _PieceWriter:
         self.parser = records
         self.reader = reader
         self.config = config
-        self.rows = _StagedTable(self, "rows", schema.ROWS, "zstd")
+        self.rows = _StagedTable(self, "rows", schema.ROWS, "lz4")
         self.images = _StagedTable(self, "images", schema.IMAGES, None)  # already compressed
-        self.rejected = _StagedTable(self, "rejected", schema.REJECTED, "zstd")
+        self.rejected = _StagedTable(self, "rejected", schema.REJECTED, "lz4")
         self.records = 0
         self.row_ids: list[int] = []
         self.image_ids: dict[int, tuple[int, int, bool]] = {}  # (bytes, shrunk_from, truncated), as they were stored

@@ -49,6 +49,8 @@ WORK = "_work"
 GROUP_PIECES = 256
 _MIN_ROWS, _MAX_ROWS = 64, 4096
 """Rows of a piece: the fewest that outweigh the cost of a task, and the most that are cheap to do again."""
+_TASK_ROWS = 1024
+"""Rows of several small pieces that one Ray task stages. Source: ours."""
 _PIECES = 256
 """Pieces that are aimed at between these bounds: enough for a machine of many cores."""
 _CHUNK_FILES = 64
@@ -85,6 +87,11 @@ class WorkPlan(JsonFile):
     @property
     def groups(self) -> int:
         return -(-self.pieces // GROUP_PIECES)
+
+    @property
+    def pieces_at_once(self) -> int:
+        """How many pieces one Ray task stages at most, where they are small."""
+        return max(1, _TASK_ROWS * self.pieces // max(1, self.records))
 
     def group(self, number: int) -> range:
         """The pieces of a group."""

@@ -74,8 +74,8 @@ def interrupted_after(results: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the driver die after so many results of tasks."""
     left, stream = itertools.count(results, -1), ray_tasks.stream
 
-    def dying(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        for result in stream(function, tasks):
+    def dying(function: Callable[[Any], Any], tasks: Iterable[Any], **options: int) -> Iterator[Any]:
+        for result in stream(function, tasks, **options):
             if next(left) <= 0:
                 raise KeyboardInterrupt
             yield result
