@@ -142,7 +142,7 @@ def test_parts_are_cut_by_size_and_do_not_depend_on_the_order_of_results(
     monkeypatch.setattr(part_cuts, "_PART_BYTES", 700)
     prepare(str(corpus), str(tmp_path / "a"), config())
     stream = ray_tasks.stream
-    monkeypatch.setattr(ray_tasks, "stream", lambda f, tasks: reversed(list(stream(f, tasks))))
+    monkeypatch.setattr(ray_tasks, "stream", lambda f, tasks, **o: reversed(list(stream(f, tasks, **o))))
     prepare(str(corpus), str(tmp_path / "b"), config())
     assert content(tmp_path / "a") == content(tmp_path / "b")
     names = [Path(name) for name in content(tmp_path / "a")]
