@@ -66,8 +66,9 @@ def _wanted(ledger: PieceLedger, rows: pa.Table) -> NDArray[np.bool_]:
 def _ids(found: Iterable[tuple[int, NDArray[np.int64], NDArray[np.int64]]]) -> pa.Table:
     columns: list[list[NDArray[Any]]] = [[np.empty(0, field.type.to_pandas_dtype())] for field in IDS]
     for piece, ids, places in found:
-        for column, values in zip(columns, (ids, np.full(len(ids), piece), places.astype(np.int32)), strict=True):
-            column.append(values)
+        values: tuple[NDArray[Any], ...] = (ids, np.full(len(ids), piece), places.astype(np.int32))
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
     return pa.table([np.concatenate(column) for column in columns], schema=IDS)
 
 
