@@ -169,7 +169,17 @@ def _question(said: Parts) -> tuple[Parts, str | None]:
     line, _, following = "".join(part for part in said[last + 1 :] if isinstance(part, str)).partition("\n")
     if following.strip():
         return [*said[: last + 1], line], following.strip()
-    return said, "".join(part if isinstance(part, str) else f"image {part + 1}" for part in said).strip()
+    return said, _named(said)
+
+
+def _named(said: Parts) -> str:
+    """The words of a turn, with the name of each image where it stands."""
+    text = ""
+    for part in said:
+        piece = part if isinstance(part, str) else f"image {part + 1}"
+        touching = text[-1:].isalnum() and piece[:1].isalnum()
+        text += f" {piece}" if touching else piece
+    return text.strip()
 
 
 def _images(said: Parts) -> list[int]:

@@ -219,7 +219,8 @@ def _format(
     raise ConfigError(
         f"{file} has the columns {list(columns[:_SHOWN])}; none of them is known, so its rows cannot be read.{hint} "
         f"Map them with {section}.columns={{{columns[0]}: {'query_text' if section == 'prepare' else 'text'}}}, "
-        f"or name one of the formats {', '.join(known.name for known in FORMATS)} with {section}.format=NAME"
+        f"name one of the formats {', '.join(known.name for known in FORMATS)} with {section}.format=NAME, "
+        "or leave the file out with a pattern such as '.../*.parquet' in place of the folder"
     )
 
 

@@ -70,7 +70,9 @@ class TarRows:
             samples.setdefault(member.key, _Sample(member.key)).members.append(member)
             if len(samples) > _SNIFFED_ROWS:
                 break
-        extensions = dict.fromkeys(m.extension for s in list(samples.values())[:_SNIFFED_ROWS] for m in s.members)
+        extensions = dict.fromkeys(
+            m.extension for s in list(samples.values())[:_SNIFFED_ROWS] for m in s.members if m.extension
+        )
         return FileSchema(("__key__", *extensions) if samples else ())
 
 

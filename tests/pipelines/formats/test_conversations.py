@@ -56,6 +56,8 @@ def test_images_between_the_words_keep_their_places() -> None:
     row = row_of(llava("Is <image> in <image>?", "No.", image=[A, B]))
     assert row.query == RawItem("Is  in ?", (A, B), None, (3, 7))
     assert row.question == "Is image 1 in image 2?"
+    row = row_of(llava("Is<image>in <image>?", "No.", image=[A, B]))
+    assert row.question == "Is image 1 in image 2?"
     row = row_of(llava("<image>\n<image>\nWhat differs?", "All.", image=[A, B]))
     assert (row.query, row.question) == (RawItem(None, (A, B), None), "What differs?")
     _, rows = rows_of(llava("<image>\nWhat?", "A bus.", "And <image>?", "A cat.", image=[A, B]))

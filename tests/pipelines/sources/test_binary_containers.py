@@ -157,13 +157,16 @@ def test_what_a_tar_holds_besides_samples_is_said(tmp_path: Path) -> None:
         ("d/b.txt", b"2"), ("d/a.TXT", b"again"), ("d/c.json", b"{"), ("d/e.txt", b"\xff"),
         ("d/f.json", b'{"a":1,"a":2}'),
     ]  # fmt: skip
-    rows = rows_of(write(tmp_path, {"a.tar": tar(members)}))
+    source = write(tmp_path, {"a.tar": tar(members)})
+    rows = rows_of(source)
     errors = {row.name.rpartition("#")[2]: row.parse_error for row in rows if row.record is None}
     assert [row.record for row in rows if row.record] == [{"__key__": "d/b", "txt": "2"}]
     assert "'d/a.txt' stands 2 times" in errors["0"]
     assert "'README' belongs to no key" in errors["1"] and "'d/.hidden' belongs to no key" in errors["2"]
     assert "d/c.json is not JSON" in errors["4"] and "d/e.txt is not UTF-8" in errors["5"]
     assert "d/f.json is not JSON: 'a' stands twice" in errors["6"] and len(rows) == 7
+    whole = ranges_of(source)[0]
+    assert sources.schema_of(whole).columns == ("__key__", "txt", "json")
 
 
 def test_a_link_in_a_tar_is_a_bad_row_and_not_a_lost_one(tmp_path: Path) -> None:
