@@ -25,13 +25,16 @@ def resolve(work: Folder, plan: WorkPlan, config: PrepareConfig) -> None:
     """Decide which rows and images are left out, unless that is done."""
     if GroupDecisions.are_made(work, plan, "images"):
         return
+    scratch = work.child("repeats")
     if not GroupDecisions.are_made(work, plan, "repeats"):
         rows = plan.records  # about as many; one record can hold several
-        drop_repeats(plan, rows, partial(_row_ids, work=work, plan=plan), partial(_write_repeats, work=work))
+        read, write = partial(_row_ids, work=work, plan=plan), partial(_write_repeats, work=work)
+        drop_repeats(plan, rows, read, write, scratch)
     if not GroupDecisions.are_made(work, plan, "rows"):
         curate(work, plan, config)
     images = sum(each_group(partial(_decide_rows, work=work, plan=plan), range(plan.groups)))
-    drop_repeats(plan, images, partial(_wanted_ids, work=work, plan=plan), partial(_write_images, work=work, plan=plan))
+    read, write = partial(_wanted_ids, work=work, plan=plan), partial(_write_images, work=work, plan=plan)
+    drop_repeats(plan, images, read, write, scratch)
 
 
 def _row_ids(group: int, *, work: Folder, plan: WorkPlan) -> pa.Table:

@@ -277,24 +277,31 @@ def suspects_here(folder: Folder, tasks: list[_PartIds]) -> pa.Table:
     return _at_fault(pa.concat_tables([_SEEN.empty_table(), *tables]))
 
 
-def suspects_by_shuffle(folder: Folder, tasks: list[_PartIds], *, ids_per_bucket: int = 2_000_000) -> pa.Table:
-    """The same of any number of ids: a shuffle brings equal ids together, and a few faults of each bucket come here."""
-    buckets = 1 + sum(task.rows for task in tasks) // ids_per_bucket
+def suspects_by_shuffle(folder: Folder, tasks: list[_PartIds]) -> pa.Table:
+    """The same of any number of ids: shuffles bring equal ids together, and a few faults of each bucket come here.
 
-    def read(batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
-        for task in (task for some in batch[ray_tasks.TASK] for task in pickle.loads(some)):
-            table = _ids(task, folder=folder)
-            yield table.append_column("bucket", pa.array(table["id"].to_numpy() % buckets))
-
+    Each shuffle takes a share of the ids that fits the CPUs, and the parts are read once for each.
+    """
+    rounds, buckets = ray_tasks.shuffle_rounds(sum(task.rows for task in tasks)), ray_tasks.shuffle_buckets()
     together = -(-len(tasks) // _SHUFFLE_TASKS)
-    shuffled = (
-        ray_tasks.task_dataset([tasks[start : start + together] for start in range(0, len(tasks), together)])
-        .map_batches(read, batch_size=1)
-        .groupby("bucket", num_partitions=min(buckets, 200))
-        .map_groups(lambda group: _at_fault(group.select(_SEEN.names)), batch_format="pyarrow")
-    )
-    tables = [batch.cast(_AT_FAULT) for batch in shuffled.iter_batches(batch_format="pyarrow") if batch.num_rows]
-    return pa.concat_tables([_AT_FAULT.empty_table(), *tables])
+    bundles = [tasks[start : start + together] for start in range(0, len(tasks), together)]
+    tables = [_AT_FAULT.empty_table()]
+    for number in range(rounds):
+
+        def read(batch: dict[str, NDArray[Any]], number: int = number) -> Iterator[pa.Table]:
+            for task in (task for bundle in batch[ray_tasks.TASK] for task in pickle.loads(bundle)):
+                table = _ids(task, folder=folder)
+                table = table.filter(pa.array(table["id"].to_numpy() % rounds == number))
+                yield table.append_column("bucket", pa.array(table["id"].to_numpy() // rounds % buckets))
+
+        shuffled = (
+            ray_tasks.task_dataset(bundles)
+            .map_batches(read, batch_size=1)
+            .groupby("bucket", num_partitions=buckets)
+            .map_groups(lambda bucket: _at_fault(bucket.select(_SEEN.names)), batch_format="pyarrow")
+        )
+        tables += [batch.cast(_AT_FAULT) for batch in shuffled.iter_batches(batch_format="pyarrow") if batch.num_rows]
+    return pa.concat_tables(tables)
 
 
 def _at_fault(seen: pa.Table) -> pa.Table:

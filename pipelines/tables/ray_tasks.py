@@ -22,7 +22,18 @@ import ray.data
 from crem.errors import CremError, ResourceError
 from pipelines.tables.part_reads import in_threads
 
-__all__ = ["TASK", "attempt", "on_nodes", "remote_errors", "results", "root_cause", "stream", "task_dataset"]
+__all__ = [
+    "TASK",
+    "attempt",
+    "on_nodes",
+    "remote_errors",
+    "results",
+    "root_cause",
+    "shuffle_buckets",
+    "shuffle_rounds",
+    "stream",
+    "task_dataset",
+]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +48,10 @@ _BLOCKS_PER_CPU = 16
 _TASKS_PER_CPU = 32
 _FEWEST, _MOST = 1024, 8192
 """Tasks of one Ray Data execution: the wait for its last ones costs little, and its driver keeps 10 KB for each."""
+
+_IDS_PER_CPU = 2_000_000
+"""Ids in one shuffle: Ray Data's actors and tasks held 50 to 90 bytes for each (``bench_prepare_scale``)."""
+_MOST_BUCKETS = 1024
 
 
 def task_dataset(tasks: Sequence[Any], *, together: int = 1) -> ray.data.Dataset:
@@ -94,6 +109,16 @@ def stream(function: Callable[[_S], _T], tasks: Iterable[_S], *, together: int =
     run = partial(attempt, function)
     while chunk := list(islice(waiting, most)):
         yield from results(task_dataset(chunk, together=together).map(lambda row: run(row[TASK])))
+
+
+def shuffle_rounds(ids: int) -> int:
+    """In how many shuffles so many ids are brought together, so that the actors that hold them stay small."""
+    return max(1, -(-ids // (_IDS_PER_CPU * _cpus())))
+
+
+def shuffle_buckets() -> int:
+    """Buckets of one of these shuffles."""
+    return min(_MOST_BUCKETS, 2 * _cpus())
 
 
 def _cpus() -> int:

@@ -16,6 +16,7 @@ from pipelines.corpus.ledger import PieceLedger, staged_pieces
 from pipelines.corpus.resolve import resolve
 from pipelines.corpus.work_plan import GROUP_PIECES, WorkPlan
 from pipelines.duplicates.decision_tables import DECISIONS, duplicates_file, filtered_file, write_table
+from pipelines.tables import ray_tasks
 from pipelines.tables.storage import Folder
 
 CONFIG = load_config("micro", ['prepare.exact_duplicates="off"']).prepare
@@ -128,7 +129,7 @@ def test_the_shuffle_decides_the_same(tmp_path: Path, local_ray: None, monkeypat
             chosen[filtered_file(piece)] = [{"id": rows[0], **reason}]
     here = decided(Folder.at(tmp_path / "here"), ledgers, chosen)
     monkeypatch.setattr(first_of_ids, "_HERE", 0)
-    monkeypatch.setattr(first_of_ids, "_IDS_PER_BUCKET", 300)
+    monkeypatch.setattr(ray_tasks, "_IDS_PER_CPU", 200)
     shuffled = decided(Folder.at(tmp_path / "shuffled"), ledgers, chosen)
     assert len(here) == 2 and "language" in here[0].rows["stage"].to_pylist()
     for one, other in zip(here, shuffled, strict=True):

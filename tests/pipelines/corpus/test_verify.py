@@ -17,6 +17,7 @@ from crem.config import load_config
 from pipelines.corpus import verify as module
 from pipelines.corpus.prepare import prepare
 from pipelines.corpus.verify import verify
+from pipelines.tables import ray_tasks
 from tests.pipelines.conftest import write_nasty_corpus
 
 pytestmark = pytest.mark.ray
@@ -125,8 +126,7 @@ def test_the_shuffle_finds_the_same(good: Path, tmp_path: Path, monkeypatch: pyt
     rewrite(only(tmp_path / "out" / "rows"), lambda t: pa.concat_tables([t, t.slice(3, 2)]))
     rewrite(only(tmp_path / "out" / "images"), lambda t: t.slice(2))
     here = verify(str(tmp_path / "out"))
-    shuffle = module.suspects_by_shuffle
     monkeypatch.setattr(module, "_HERE_IDS", 0)
-    monkeypatch.setattr(module, "suspects_by_shuffle", lambda folder, tasks: shuffle(folder, tasks, ids_per_bucket=4))
+    monkeypatch.setattr(ray_tasks, "_IDS_PER_CPU", 3)
     assert verify(str(tmp_path / "out")).faults == here.faults
     assert sum("which is not there" in line for line in here.faults) == 2
