@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 _START_PATIENCE_S = 20.0
 """How long the first look at the output waits: storage that is not there at all is more likely a wrong address."""
+_LOOKED_FOR = 1000
+"""Files of the corpus that every node must see."""
 
 
 def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) -> PrepareManifest:
@@ -91,7 +93,7 @@ def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) ->
     if config.prepare.tokenizer is not None:
         require_readable_model(config.prepare.tokenizer)
         open_tokenizer(config.prepare.tokenizer)
-    require_readable(corpus.folder, *corpus.names)
+    require_readable(corpus.folder, *corpus.some_names(_LOOKED_FOR))
     require_readable(corpus.root, *reader.files)
     start.claim(JobKind.PREPARE)
     require_shared(target)

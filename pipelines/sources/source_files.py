@@ -39,6 +39,10 @@ class SourceFiles:
         """All names, for a caller that needs them at once."""
         return tuple(self.table["name"].to_pylist())
 
+    def some_names(self, most: int) -> tuple[str, ...]:
+        """Names of at most so many files, spread over all."""
+        return tuple(self.table["name"].take(pa.array(range(0, len(self), max(1, -(-len(self) // most))))).to_pylist())
+
     def chunk(self, start: int, stop: int) -> SourceFiles:
         """Some of the files, for a task that splits them."""
         return SourceFiles(self.root, self.folder, pa.table(self.table.slice(start, stop - start).to_pydict(), FILES))

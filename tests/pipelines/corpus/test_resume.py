@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from crem.config import RunConfig, load_config
@@ -149,6 +150,21 @@ def test_parts_are_cut_by_size_and_do_not_depend_on_the_order_of_results(
     assert sum(name.parent.name == "images" for name in names) > 2
     assert sum(name.parent.name == "rows" for name in names) > 2
     assert verify(str(tmp_path / "a")).faults == ()
+
+
+def test_rows_without_a_key_keep_their_ids_when_the_corpus_moves(tmp_path: Path, local_ray: None) -> None:
+    """The plan is another one, since a place is part of it; the rows and pictures are the same."""
+    found = []
+    for place in ("here/c", "there/renamed"):
+        corpus = write_corpus(tmp_path / place)
+        lines: list[dict[str, Any]] = [{"query_images": [f"{i}.png"], "target_text": f"t{i}"} for i in range(5)]
+        write_rows(corpus / "rows" / "c.jsonl", lines)
+        manifest = prepare(str(corpus), str(tmp_path / place / "out"), config())
+        (part,) = (tmp_path / place / "out" / "rows").iterdir()
+        rows = [row for row in pq.read_table(part).to_pylist() if row["key"].startswith("@")]
+        found.append((manifest.plan, [(row["id"], row["key"], row["query"], row["target"]) for row in rows]))
+    (plan, ids), (other_plan, other_ids) = found
+    assert len(ids) == 5 and ids == other_ids and plan != other_plan
 
 
 def test_a_second_job_into_the_same_output_is_refused(corpus: Path, tmp_path: Path, local_ray: None) -> None:

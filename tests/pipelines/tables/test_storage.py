@@ -91,3 +91,21 @@ def test_folders_here_are_made_by_path_and_by_uri(tmp_path: Path) -> None:
         folder.move("deep/file", "moved/file")
         assert folder.fs.cat_file(folder.path("moved", "file")) == b"x" and folder.exists("other", "file")
         assert not any(place in problem for problem in examine([f"{place}/new"]).problems)
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_folder_of_many_files_is_listed_whole(tmp_path: Path, store: str, request: pytest.FixtureRequest) -> None:
+    """More than a page of S3, which is 1,000 keys."""
+    folder = Folder.at(tmp_path / "many")
+    names = [f"{number:04d}.x" for number in range(1005)]
+    for name in names:
+        folder.write_bytes(name.encode(), name)
+    folder.write_bytes(b"abc", "inner", "deep", "file")
+    if store == "s3":
+        bucket = request.getfixturevalue("s3_env").bucket
+        s3fs.S3FileSystem().put(f"{tmp_path}/many/", f"{bucket}/many/", recursive=True)
+        folder = Folder.at(f"s3://{bucket}/many")
+    assert folder.files(".x") == names and folder.sizes() == dict.fromkeys(names, 6)
+    assert folder.folders() == ["inner"] and folder.child("inner").folders() == ["deep"]
+    assert folder.child("inner").child("deep").sizes() == {"file": 3}
+    assert folder.child("nowhere").sizes() == {} and folder.child("0000.x").files() == []
