@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,7 +27,7 @@ from pipelines.corpus.publish import publish
 from pipelines.corpus.verify import verify
 from pipelines.tables import ray_tasks
 from pipelines.tables.lease import Lease
-from pipelines.tables.manifest import PrepareManifest
+from pipelines.tables.manifest import PrepareManifest, table_parts
 from pipelines.tables.storage import Folder, JobKind
 from tests.pipelines.conftest import encoded, random_image, write_rows
 from tests.s3_server import S3Server
@@ -150,6 +151,29 @@ def test_parts_are_cut_by_size_and_do_not_depend_on_the_order_of_results(
     assert sum(name.parent.name == "images" for name in names) > 2
     assert sum(name.parent.name == "rows" for name in names) > 2
     assert verify(str(tmp_path / "a")).faults == ()
+
+
+@pytest.mark.slow
+def test_a_corpus_of_several_groups_has_the_rows_of_one_group(tmp_path: Path, local_ray: None) -> None:
+    """300 pieces are two groups: ids, pictures and contents that repeat between them are found as within one."""
+    corpus = write_corpus(tmp_path / "c", rows=600, images=7)
+    found = []
+    for rows in (2, 64):
+        out = tmp_path / f"out-{rows}"
+        settings = [f"prepare.rows_per_task={rows}", "prepare.exact_duplicates=drop"]
+        manifest = prepare(str(corpus), str(out), load_config("micro", settings))
+        tables = [
+            pa.concat_tables([pq.read_table(out / name / part) for part in table_parts(Folder.at(out), name)])
+            for name in ("rows", "rejected", "images")
+        ]
+        assert verify(str(out)).faults == ()
+        columns = ("by_stage", "by_split_task", "rows_in", "rows_out", "filtered", "images")
+        found.append(
+            ([set(t["id"].to_pylist()) for t in tables], tables[0], [getattr(manifest, name) for name in columns])
+        )
+    (ids, kept, counts), (other_ids, other_kept, other_counts) = found
+    assert ids == other_ids and kept.equals(other_kept) and counts == other_counts
+    assert kept.num_rows < 600 and len(ids[2]) == 7
 
 
 def test_rows_without_a_key_keep_their_ids_when_the_corpus_moves(tmp_path: Path, local_ray: None) -> None:
