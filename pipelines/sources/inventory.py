@@ -68,15 +68,17 @@ def find(place: str, *, what: str = "corpus") -> SourceFiles:
 
 def _find(place: str, what: str) -> SourceFiles:
     root, pattern = Folder.at(place), None
-    exists = storage_call(root.uri, root.exists, timeout_s=_FIRST_TIMEOUT_S)
+    look = root.patient(_FIRST_TIMEOUT_S)
+    exists = look.exists()
     if not exists and re.search(r"[*?\[]", place):
         root, pattern = _pattern(place)
-        exists = root.exists()
-    if pattern is None and (root.fs.isfile(root.path()) or _is_lance(root)):
-        return _single(place, root)
+        look = root.patient(_FIRST_TIMEOUT_S)
+        exists = look.exists()
+    if pattern is None and (look.is_file() or _is_lance(look)):
+        return _single(place, look)
     if not exists:
         raise ConfigError(f"{what} {place!r} does not exist; give the folder or s3:// URI that holds rows/*.parquet")
-    if pattern is None and root.exists(_ROWS):
+    if pattern is None and look.exists(_ROWS):
         rows = root.child(_ROWS)
         inventory = _Inventory(rows).take()
         if inventory.has_rows:
@@ -99,7 +101,10 @@ def _single(place: str, file: Folder) -> SourceFiles:
     parent = Folder(file.uri.rpartition("/")[0] or "/")
     inventory = _Inventory(parent)
     of_folder = isinstance(container_named(container), FolderContainer)
-    inventory.add_rows(FileStamp(file.name, 0, "") if of_folder else current_stamp(parent, file.name), container)
+    stamp = FileStamp(file.name, 0, "")
+    if not of_folder:
+        stamp = storage_call(file.uri, lambda: current_stamp(parent, file.name), timeout_s=_FIRST_TIMEOUT_S)
+    inventory.add_rows(stamp, container)
     return SourceFiles(parent, parent, inventory.table())
 
 

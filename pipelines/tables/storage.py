@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from crem.errors import ConfigError
+from crem.errors import ConfigError, CremError, StorageError
 from pipelines.tables.storage_retry import CREDENTIALS, require_storage
 
 __all__ = ["CLAIM", "Folder", "JobKind"]
@@ -142,6 +142,10 @@ class Folder:
         """
         with self._denial_explained():
             return bool(self._call("looking for", lambda: self.fs.exists(self.path(*parts)), *parts))
+
+    def is_file(self) -> bool:
+        """Whether what is here is a file and no folder."""
+        return bool(self._call("looking for", lambda: self.fs.isfile(self.path())))
 
     def files(self, *suffixes: str) -> list[str]:
         """Names of the files directly in this folder that end in one of ``suffixes``, sorted."""
@@ -313,23 +317,21 @@ class Folder:
 
         Raises:
             ConfigError: the folder holds something that no job of this kind wrote, or cannot be written.
+            StorageError: the storage stays away from a folder that has patience.
         """
         try:
-            if self.fs.isfile(self.path()):
+            if self.is_file():
                 raise ConfigError(f"{self.uri} is a file; give --out a folder")
             owner = self.read_json(CLAIM)
             if isinstance(owner, dict) and owner.get("kind") == kind:
                 return
-            existing = [e.rpartition("/")[2] for e in self.fs.ls(self.path(), detail=False)] if self.exists() else []
-        except FileNotFoundError:
-            owner, existing = None, []
-        except ConfigError:
+            existing = [entry.name for entry in self._entries()]
+        except CremError:
             raise
         except Exception as error:  # of botocore or of the operating system
             raise ConfigError(
                 f"{self.uri} cannot be read: {error}; choose an output folder of yours, and {CREDENTIALS}"
             ) from error
-        existing = [name for name in existing if name]
         if existing:
             content = f"output of crem {owner['kind']}" if isinstance(owner, dict) and "kind" in owner else "files"
             raise ConfigError(
@@ -338,6 +340,8 @@ class Folder:
             )
         try:
             self.write_json({"kind": kind}, CLAIM)
+        except StorageError:
+            raise
         except Exception as error:
             raise ConfigError(
                 f"{self.uri} cannot be written: {error}; choose a folder of yours, and {CREDENTIALS}"
