@@ -140,8 +140,9 @@ def mine(
     prepared: Place,
     /,
     *settings: Setting,
-    model: str,
     out: str,
+    model: str | None = None,
+    vectors: list[str] | None = None,
     preset: Preset = "2b",
     options: Options | None = None,
     config: Config,
@@ -153,12 +154,13 @@ def mine(
 
     Args:
         prepared: folder or URI of prepared tables
-        model: checkpoint folder or URI, with which queries and targets are embedded
+        model: checkpoint folder or URI, with which queries and targets are embedded that have no vector yet
+        vectors: what crem embed or crem index made of the tables; may be repeated
         out: folder or URI for a new version of the tables, with the negatives; crem train takes it
     """
     from pipelines.mining.mine import mine
 
-    made = mine(model, prepared, out, config)
+    made = mine(model, prepared, out, config, vectors or ())
     print(f"rows {made.rows}   negatives added {made.negatives}   dropped as false negatives {made.dropped}")
     for reason, count in sorted(made.by_reason.items(), key=lambda pair: -pair[1]):
         print(f"  fewer than asked for {count:>8}  {reason}")

@@ -110,6 +110,8 @@ class MineConfig(Section):
     """Search is exact over all targets of a task up to this many; beyond it, over a fixed sample of as many."""
     rows_per_shard: int = Field(4096, ge=1)
     """Rows per Ray Data task, and per part. Source: ours."""
+    keep_vectors: bool = False
+    """Whether the vectors that the job made stay in ``OUT/vectors``, for ``--vectors`` of another run."""
 
     @model_validator(mode="after")
     def _ranks(self) -> MineConfig:

@@ -1,8 +1,8 @@
 """``crem mine``: hard negatives for the rows of prepared tables, as a new version of the tables.
 
-The queries and targets of the rows are embedded with a checkpoint, each distinct one once. For every row the nearest
-targets of its task are found by exact search, in blocks, and ``negative_choice`` says which of them become negatives.
-What is done is kept per shard, so a killed run goes on where it was.
+The vectors of queries and targets are taken from earlier jobs (``given_vectors``), or embedded with a checkpoint, each
+distinct item once. For every row the nearest targets of its task are found by exact search, in blocks, and
+``negative_choice`` says which of them become negatives. What is done is kept per shard: a killed run continues.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
 
 import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
-from pydantic import JsonValue
 
-from crem.checkpoint import CheckpointInfo
-from crem.config import MineConfig, RunConfig
-from crem.errors import ConfigError
-from pipelines.mining.item_vectors import VECTORS_FOLDER, ItemShard, embed_items, read_vectors
+from crem.config import EmbedConfig, MineConfig, RunConfig
+from crem.errors import CheckpointError, ConfigError
+from pipelines.mining.given_vectors import GivenVectors, open_vectors
+from pipelines.mining.item_vectors import VECTORS_FOLDER, ItemShard, embed_items
+from pipelines.mining.mine_plan import MinePlan, start_or_resume
 from pipelines.mining.mined_items import ItemNumbers, RowKeys, number_items, row_keys
-from pipelines.mining.shard_mining import MinedShard, MineTask, ShardMiner, TargetBlock, VectorStore, finished_shard
+from pipelines.mining.shard_mining import MinedShard, MineTask, ShardMiner, finished_shard
+from pipelines.mining.vector_store import fill_store, item_shards
 from pipelines.tables import ray_tasks, session
-from pipelines.tables.json_file import JsonFile
 from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import PrepareManifest, read_manifest
 from pipelines.tables.models import describe_model
 from pipelines.tables.new_version import complete_version, copy_parts
 from pipelines.tables.prepared import index_images
-from pipelines.tables.row_shards import RowShard, row_shards
+from pipelines.tables.row_shards import RowShard, read_row_shard, row_shards
+from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.shared_folders import require_readable_model, require_readable_tables, require_shared
 from pipelines.tables.storage import Folder, JobKind
 from pipelines.tables.storage_retry import TIMEOUT_S
@@ -41,24 +41,6 @@ from pipelines.tables.storage_retry import TIMEOUT_S
 __all__ = ["MineSummary", "mine"]
 
 log = logging.getLogger(__name__)
-
-_BLOCK_TARGETS = 32_768
-"""Targets of one block: 200 MB of vectors at 1,536 dimensions."""
-
-
-class MinePlan(JsonFile):
-    """What the parts in an output folder are of."""
-
-    FILE: ClassVar[str] = "plan.json"
-
-    kind: Literal[JobKind.MINE] = JobKind.MINE
-    source: str
-    source_id: int
-    """``content_id`` of the manifest of the tables."""
-    model: str
-    fingerprint: str
-    chorus_tokens: int
-    settings: dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
@@ -77,53 +59,94 @@ class MineSummary:
     """Whether the output was complete before, and nothing was done."""
 
 
-def mine(model: str, prepared: str, out: str, config: RunConfig) -> MineSummary:
+def mine(model: str | None, prepared: str, out: str, config: RunConfig, vectors: Sequence[str] = ()) -> MineSummary:
     """Write a version of the tables at ``prepared`` whose rows have hard negatives, into ``out``.
+
+    Args:
+        model: embeds what ``vectors`` lack; ``None`` where they lack nothing.
+        vectors: output folders of ``crem embed`` and ``crem index``.
 
     Raises:
         ConfigError: there are no tables or no pairs in them, ``out`` holds something else, or the work of another model
-            or other settings.
+            or other settings; ``vectors`` are of another model, or lack items that no ``model`` embeds.
         CheckpointError: ``model`` cannot be loaded.
     """
     source, target = (Folder.at(place).patient(TIMEOUT_S) for place in (prepared, out))
     if source.uri == target.uri:
         raise ConfigError(f"--out {out!r} holds the tables themselves; choose another folder")
+    if model is None and not vectors:
+        raise ConfigError(
+            "give --model CHECKPOINT, which embeds the rows, or --vectors DIR, what crem embed made of them"
+        )
     origin = read_manifest(source)
     shards = row_shards(source, config.mine.rows_per_shard)
     session.connect()
     require_readable_tables(source.uri)
-    require_readable_model(model)
     with ray_tasks.remote_errors():
-        embed = config.embed
-        described = describe_model(
-            model, cpus=embed.cpus_per_actor, gpus=embed.gpus_per_actor, chorus_tokens=embed.chorus_tokens
-        )
+        given = open_vectors(vectors) if vectors else None
+        stamp = _stamp(model, given, config.embed)
         plan = MinePlan(
             source=source.uri,
             source_id=origin.content_id,
-            model=model,
-            fingerprint=described.fingerprint,
-            chorus_tokens=described.chorus_tokens,
-            settings=config.mine.model_dump(mode="json"),
+            model=stamp.model,
+            fingerprint=stamp.fingerprint,
+            chorus_tokens=stamp.chorus_tokens,
+            vectors=tuple(vectors),
+            exact=given is None or given.exact,
+            settings=config.mine.model_dump(mode="json", exclude={"keep_vectors"}),
         )
         target.claim(JobKind.MINE)
         require_shared(target)
         with Lease.take(target, JobKind.MINE) as lease:
-            _start_or_resume(target, plan)
-            return _run(source, target, origin, plan, shards, described, lease, config)
+            start_or_resume(target, plan)
+            work = _Work(source, target, shards, plan, stamp, given, model is not None)
+            return _run(work, origin, lease, config)
 
 
-def _run(
-    source: Folder,
-    target: Folder,
-    origin: PrepareManifest,
-    plan: MinePlan,
-    shards: list[RowShard],
-    described: CheckpointInfo,
-    lease: Lease,
-    config: RunConfig,
-) -> MineSummary:
+@dataclass(frozen=True)
+class _Work:
+    """What a run works on."""
+
+    source: Folder
+    target: Folder
+    shards: list[RowShard]
+    plan: MinePlan
+    stamp: EmbeddingStamp
+    given: GivenVectors | None
+    can_embed: bool
+
+
+def _stamp(model: str | None, given: GivenVectors | None, config: EmbedConfig) -> EmbeddingStamp:
+    """The model whose vectors are compared.
+
+    Raises:
+        CheckpointError: another model made the given vectors.
+    """
+    wanted = config.chorus_tokens
+    if given is not None:
+        made_with = given.stamp.chorus_tokens
+        if wanted is not None and made_with not in (None, wanted):
+            raise ConfigError(
+                f"embed.chorus_tokens={wanted}, and {given.places[0]} was made with {made_with}; leave the setting "
+                "out, or embed again with it"
+            )
+        wanted = made_with if wanted is None else wanted
+    if model is None:
+        assert given is not None
+        return given.stamp
+    require_readable_model(model)
+    described = describe_model(model, cpus=config.cpus_per_actor, gpus=config.gpus_per_actor, chorus_tokens=wanted)
+    if given is not None and given.stamp.fingerprint != described.fingerprint:
+        raise CheckpointError(
+            f"{given.places[0]} was made by model {given.stamp.fingerprint} ({given.stamp.model}), and this model is "
+            f"{described.fingerprint} ({model}); give that model, or embed again with this one"
+        )
+    return EmbeddingStamp(described.fingerprint, described.dim, model, described.chorus_tokens)
+
+
+def _run(work: _Work, origin: PrepareManifest, lease: Lease, config: RunConfig) -> MineSummary:
     """Mine the shards that are not finished, and complete the tables."""
+    source, target, shards, plan = work.source, work.target, work.shards, work.plan
     finished = {s.number: mined for s in shards if (mined := finished_shard(target, s)) is not None}
     outcomes = list(finished.values())
     if len(finished) == len(shards) and PrepareManifest.read(target) is not None:
@@ -132,12 +155,7 @@ def _run(
     missing = [shard for shard in shards if shard.number not in finished]
     if missing:
         keys = _keys(source, shards, config.mine)
-        items = number_items(keys)
-        images = ray.put(index_images(source.uri))
-        embed_items(
-            source, target, _item_shards(shards, items), images, plan.model, described.fingerprint, config.embed
-        )
-        store = _store(target, shards, items, config.mine)
+        store = _vectors(work, number_items(keys), config)
         outcomes += _mine(source, target, [MineTask(s, keys[s.number]) for s in missing], store, config.mine)
     copy_parts(source, target, "images")
     rows = sum(outcome.rows for outcome in outcomes)
@@ -152,7 +170,7 @@ def _run(
         JobKind.MINE,
         rows=rows,
         by_split_task=sum((outcome.by_split_task for outcome in outcomes), Counter()),
-        settings=plan.model_dump(mode="json", include={"model", "fingerprint", "chorus_tokens"})
+        settings=plan.model_dump(mode="json", include={"model", "fingerprint", "chorus_tokens", "vectors", "exact"})
         | plan.settings
         | {
             "negatives_added": summary.negatives,
@@ -161,26 +179,9 @@ def _run(
         },
         package="numpy",
     )
-    target.remove(VECTORS_FOLDER)
+    if not config.mine.keep_vectors:
+        target.remove(VECTORS_FOLDER)
     return summary
-
-
-def _start_or_resume(target: Folder, plan: MinePlan) -> None:
-    """Write the plan into a new output folder, or see that it is the same."""
-    earlier = MinePlan.read(target)
-    if earlier is None:
-        if target.exists(MinePlan.FILE):
-            raise ConfigError(f"{target.uri}/{MinePlan.FILE} is damaged; choose another --out")
-        plan.write(target)
-        return
-    same = {"format", "model"}  # the same model may stand at another place
-    before, now = (p.model_dump(mode="json", exclude={"settings", *same}) | p.settings for p in (earlier, plan))
-    if changed := [name for name in now if before.get(name) != now[name]]:
-        name = changed[0]
-        raise ConfigError(
-            f"{target.uri} was begun with another {name}: {before.get(name)!r}, and now it is {now[name]!r}; choose "
-            "another --out, or the settings of then"
-        )
 
 
 def _keys(source: Folder, shards: list[RowShard], config: MineConfig) -> list[RowKeys]:
@@ -193,42 +194,40 @@ def _keys(source: Folder, shards: list[RowShard], config: MineConfig) -> list[Ro
     return list(keys)
 
 
-def _item_shards(shards: list[RowShard], items: ItemNumbers) -> list[ItemShard]:
+def _vectors(work: _Work, items: ItemNumbers, config: RunConfig) -> ray.ObjectRef:
+    """The store with the vectors of all items, those that were not given embedded first."""
+    keys = items.keys_by_number()
     pieces = [slice(begin, end) for begin, end in zip(items.begins[:-1], items.begins[1:], strict=True)]
-    return [ItemShard(s, items.rows[piece], items.is_target[piece]) for s, piece in zip(shards, pieces, strict=True)]
+    shards = [
+        ItemShard(shard, items.rows[piece], items.is_target[piece], keys[piece])
+        for shard, piece in zip(work.shards, pieces, strict=True)
+    ]
+    lacking = np.ones(len(keys), np.bool_) if work.given is None else work.given.find(keys)[0] < 0
+    if work.given is not None:
+        log.info("%d of %d distinct queries and targets have a given vector", (~lacking).sum(), len(keys))
+        if lacking.any() and not work.can_embed:
+            raise _lack(work, work.given, items, lacking)
+    if lacking.any():
+        images = ray.put(index_images(work.source.uri))
+        chosen = item_shards(shards, items, lacking)
+        embed_items(work.source, work.target, chosen, images, work.stamp, config.embed)
+    return fill_store(work.source, work.target, shards, items, work.given, config.mine)
 
 
-def _store(target: Folder, shards: list[RowShard], items: ItemNumbers, config: MineConfig) -> ray.ObjectRef:
-    """All vectors in Ray's object store, which spills to disk: by shard, and the targets of each group in blocks."""
-    read = ray.remote(num_cpus=0.5, num_returns=3)(read_vectors)
-    parts = [read.remote(target, shard.name) for shard in shards]
-    vectors, valid, tables = (list(references) for references in zip(*parts, strict=True))
-    store = VectorStore(items, vectors, valid, tables)
-    shared = ray.put(store)
-    gather = ray.remote(num_cpus=0.5)(_block)
-    for group, numbers in items.targets.items():
-        searched = _sample(numbers, items, config.max_targets)
-        if len(searched) < len(numbers):
-            log.warning("%d of %d targets of a task are searched (mine.max_targets)", len(searched), len(numbers))
-        store.blocks[group] = [
-            gather.remote([shared], searched[start : start + _BLOCK_TARGETS])
-            for start in range(0, len(searched), _BLOCK_TARGETS)
-        ]
-    return ray.put(store)
-
-
-def _sample(numbers: NDArray[np.int64], items: ItemNumbers, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of the items, those with the lowest content keys, which are hashes; ascending."""
-    if len(numbers) <= most:
-        return numbers
-    return np.sort(numbers[np.argsort(items.contents[numbers], kind="stable")[:most]])
-
-
-def _block(store: list[ray.ObjectRef], numbers: NDArray[np.int64]) -> TargetBlock:
-    """In a worker: the vectors of some targets; those without one are left out."""
-    opened: VectorStore = ray.get(store[0])
-    vectors, valid = opened.vectors_of(numbers)
-    return TargetBlock(numbers[valid], opened.items.contents[numbers[valid]], vectors[valid])
+def _lack(work: _Work, given: GivenVectors, items: ItemNumbers, lacking: NDArray[np.bool_]) -> ConfigError:
+    """The error that names an item without a vector, and what to do."""
+    number = int(np.flatnonzero(lacking)[0])
+    shard = work.shards[int(np.searchsorted(items.begins, number, side="right")) - 1]
+    row = read_row_shard(work.source, shard).slice(int(items.rows[number]), 1).to_pylist()[0]
+    side = "target" if items.is_target[number] else "query"
+    text = (row[side]["text"] or "")[:60]
+    none = "was it made of these tables? " if lacking.all() else ""
+    return ConfigError(
+        f"{', '.join(given.places)} lacks {lacking.sum()} of {len(lacking)} distinct queries and targets, e.g. the "
+        f"{side} of row {row['key']!r}{f' ({text!r})' if text else ''}; {none}crem embed makes vectors of the images "
+        "of prepared tables, and none of texts or of images with an instruction: give --model "
+        f"{given.stamp.model} too, which embeds what is lacking"
+    )
 
 
 def _mine(

@@ -20,7 +20,7 @@ from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
 
-__all__ = ["ItemNumbers", "RowKeys", "content_key", "item_key", "number_items", "row_keys"]
+__all__ = ["ItemNumbers", "RowKeys", "content_key", "item_key", "items_of_shard", "number_items", "row_keys"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,14 @@ _SIDES = ("query", "target")
 
 
 def item_key(side: ArrowRow) -> int:
-    """Equal for items that are embedded alike: text, images, their places and the instruction."""
-    content = (side["text"], side["images"] or [], side["image_at"] or [], side["instruction"])
+    """Equal for items that are embedded alike: text, images, their places and the instruction.
+
+    An item that is one image and nothing else has the id of the image: ``crem embed PREPARED`` writes its vector so.
+    """
+    images: list[int] = side["images"] or []
+    if len(images) == 1 and not side["text"] and not side["instruction"]:
+        return images[0]
+    content = (side["text"], images, side["image_at"] or [], side["instruction"])
     return schema.content_id(repr(content).encode(errors="surrogatepass"))
 
 
@@ -99,6 +105,12 @@ class ItemNumbers:
     def number(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers of the items with these keys."""
         return self.numbers[np.searchsorted(self.keys, keys)]
+
+    def keys_by_number(self) -> NDArray[np.int64]:
+        """Item keys in the order of the numbers."""
+        keys = np.empty_like(self.keys)
+        keys[self.numbers] = self.keys
+        return keys
 
     def positives(self, query: int, target: int) -> NDArray[np.int64]:
         """Content keys of what must count as right for a row of these contents.

@@ -7,7 +7,7 @@ workers of a node map. A worker holds the queries of its shard, one block at a t
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +16,16 @@ import ray
 from numpy.typing import NDArray
 
 from crem.config import MineConfig
-from pipelines.mining.mined_items import ItemNumbers, RowKeys
+from pipelines.mining.mined_items import RowKeys
 from pipelines.mining.negative_choice import Candidates, choose, top_candidates
+from pipelines.mining.vector_store import TargetBlock, VectorStore
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.new_version import parquet_bytes
 from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
 
-__all__ = ["MINED", "MineTask", "MinedShard", "ShardMiner", "TargetBlock", "VectorStore", "finished_shard"]
+__all__ = ["MINED", "MineTask", "MinedShard", "ShardMiner", "finished_shard"]
 
 MINED = pa.schema(
     [
@@ -38,51 +39,6 @@ MINED = pa.schema(
         ("reason", pa.string()),  # why there are fewer than asked for
     ]
 )
-
-
-@dataclass(frozen=True)
-class TargetBlock:
-    """Some targets of a group."""
-
-    numbers: NDArray[np.int64]
-    """[T] ascending"""
-    contents: NDArray[np.int64]
-    vectors_TD: NDArray[np.float32]
-
-
-@dataclass
-class VectorStore:
-    """References to all vectors of a run, and what is known of the items. Opened parts are kept per process."""
-
-    items: ItemNumbers
-    vectors: list[ray.ObjectRef]
-    """[shards] vectors [items, D]"""
-    valid: list[ray.ObjectRef]
-    """[shards] whether each is a vector"""
-    tables: list[ray.ObjectRef]
-    """[shards] the items, as ``schema.ITEM``"""
-    blocks: dict[int, list[ray.ObjectRef]] = field(default_factory=dict)
-    """``TargetBlock`` of each group"""
-
-    def vectors_of(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Vectors [N, D] of items and whether each is valid."""
-        parts = np.searchsorted(self.items.begins, numbers, side="right") - 1
-        out: NDArray[np.float32] | None = None
-        valid = np.zeros(len(numbers), np.bool_)
-        for part in np.unique(parts):
-            places = np.flatnonzero(parts == part)
-            within = numbers[places] - self.items.begins[part]
-            vectors = ray.get(self.vectors[part])
-            if out is None:
-                out = np.empty((len(numbers), vectors.shape[1]), np.float32)
-            out[places], valid[places] = vectors[within], ray.get(self.valid[part])[within]
-        return (np.empty((0, 1), np.float32) if out is None else out), valid
-
-    def item(self, number: int) -> ArrowRow:
-        """One item."""
-        part = int(np.searchsorted(self.items.begins, number, side="right")) - 1
-        value: ArrowRow = ray.get(self.tables[part])["item"][number - int(self.items.begins[part])].as_py()
-        return value
 
 
 @dataclass(frozen=True)

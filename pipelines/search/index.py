@@ -12,6 +12,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -25,10 +26,11 @@ from crem.config import IndexConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.embedding.output import EmbedManifest, EmbedPlan
 from pipelines.tables.json_file import JsonFile
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder, JobKind
 
-__all__ = ["ITEMS", "VECTORS", "IndexSummary", "build"]
+__all__ = ["ITEMS", "VECTORS", "IndexSummary", "build", "survey"]
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def build(embeddings: str, out: str, config: RunConfig) -> IndexSummary:
     from pipelines.tables import session, shared_folders  # not at the top: crem search needs no Ray
 
     source = Folder.at(embeddings)
-    names, stamp, rows = _survey(source)
+    names, stamp, rows = survey(source)
     target = Folder.at(out)
     target.claim(JobKind.INDEX)
     if session.on_cluster():  # an index that only this node sees would be lost with the node
@@ -92,8 +94,13 @@ def build(embeddings: str, out: str, config: RunConfig) -> IndexSummary:
     return summary
 
 
-def _survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
-    """(files, stamp of their model, rows); all files must be of one model."""
+def survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
+    """Of the output of ``crem embed``: its files, the stamp of their model, and rows.
+
+    Raises:
+        ConfigError: there are no embeddings, their run did not finish, parts are missing or damaged, or several models
+            made them.
+    """
     names = source.files(".parquet")
     if not names:
         raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
@@ -105,14 +112,8 @@ def _survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
         raise ConfigError(f"{source.uri} is an embedding run {state}; run crem embed into it again")
     stamps: dict[str, tuple[str, EmbeddingStamp]] = {}
     rows = 0
-    for name in names:
-        try:
-            with source.open(name) as file:
-                parquet = pq.ParquetFile(file)
-                stamp = EmbeddingStamp.of(parquet.schema_arrow)
-                rows += parquet.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(source, name, error) from error
+    for name, (stamp, count) in zip(names, in_threads(partial(_footer, source), names), strict=True):
+        rows += count
         if stamp is None:
             raise ConfigError(f"{source.uri}/{name} carries no model fingerprint; it was not written by crem embed")
         stamps.setdefault(stamp.fingerprint, (name, stamp))
@@ -125,6 +126,16 @@ def _survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
             "were added; run crem embed into it again, or remove what is not its own"
         )
     return names, next(iter(stamps.values()))[1], rows
+
+
+def _footer(source: Folder, name: str) -> tuple[EmbeddingStamp | None, int]:
+    """Stamp and rows of a file."""
+    try:
+        with source.open(name) as file:
+            parquet = pq.ParquetFile(file)
+            return EmbeddingStamp.of(parquet.schema_arrow), parquet.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(source, name, error) from error
 
 
 def _unreadable(source: Folder, name: str, error: Exception) -> ConfigError:

@@ -83,6 +83,13 @@ class VectorIndex:
     def fingerprint(self) -> str:
         return self.summary.fingerprint
 
+    def stored(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors [N, D] at these positions, as exact as the index keeps them."""
+        if isinstance(self._vectors, faiss.IndexIVF):
+            self._vectors.make_direct_map()
+        found: NDArray[np.float32] = self._vectors.reconstruct_batch(np.ascontiguousarray(positions, np.int64))
+        return found
+
     def search(self, vectors: NDArray[np.float32], k: int) -> list[list[Hit]]:
         """The ``k`` best hits of each of the query vectors [N, dim], fewer if the index holds fewer."""
         if k < 1:

@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import crem
-from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
-from pipelines.corpus.prepare import prepare
 from pipelines.corpus.verify import verify
 from pipelines.mining.mine import MineSummary, mine
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.prepared import item_of, read_rows
 from pipelines.tables.storage import Folder
-from tests.pipelines.conftest import table, write_rows
+from tests.pipelines.conftest import table
+from tests.pipelines.mining.conftest import MODEL, concept, config
 
 pytestmark = pytest.mark.ray
-
-EMOJI = Path("pipelines/emoji/corpus")
-MODEL = "crem/checkpoints/crem-micro"
-CONCEPTS = 24
-
-
-def config(*overrides: str) -> RunConfig:
-    basic = ["mine.negatives=3", "mine.rows_per_shard=100", "embed.max_actors=1"]
-    return load_config("micro", [*basic, *overrides])
-
-
-def concept(key: str) -> str:
-    """``text_to_image/noto/1f603/label/1`` is about ``1f603``."""
-    return key.split("/")[2]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
-    """The text-to-image and image-to-text rows of some concepts, and a test row that must be left alone."""
-    folder = tmp_path_factory.mktemp("emoji")
-    rows = pq.read_table(EMOJI / "rows" / "train.parquet").to_pylist()
-    wanted = sorted({concept(row["key"]) for row in rows})[::12][:CONCEPTS]
-    chosen = [
-        row for row in rows if row["task"] in ("text_to_image", "image_to_text") and concept(row["key"]) in wanted
-    ]
-    chosen[0]["negatives"] = [{"text": "something that was there before"}]
-    chosen.append(chosen[1] | {"split": "test", "key": "text_to_image/noto/test/label/1"})
-    with zipfile.ZipFile(EMOJI / "images.zip") as archive:
-        for name in {name for row in chosen for name in (*row["query_images"], *row["target_images"])}:
-            archive.extract(name, folder / "raw" / "images")
-    write_rows(folder / "raw" / "rows.jsonl", chosen)
-    prepare(str(folder / "raw"), str(folder / "prepared"), load_config("micro"))
-    return str(folder / "prepared")
-
-
-@pytest.fixture(scope="module")
-def mined(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MineSummary]:
-    out = tmp_path_factory.mktemp("mined")
-    return out, mine(MODEL, prepared, str(out), config())
 
 
 def concepts_of(rows: list[dict[str, Any]]) -> dict[tuple[str | None, tuple[int, ...]], str]:
@@ -90,7 +48,7 @@ def test_negatives_are_added_and_nothing_else_changes(prepared: str, mined: tupl
     stored = manifest.config["mine"]
     assert (manifest.rows_in, manifest.rows_out, manifest.kind) == (len(before), len(before), "mine")
     assert (stored["fingerprint"], stored["negatives_added"]) == (summary.fingerprint, added)
-    assert summary.by_reason["not_of_the_split"] == 1 and not (out / "_vectors").exists()
+    assert summary.by_reason["not_of_the_split"] == 1
     assert verify(str(out)).faults == ()
     loaded = read_rows(str(out), split_prefix="train")
     every = np.arange(loaded.table.num_rows)
@@ -177,12 +135,16 @@ def test_any_number_of_workers_any_kill_and_other_settings(
     # as a killed run leaves it: some parts, no manifest
     shutil.copytree(out, tmp_path / "killed")
     (tmp_path / "killed" / "manifest.json").unlink()
+    vectors = sorted((tmp_path / "killed" / "vectors").iterdir())
+    vectors[0].unlink()
+    vectors[1].write_bytes(b"half a part")
     parts = sorted((tmp_path / "killed" / "mined").iterdir())
     for part in parts[1:]:
         part.unlink()
         (tmp_path / "killed" / "rows" / part.name).write_bytes(b"half a part")
     resumed = mine(MODEL, prepared, str(tmp_path / "killed"), config("embed.max_actors=3"))
     assert resumed.negatives == summary.negatives
+    assert not (tmp_path / "killed" / "vectors").exists(), "the first run kept them by its setting"
     for folder in ("rows", "mined", "images"):
         for part in sorted((out / folder).iterdir()):
             assert part.read_bytes() == (tmp_path / "killed" / folder / part.name).read_bytes(), part

@@ -86,6 +86,8 @@ def test_above_the_threshold_the_index_is_quantised_and_still_right(tmp_path: Pa
     assert recall > 0.95
     index._vectors.nprobe = 1  # the cells matter: one of them does not hold the ten nearest
     assert [[hit.id for hit in hits] for hits in index.search(queries, 10)] != found
+    chosen = np.array([3999, 0, 17])
+    assert np.abs(index.stored(chosen) - values[chosen]).max() <= (0.01 if bits == 8 else 0)
 
 
 def test_what_cannot_be_indexed_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,12 +83,21 @@ class AnsweringServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.behave, self.requests, self.lock = behave, [], threading.Lock()
         self.in_flight = self.most_in_flight = 0
+        self.connections: set[socket.socket] = set()
 
     requests: list[Request]
 
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def server_close(self) -> None:
+        """Also end the connections that clients keep open: a server that is away answers nobody."""
+        super().server_close()
+        with self.lock:
+            for connection in self.connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is part of the tests."""
@@ -95,6 +106,16 @@ class AnsweringServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: AnsweringServer
+
+    def setup(self) -> None:
+        super().setup()
+        with self.server.lock:
+            self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        with self.server.lock:
+            self.server.connections.discard(self.connection)
+        super().finish()
 
     def do_POST(self) -> None:
         server = self.server

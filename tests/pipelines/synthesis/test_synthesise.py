@@ -243,7 +243,7 @@ def test_killed_at_any_moment_it_goes_on_without_asking_twice(prepared: str, tmp
 @pytest.mark.slow
 def test_our_own_server_speaks_the_same_language(prepared: str, tmp_path: Path, tiny_model_dir: str) -> None:
     """A model of random weights answers with nonsense; the wire format, images and all, is what is tested."""
-    words = [sys.executable, "-m", "crem.cli", "serve", "--model", tiny_model_dir, "--preset", "micro", "serve.port=0"]
+    words = [sys.executable, "-m", "crem.cli", "serve", tiny_model_dir, "serve.port=0"]
     serving = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -251,7 +251,7 @@ def test_our_own_server_speaks_the_same_language(prepared: str, tmp_path: Path, 
         assert serving.stdout is not None
         address = next(word for line in serving.stdout for word in line.split() if word.startswith("http://"))
         overrides = [
-            *(f"synthesise.base_url={address.rstrip('/')}/v1", "synthesise.model=tiny", "synthesise.attempts=1"),
+            *(f"synthesise.base_url={address.rstrip('/')}/v1", "synthesise.model=model", "synthesise.attempts=1"),
             *("synthesise.max_answer_tokens=8", "synthesise.max_failed_share=1", "synthesise.concurrency=4"),
         ]
         made = synthesise(prepared, str(tmp_path), load_config("micro", overrides))

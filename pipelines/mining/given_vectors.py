@@ -1,0 +1,181 @@
+"""Vectors that earlier jobs made, found by the ids of their items: the output of ``crem embed`` or of ``crem index``.
+
+A corpus is embedded once and mined from often. ``crem embed PREPARED`` keys a vector by the id of its image, and
+``mine.keep_vectors`` by ``item_key``, which is that id where an item is nothing but an image. Vectors of an index above
+``index.exact_below`` have been rounded to ``index.bits`` per component, and so are their similarities.
+
+The driver holds 8 bytes per vector; the vectors themselves go from storage into Ray's object store, those of items that
+the rows have, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+
+from crem.errors import ConfigError
+from pipelines.search.index import ITEMS, IndexSummary, survey
+from pipelines.search.search import VectorIndex
+from pipelines.tables import ray_tasks
+from pipelines.tables.schema import EmbeddingStamp
+from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import require_storage
+
+__all__ = ["GivenVectors", "VectorPiece", "ids_of_part", "open_vectors", "read_piece"]
+
+_FILES_PER_PIECE = 16
+"""Files of ``crem embed`` hold about 512 vectors."""
+_INDEX_PIECE = 32_768
+"""Vectors of an index in one piece: 200 MB at 1,536 dimensions."""
+
+
+@dataclass(frozen=True)
+class VectorPiece:
+    """What a worker reads at a time: some files of vectors, or a range of positions of an index."""
+
+    folder: Folder
+    files: tuple[str, ...]
+    first: int = 0
+    """Position in the index of its first vector; an index has no ``files``."""
+
+
+@dataclass(frozen=True)
+class GivenVectors:
+    """Vectors of one model, in pieces."""
+
+    stamp: EmbeddingStamp
+    exact: bool
+    """Whether none of them was rounded."""
+    places: tuple[str, ...]
+    """Where they are, as they were given."""
+    pieces: tuple[VectorPiece, ...]
+    ids: tuple[NDArray[np.int64], ...]
+    """Of each piece, the ids of its vectors in their order."""
+
+    def find(self, keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The piece of each key, -1 where there is no vector of it, and the position in that piece.
+
+        Of several vectors of one id the first is taken.
+        """
+        ids = np.concatenate([np.empty(0, np.int64), *self.ids])
+        begins = np.cumsum([0, *map(len, self.ids)])
+        order = np.argsort(ids, kind="stable")
+        at = np.minimum(np.searchsorted(ids, keys, sorter=order), max(len(ids) - 1, 0))
+        places = order[at] if len(ids) else np.zeros(len(keys), np.int64)
+        there = ids[places] == keys if len(ids) else np.zeros(len(keys), np.bool_)
+        pieces = np.searchsorted(begins, places, side="right") - 1
+        return np.where(there, pieces, -1), places - begins[pieces]
+
+    def load(self, wanted: dict[int, NDArray[np.int64]]) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
+        """Vectors [N, D] and whether each is one, of the positions in each piece, into Ray's object store."""
+        loaded: dict[int, tuple[ray.ObjectRef, ray.ObjectRef]] = {}
+        indexed: dict[str, list[int]] = {}
+        for number in wanted:
+            piece = self.pieces[number]
+            if piece.files:
+                run = ray.remote(num_cpus=0.5, num_returns=2)(read_piece)
+                loaded[number] = tuple(run.remote(piece, wanted[number]))
+            else:
+                indexed.setdefault(piece.folder.uri, []).append(number)
+        for uri, numbers in indexed.items():  # an index is opened once, by one worker
+            positions = [self.pieces[number].first + wanted[number] for number in numbers]
+            references = ray.remote(num_cpus=1, num_returns=2 * len(numbers))(_read_index).remote(uri, positions)
+            loaded |= dict(zip(numbers, zip(references[::2], references[1::2], strict=True), strict=True))
+        return [loaded[number] for number in wanted]
+
+
+def open_vectors(places: Sequence[str]) -> GivenVectors:
+    """The vectors at some places, each a folder of ``crem embed`` or of ``crem index``; connect to Ray first.
+
+    Raises:
+        ConfigError: a place holds neither, its run did not finish, or the places are of several models.
+    """
+    stamps: list[EmbeddingStamp] = []
+    pieces: list[VectorPiece] = []
+    ids: list[NDArray[np.int64]] = []
+    exact = True
+    for place in places:
+        folder = Folder.at(place)
+        if (summary := IndexSummary.read(folder)) is not None:
+            stamps.append(EmbeddingStamp(summary.fingerprint, summary.dim, summary.model, summary.chorus_tokens))
+            exact &= summary.index.endswith("Flat")
+            known = _ids(folder, ITEMS)
+            ids += [known[at : at + _INDEX_PIECE] for at in range(0, len(known), _INDEX_PIECE)]
+            pieces += [VectorPiece(folder, (), at) for at in range(0, len(known), _INDEX_PIECE)]
+            continue
+        names, stamp, _ = survey(folder)
+        stamps.append(stamp)
+        groups = [tuple(names[at : at + _FILES_PER_PIECE]) for at in range(0, len(names), _FILES_PER_PIECE)]
+        pieces += [VectorPiece(folder, group) for group in groups]
+        of_files = dict(zip(names, ray_tasks.on_nodes(partial(_ids, folder), names), strict=True))
+        ids += [np.concatenate([of_files[name] for name in group]) for group in groups]
+    first = stamps[0]
+    for place, stamp in zip(places, stamps, strict=True):
+        if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):
+            raise ConfigError(
+                f"--vectors mixes models: {places[0]} is of {_described(first)}, and {place} of {_described(stamp)}; "
+                "give vectors of one model"
+            )
+    return GivenVectors(first, exact, tuple(places), tuple(pieces), tuple(ids))
+
+
+def read_piece(piece: VectorPiece, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """In a worker: vectors [N, D] at some positions of a piece of files, and whether each is one; zeros if not."""
+    column = pa.chunked_array(
+        [chunk for name in piece.files for chunk in _column(piece.folder, name, "embedding").chunks]
+    )
+    taken = column.take(pa.array(wanted)).combine_chunks()
+    valid = taken.is_valid().to_numpy(zero_copy_only=False)
+    vectors = np.zeros((len(wanted), column.type.list_size), np.float32)
+    vectors[valid] = taken.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.shape[1])
+    return vectors, valid
+
+
+def ids_of_part(folder: Folder, name: str) -> tuple[EmbeddingStamp | None, NDArray[np.int64]]:
+    """The stamp and the ids of a file of vectors; no ids where it is damaged."""
+    try:
+        with folder.open(name) as file:
+            part = pq.ParquetFile(file, page_checksum_verification=True)
+            return EmbeddingStamp.of(part.schema_arrow), part.read()["id"].to_numpy()
+    except (pa.ArrowException, OSError):
+        return None, np.empty(0, np.int64)
+
+
+def _read_index(uri: str, positions: list[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | NDArray[np.bool_]]:
+    """In a worker: for each piece its vectors and their validity, one after the other."""
+    index = VectorIndex(uri)
+    for of_piece in positions:
+        yield index.stored(of_piece)
+        yield np.ones(len(of_piece), np.bool_)
+
+
+def _ids(folder: Folder, name: str) -> NDArray[np.int64]:
+    ids: NDArray[np.int64] = _column(folder, name, "id").to_numpy()
+    return ids
+
+
+def _column(folder: Folder, name: str, column: str) -> pa.ChunkedArray:
+    def read() -> pa.ChunkedArray:
+        with folder.open(name) as file:
+            return pq.ParquetFile(file, page_checksum_verification=True).read(columns=[column])[column]
+
+    try:
+        return require_storage(f"reading {folder.uri}/{name}", read)
+    except (pa.ArrowException, OSError) as error:
+        job = "crem index" if name == ITEMS else "crem embed"
+        raise ConfigError(
+            f"{folder.uri}/{name} cannot be read ({error}); run {job} into that folder again: it replaces what is "
+            "damaged"
+        ) from error
+
+
+def _described(stamp: EmbeddingStamp) -> str:
+    tokens = "" if stamp.chorus_tokens is None else f" with {stamp.chorus_tokens} chorus tokens"
+    return f"{stamp.fingerprint} ({stamp.model}){tokens}"
