@@ -20,6 +20,8 @@ class SynthesiseConfig(Section):
     the runs that make one output.
     """
 
+    engine: Literal["endpoint", "vllm"] = "endpoint"
+    """``vllm`` runs ``model`` inside the job, by ``ray.data.llm``, in place of an endpoint."""
     base_url: str | None = None
     """Where the endpoint is, up to and with ``/v1``. The key comes from ``OPENAI_API_KEY`` in the environment."""
     model: str | None = None
@@ -49,7 +51,7 @@ class SynthesiseConfig(Section):
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """A run in which a larger share of rows fails ends with the reasons, once 50 rows are done. Source: ours."""
     concurrency: int = Field(32, ge=1)
-    """Requests in flight, of all workers together. Source: ours."""
+    """Requests in flight, of all workers together; rows of a batch of ``engine=vllm``. Source: ours."""
     requests_per_minute: float | None = Field(None, gt=0)
     """Upper bound of all workers together; ``null`` is none."""
     timeout_s: float = Field(120, gt=0)
@@ -72,11 +74,18 @@ class SynthesiseConfig(Section):
     """Workers that send requests; each takes 1 CPU. Source: ours."""
     rows_per_shard: int = Field(256, ge=1)
     """Rows that one worker asks about at a time, and that become one part. Source: ours."""
+    engines: int = Field(1, ge=1)
+    """Copies of the model of ``engine=vllm``, each on GPUs of its own."""
+    engine_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments of vLLM's engine, e.g. ``{tensor_parallel_size: 2, max_model_len: 8192}``."""
 
     @model_validator(mode="after")
     def _prices(self) -> SynthesiseConfig:
         if self.max_cost is not None and not self.input_price and not self.output_price:
             raise ValueError("synthesise.max_cost needs synthesise.input_price and synthesise.output_price")
+        bounds = ("max_requests", "max_tokens", "max_cost", "requests_per_minute")
+        if self.engine == "vllm" and (given := [name for name in bounds if getattr(self, name) is not None]):
+            raise ValueError(f"synthesise.{given[0]} bounds an endpoint; leave it out with synthesise.engine=vllm")
         if not self.kinds:
             raise ValueError("synthesise.kinds is empty; name at least one kind of question")
         return self

@@ -135,13 +135,25 @@ def _stamp(model: str | None, given: GivenVectors | None, config: EmbedConfig) -
         assert given is not None
         return given.stamp
     require_readable_model(model)
-    described = describe_model(model, cpus=config.cpus_per_actor, gpus=config.gpus_per_actor, chorus_tokens=wanted)
+    try:
+        with ray_tasks.remote_errors():
+            described = describe_model(
+                model, cpus=config.cpus_per_actor, gpus=config.gpus_per_actor, chorus_tokens=wanted
+            )
+    except ConfigError as error:
+        if given is None or config.chorus_tokens is not None:
+            raise
+        raise _another_model(given, model, str(error)) from error  # it has no such count of chorus tokens
     if given is not None and given.stamp.fingerprint != described.fingerprint:
-        raise CheckpointError(
-            f"{given.places[0]} was made by model {given.stamp.fingerprint} ({given.stamp.model}), and this model is "
-            f"{described.fingerprint} ({model}); give that model, or embed again with this one"
-        )
+        raise _another_model(given, model, described.fingerprint)
     return EmbeddingStamp(described.fingerprint, described.dim, model, described.chorus_tokens)
+
+
+def _another_model(given: GivenVectors, model: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{given.places[0]} was made by model {given.stamp.fingerprint} ({given.stamp.model}), and {model} is another "
+        f"one ({what}); give that model, or embed again with this one"
+    )
 
 
 def _run(work: _Work, origin: PrepareManifest, lease: Lease, config: RunConfig) -> MineSummary:

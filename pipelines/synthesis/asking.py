@@ -26,7 +26,7 @@ from pipelines.synthesis.meter import MeterClient, Spent
 from pipelines.synthesis.question_answers import QuestionAnswer, parse_answer
 from pipelines.synthesis.question_prompt import Message
 
-__all__ = ["Asked", "Asker", "ask"]
+__all__ = ["Asked", "Asker", "ask", "checked"]
 
 _LONGEST_PAUSE_S = 60.0
 _FAILURES_BEFORE_PROBE = 8
@@ -80,7 +80,7 @@ async def ask(
         spent += cost
         if isinstance(outcome, Completion):
             try:
-                return done(_checked(outcome, kinds, wanted))
+                return done(checked(outcome, kinds, wanted))
             except ItemError as error:
                 invalid += 1
                 if invalid >= config.attempts or error.reason == "refused":
@@ -119,7 +119,8 @@ async def _send(
     return outcome, spent
 
 
-def _checked(completion: Completion, kinds: Sequence[str], wanted: int) -> tuple[QuestionAnswer, ...]:
+def checked(completion: Completion, kinds: Sequence[str], wanted: int) -> tuple[QuestionAnswer, ...]:
+    """The ``wanted`` pairs of an answer. Raises ``ItemError`` with the reason where they are not valid."""
     if completion.refused:
         raise ItemError("refused", f"the model declined: {completion.text[:120]!r}")
     try:

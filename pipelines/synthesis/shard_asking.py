@@ -55,7 +55,8 @@ class ShardAsker:
         self.images: ImageIndex = ray.get(images[0])
         self.meter: MeterClient = RemoteMeter(meter)
         self.runner = asyncio.Runner()  # one loop for all calls: connections are kept open between them
-        self.endpoint = Endpoint(config, tuple(prompt.kinds))
+        # with another engine all answers are in the journal, and none is asked for
+        self.endpoint = Endpoint(config, tuple(prompt.kinds)) if config.engine == "endpoint" else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
@@ -109,6 +110,7 @@ class ShardAsker:
     async def _record(self, row: ArrowRow) -> ArrowRow:
         if reason := skip_reason(row, self.config):
             return row_record(row["id"], reason=reason)
+        assert self.endpoint is not None, f"row {row['id']} has no answer in the journal"
         kinds = kinds_of_row(row["id"], self.config.kinds, self.config.questions)
         messages = await asyncio.to_thread(self._messages, row["query"], kinds)
         accepted = tuple(self.prompt.kinds)  # where the kind that is asked for does not fit, another one may stand

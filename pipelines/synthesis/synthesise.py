@@ -30,6 +30,7 @@ from pipelines.synthesis.answer_table import (
     start_or_resume,
 )
 from pipelines.synthesis.asking_progress import cost_text, progress
+from pipelines.synthesis.batch_engine import VllmEngine, ask_in_batches
 from pipelines.synthesis.endpoint import host_of
 from pipelines.synthesis.meter import Spent, start_meter
 from pipelines.synthesis.question_prompt import QuestionPrompt
@@ -78,11 +79,13 @@ def synthesise(prepared: str, out: str, config: RunConfig) -> Synthesised:
         raise ConfigError(f"--out {out!r} holds the tables themselves; choose another folder")
     manifest = read_manifest(source)
     prompt = QuestionPrompt.load(settings.prompt, settings.kinds)
-    if not settings.model or not settings.base_url:
+    if not settings.model or (settings.engine == "endpoint" and not settings.base_url):
         raise ConfigError(
             "who writes the questions? Give synthesise.model=NAME and the endpoint that serves it, "
-            "synthesise.base_url=http://HOST:8000/v1"
+            "synthesise.base_url=http://HOST:8000/v1, or synthesise.engine=vllm to run the model in this cluster"
         )
+    if settings.engine == "vllm":
+        VllmEngine.require()
     shards = row_shards(source, settings.rows_per_shard)
     plan = _plan(source, manifest, prompt, shards, settings)
     target.claim(JobKind.SYNTHESISE)
@@ -150,7 +153,7 @@ def _ask(
     log.info(
         "asking %s at %s about %d rows, %d in finished parts; %d requests and %d tokens were spent before",
         settings.model,
-        host_of(settings.base_url or ""),
+        _place(settings),
         total,
         sum(o.rows_in for o in outcomes),
         before.requests,
@@ -159,6 +162,9 @@ def _ask(
     if not shards:
         return outcomes
     images = ray.put(index_images(source.uri))
+    if settings.engine == "vllm":
+        engine = VllmEngine(settings, tuple(prompt.kinds))
+        ask_in_batches(source, target, shards, images, prompt, engine, settings)
     meter = start_meter(settings, before)
     dataset = ray_tasks.task_dataset(shards).map_batches(
         ShardAsker,
@@ -208,7 +214,7 @@ def _finish(
         | {
             "prompt": plan.prompt,
             "prompt_hash": plan.prompt_hash,
-            "endpoint": host_of(settings.base_url or ""),
+            "endpoint": _place(settings),
             "without_a_question": dict(sorted(sum((o.by_reason for o in outcomes), Counter()).items())),
             "requests": spent.requests,
             "prompt_tokens": spent.prompt_tokens,
@@ -216,6 +222,11 @@ def _finish(
         },
         package="openai",
     )
+
+
+def _place(settings: SynthesiseConfig) -> str:
+    """Where the model is."""
+    return host_of(settings.base_url or "") if settings.engine == "endpoint" else "ray.data.llm"
 
 
 def _summary(outcomes: Sequence[ShardOutcome], settings: SynthesiseConfig, *, was_complete: bool) -> Synthesised:

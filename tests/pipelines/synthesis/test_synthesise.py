@@ -243,21 +243,21 @@ def test_killed_at_any_moment_it_goes_on_without_asking_twice(prepared: str, tmp
 @pytest.mark.slow
 def test_our_own_server_speaks_the_same_language(prepared: str, tmp_path: Path, tiny_model_dir: str) -> None:
     """A model of random weights answers with nonsense; the wire format, images and all, is what is tested."""
+    log = tmp_path / "serve.log"
     words = [sys.executable, "-m", "crem.cli", "serve", tiny_model_dir, "serve.port=0"]
-    serving = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    with log.open("w") as lines:
+        serving = subprocess.Popen(words, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        assert serving.stdout is not None
-        address = next(word for line in serving.stdout for word in line.split() if word.startswith("http://"))
+        wait_for(lambda: serving.poll() is not None or " at http://" in log.read_text())
+        address = log.read_text().partition(" at http://")[2].split()[0]
         overrides = [
-            *(f"synthesise.base_url={address.rstrip('/')}/v1", "synthesise.model=model", "synthesise.attempts=1"),
+            *(f"synthesise.base_url=http://{address}/v1", "synthesise.model=model", "synthesise.attempts=1"),
             *("synthesise.max_answer_tokens=8", "synthesise.max_failed_share=1", "synthesise.concurrency=4"),
         ]
-        made = synthesise(prepared, str(tmp_path), load_config("micro", overrides))
+        made = synthesise(prepared, str(tmp_path / "out"), load_config("micro", overrides))
     finally:
-        os.killpg(serving.pid, signal.SIGTERM)
-        serving.wait(timeout=60)
+        serving.terminate()  # not its group: Ray has to outlive the application that is deleted
+        serving.wait(timeout=120)
     reasons = {reason: n for reason, n in made.by_reason.items() if reason not in SKIPPED}
     assert sum(reasons.values()) == ASKABLE and set(reasons) <= {"invalid_json", "cut_off"}, made.by_reason
     assert made.spent.prompt_tokens > 100 * ASKABLE and 0 < made.spent.answer_tokens <= 8 * ASKABLE
