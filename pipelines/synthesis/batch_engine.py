@@ -45,7 +45,7 @@ from pipelines.tables.storage import Folder
 if TYPE_CHECKING:
     from ray.data.llm import ProcessorConfig
 
-__all__ = ["BatchEngine", "VllmEngine", "ask_in_batches"]
+__all__ = ["BatchEngine", "VllmEngine", "ask_in_batches", "require_vllm"]
 
 log = logging.getLogger(__name__)
 
@@ -110,14 +110,18 @@ class VllmEngine:
             answer_tokens=answered,
         )
 
-    @staticmethod
-    def require() -> None:
-        """Raises ConfigError: vLLM is not installed."""
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                f"synthesise.engine=vllm needs vLLM on every node: pip install 'ray[llm]=={ray.__version__}'; or serve "
-                "the model (vllm serve NAME) and give synthesise.base_url=http://HOST:8000/v1"
-            )
+
+def require_vllm() -> None:
+    """Refuse to run without vLLM.
+
+    Raises:
+        ConfigError: it is not installed here.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"synthesise.engine=vllm needs vLLM on every node: pip install 'ray[llm]=={ray.__version__}'; or serve "
+            "the model (vllm serve NAME) and give synthesise.base_url=http://HOST:8000/v1"
+        )
 
 
 def ask_in_batches(

@@ -30,7 +30,7 @@ from pipelines.synthesis.answer_table import (
     start_or_resume,
 )
 from pipelines.synthesis.asking_progress import cost_text, progress
-from pipelines.synthesis.batch_engine import VllmEngine, ask_in_batches
+from pipelines.synthesis.batch_engine import VllmEngine, ask_in_batches, require_vllm
 from pipelines.synthesis.endpoint import host_of
 from pipelines.synthesis.meter import Spent, start_meter
 from pipelines.synthesis.question_prompt import QuestionPrompt
@@ -85,7 +85,7 @@ def synthesise(prepared: str, out: str, config: RunConfig) -> Synthesised:
             "synthesise.base_url=http://HOST:8000/v1, or synthesise.engine=vllm to run the model in this cluster"
         )
     if settings.engine == "vllm":
-        VllmEngine.require()
+        require_vllm()
     shards = row_shards(source, settings.rows_per_shard)
     plan = _plan(source, manifest, prompt, shards, settings)
     target.claim(JobKind.SYNTHESISE)

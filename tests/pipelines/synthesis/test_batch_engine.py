@@ -14,7 +14,7 @@ from crem.config import SynthesiseConfig
 from crem.errors import ConfigError
 from pipelines.corpus.verify import verify
 from pipelines.synthesis import synthesise as job
-from pipelines.synthesis.batch_engine import VllmEngine
+from pipelines.synthesis.batch_engine import VllmEngine, require_vllm
 from pipelines.synthesis.endpoint import Completion
 from pipelines.synthesis.question_prompt import Message
 from pipelines.synthesis.synthesise import synthesise
@@ -81,7 +81,7 @@ def test_what_vllm_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"synthesise\.max_cost .* endpoint"):
         settings("engine=vllm", "max_cost=1", "input_price=1")
     with pytest.raises(ConfigError, match=r"pip install 'ray\[llm\]==.*vllm serve"):
-        VllmEngine.require()
+        require_vllm()
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_rows_are_asked_in_batches_and_what_is_answered_is_not_asked_again(
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = write_unasked(tmp_path)
-    monkeypatch.setattr(VllmEngine, "require", lambda: None)
+    monkeypatch.setattr(job, "require_vllm", lambda: None)
     monkeypatch.setattr(job, "VllmEngine", lambda chosen, kinds: HttpEngine(chosen))
 
     def behave(number: int, request: Request) -> Reply:
