@@ -10,7 +10,9 @@ rows that survives a restart (``crem.data.mixing``), validation and checkpoints 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -52,8 +54,8 @@ def train(prepared: str, steps: int, *overrides: str) -> list[float]:
     draw = random.Random(config.train.seed)
 
     # A prepared table is plain Parquet (pipelines/tables/schema.py). Rows name their images by id.
-    rows = [row for row in pq.read_table(f"{prepared}/rows").to_pylist() if row["split"].startswith("train")]
-    images = {image["id"]: image["bytes"] for image in pq.read_table(f"{prepared}/images").to_pylist()}
+    rows = [row for row in read(prepared, "rows") if row["split"].startswith("train")]
+    images = {image["id"]: image["bytes"] for image in read(prepared, "images")}
 
     # The K chorus tokens join the vocabulary here. A model from scratch trains its tokenizer on the rows' texts.
     texts = [text for row in rows for text in (row["query"]["text"], row["question"], row["answer"]) if text]
@@ -73,6 +75,13 @@ def train(prepared: str, steps: int, *overrides: str) -> list[float]:
         print(f"step {step + 1:3d}   retrieval {result.retrieval:.3f}   generation {result.generation:.3f}")
         losses.append(result.loss)
     return losses
+
+
+def read(prepared: str, table: str) -> list[dict[str, Any]]:
+    """A prepared table: the parts that the manifest lists, for its folder may also hold those of another version."""
+    manifest = json.loads(Path(prepared, "manifest.json").read_text())
+    parts = [part for part in pq.read_table(f"{prepared}/{manifest['files']}").to_pylist() if part["table"] == table]
+    return [row for part in parts for row in pq.read_table(f"{prepared}/{table}/{part['name']}").to_pylist()]
 
 
 def example(row: dict[str, Any], images: dict[int, bytes], *, z: bool) -> TrainingExample:

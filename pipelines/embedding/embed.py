@@ -18,6 +18,7 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from numpy.typing import NDArray
 
@@ -45,7 +46,7 @@ from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RowRange
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
-from pipelines.tables.manifest import read_manifest
+from pipelines.tables.manifest import table_parts
 from pipelines.tables.models import describe_model, load_model
 from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
@@ -125,12 +126,16 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
 
 
 def _item_table(source: str) -> SourceFiles:
-    """The files to embed; of prepared tables those of ``images/``, and the tables must be complete."""
+    """The files to embed; of prepared tables the parts of ``images/`` that the manifest lists."""
     folder = Folder.at(source)
-    if folder.exists("rejected"):
-        read_manifest(folder)
-        return sources.find(folder.child("images").uri, what="image table")
-    return sources.find(source, what="item table")
+    if not folder.exists("rejected"):
+        return sources.find(source, what="item table")
+    parts = table_parts(folder, "images")
+    found = sources.find(folder.child("images").uri, what="image table")
+    listed = found.table.filter(pc.is_in(found.table["name"], value_set=pa.array(parts, pa.string())))
+    if missing := set(parts) - set(listed["name"].to_pylist()):
+        raise ConfigError(f"{folder.uri}/images/{min(missing)} is missing; run crem prepare again")
+    return replace(found, table=listed.combine_chunks())
 
 
 def _run(

@@ -1,11 +1,14 @@
-"""How training reads single images: by their places in Parquet, by row groups of Parquet, by Lance, from Ray's objects.
+"""How training may read single images: by places in Parquet, by row groups, by Lance, from Ray's objects.
 
     python -m tests.bench.bench_reads [--gb 1 4 16] [--s3] [--folder /tmp/bench-reads]
 
-For each size it writes tables of random images of 60 to 100 kB and a row for each, once in every layout. Each way runs
-in a process of its own, whose page cache of the files is dropped: the time until a first batch of 64 random rows is
-there, then rows a second and the processor's time for windows of 512 random rows. Memory is the growth of the process;
-``disk`` is what was written. ``objects`` is how training read before: all parts into Ray's object store.
+For each size it writes tables of random images of 60 to 100 kB and a row for each, once in every layout, deleted before
+the next. Each way runs in a process of its own with a Ray of its own, as ``crem train`` starts it, and with a dropped
+page cache: the time from then until a first batch of 64 random rows is in the driver, and rows a second for windows of
+512 random rows. As in the feed, a window is read by a task, and two are read at once. The memory is the most that the
+driver and all workers together had of their own, and the pages that the object store had touched (its limit is that of
+``pipelines.tables.session``). ``spilled`` is what Ray wrote to disk. ``objects`` is how training read before: all parts
+go to the object store first.
 ``--index ROWS`` prints what the indexes of so many rows and images cost instead.
 """
 
@@ -15,23 +18,28 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray
+import s3fs
 from numpy.typing import NDArray
 
 from crem.config import load_config
-from pipelines.tables import schema
+from pipelines.tables import schema, session
 from pipelines.tables.chosen_rows import content_of
 from pipelines.tables.image_index import ImageIndex
 from pipelines.tables.image_parts import PLACE, ImagePartWriter, image_places
@@ -44,8 +52,9 @@ PART_BYTES = 256 * 2**20
 GROUPS = {"80 kB": 1, "320 kB": 4, "1 MB": 13, "4 MB": 52}
 """Images of one row group."""
 FIRST, WINDOW = 64, 512
-Fetch = Callable[[NDArray[np.int64]], int]
-"""Reads the images of these ids, and returns how many bytes they have."""
+SAMPLE_S = 0.05
+Fetch = Callable[[NDArray[np.int64]], list[bytes]]
+"""Reads the images of these ids, each once."""
 
 
 def images_of(count: int) -> Iterator[pa.Table]:
@@ -95,8 +104,8 @@ def write_layouts(folder: Path, count: int, layouts: list[str]) -> None:
     words = np.random.default_rng(1).integers(10**5, 10**6, (1000, 40))
     for part_number, start in enumerate(range(0, len(ids), 100_000)):
         some = ids[start : start + 100_000]
-        item = {"instruction": None, "image_at": []}
-        rows = [
+        item: dict[str, Any] = {"instruction": None, "image_at": []}
+        rows: list[dict[str, Any]] = [
             {
                 "id": schema.content_id(b"%d" % i),
                 "source": "s",
@@ -119,7 +128,7 @@ def write_layouts(folder: Path, count: int, layouts: list[str]) -> None:
 def by_places(images: Folder) -> Fetch:
     names = images.files(".parquet")
     index = ImageIndex.of(images, names, in_threads(lambda name: image_places(images, name), names))
-    return lambda ids: sum(map(len, index.fetch(ids).values()))
+    return lambda ids: list(index.fetch(ids).values())
 
 
 def by_row_groups(images: Folder) -> Fetch:
@@ -139,18 +148,19 @@ def by_row_groups(images: Folder) -> Fetch:
     row = np.concatenate([np.arange(len(found)) for _, found in scanned])[order]
     ids = ids[order]
 
-    def fetch(wanted: NDArray[np.int64]) -> int:
+    def fetch(wanted: NDArray[np.int64]) -> list[bytes]:
         at = np.searchsorted(ids, np.unique(wanted))
         groups = np.unique(np.stack([part[at], row[at] // size]), axis=1).T.tolist()
 
-        def read(place: tuple[int, int]) -> int:
+        def read(place: tuple[int, int]) -> list[bytes]:
             with open_part(images, names[place[0]], whole=False) as file:
                 reader = pq.ParquetFile(file, metadata=scanned[place[0]][0], pre_buffer=True)
                 table = reader.read_row_group(place[1], columns=["id", "bytes"], use_threads=False)
             chosen = table.filter(pc.is_in(table["id"], value_set=pa.array(wanted)))
-            return int(sum(map(len, chosen["bytes"].to_pylist())))
+            found: list[bytes] = chosen["bytes"].to_pylist()
+            return found
 
-        return sum(in_threads(read, groups))
+        return [image for group in in_threads(read, groups) for image in group]
 
     return fetch
 
@@ -164,26 +174,22 @@ def by_lance(images: Folder) -> Fetch:
     order = np.argsort(ids)
     known = ids[order]
 
-    def fetch(wanted: NDArray[np.int64]) -> int:
+    def fetch(wanted: NDArray[np.int64]) -> list[bytes]:
         rows = order[np.searchsorted(known, np.unique(wanted))]
-        return int(sum(map(len, dataset.take(np.sort(rows).tolist(), columns=["bytes"])["bytes"].to_pylist())))
+        images: list[bytes] = dataset.take(np.sort(rows).tolist(), columns=["bytes"])["bytes"].to_pylist()
+        return images
 
     return fetch
 
 
 def by_objects(images: Folder) -> Fetch:
-    """As training did: every part in Ray's object store, which spills to disk."""
-    import ray
-
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # the limits of ``session.connect``
-    ray.init(address="local", num_cpus=4, object_store_memory=512 << 20, include_dashboard=False, log_to_driver=False)
+    """As training did before 1ad27d8 (``share_rows``): every part in Ray's object store, which spills to disk."""
 
     def read_part(name: str) -> tuple[NDArray[np.int64], pa.Table]:
         part = pq.read_table(images.path(name), columns=["id", "bytes"], filesystem=images.fs)
         return part["id"].to_numpy(), part
 
-    read = ray.remote(num_cpus=0.25, num_returns=2)(read_part)
+    read = ray.remote(num_cpus=1, num_returns=2)(read_part)
     parts = [read.remote(name) for name in images.files(".parquet")]
     id_lists = ray.get([ids for ids, _ in parts])
     ids = np.concatenate(id_lists)
@@ -192,14 +198,18 @@ def by_objects(images: Folder) -> Fetch:
     row = np.concatenate([np.arange(len(found)) for found in id_lists])[order]
     ids = ids[order]
 
-    def fetch(wanted: NDArray[np.int64]) -> int:
-        at, size = np.searchsorted(ids, np.unique(wanted)), 0
+    def fetch(wanted: NDArray[np.int64]) -> list[bytes]:
+        at, found = np.searchsorted(ids, np.unique(wanted)), []
         for number in np.unique(part[at]).tolist():
-            table = ray.get(parts[number][1])
-            size += sum(len(table["bytes"][r].as_py()) for r in row[at][part[at] == number].tolist())
-        return size
+            table = ray.get(parts[number][1])  # mapped, not copied
+            found += [table["bytes"][r].as_py() for r in row[at][part[at] == number].tolist()]
+        return found
 
     return fetch
+
+
+def by_nothing(ids: NDArray[np.int64]) -> list[bytes]:
+    return [b"" for _ in ids]
 
 
 WAYS: dict[str, tuple[str, Callable[[Folder], Fetch]]] = {
@@ -210,56 +220,112 @@ WAYS: dict[str, tuple[str, Callable[[Folder], Fetch]]] = {
 }
 
 
-def measure(way: str, folder: Folder, windows: int) -> dict[str, float]:
+def measure(way: str, folder: Folder, windows: int, most_s: float, spill: str) -> dict[str, float]:
     """In a process of its own."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=session._OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_spilling_directory=spill,
+    )
+    read = ray.remote(num_cpus=1)(read_window)
+    none = index_of(folder, [], [])
+    ray.get([read.remote(none, by_nothing) for _ in range(4)])  # now the workers have imported what they need
     layout, open_way = WAYS[way]
-    before = peak_mb()
-    began = time.perf_counter()
+    images, began = folder.child(f"images-{layout}"), time.perf_counter()
+    # who makes an object owns it, so that the former way opens in the driver
+    fetch = ray.put(open_way(images)) if way == "objects" else ray.remote(num_cpus=1)(open_way).remote(images)
     rows, parts = folder.child("rows"), folder.child("rows").files(".parquet")
     index = index_of(rows, parts, in_threads(lambda name: scan_part(rows, name, "train"), parts))
-    fetch = open_way(folder.child(f"images-{layout}"))
     order = np.random.default_rng(7).permutation(len(index))
 
-    def read(numbers: NDArray[np.int64]) -> None:
-        content = content_of(index.select(numbers))
-        ids = pc.list_flatten(pc.struct_field(content["query"].combine_chunks(), "images")).to_numpy()
-        assert fetch(ids) > 50_000 * len(np.unique(ids))
+    def begin(window: int) -> ray.ObjectRef:
+        at = FIRST + window * WINDOW
+        return read.remote(index.select(order[at : at + WINDOW]), fetch)
 
-    read(order[:FIRST])
-    first_s, cpu = time.perf_counter() - began, time.process_time()
-    began = time.perf_counter()
-    taken = [order[FIRST + at * WINDOW : FIRST + (at + 1) * WINDOW] for at in range(windows)]
-    for numbers in taken:
-        read(numbers)
-    count = sum(map(len, taken))
-    return {
-        "first_s": first_s,
-        "rows_per_s": count / (time.perf_counter() - began),
-        "cpu_ms": 1000 * (time.process_time() - cpu) / count,
-        "memory_mb": peak_mb() - before,
-    }
+    ray.get(read.remote(index.select(order[:FIRST]), fetch))
+    first_s, began, count = time.perf_counter() - began, time.perf_counter(), 0
+    ahead = [begin(window) for window in range(2)]
+    for window in range(2, windows + 2):
+        got = len(ray.get(ahead.pop(0)))
+        count += got
+        if not got or time.perf_counter() - began > most_s:
+            break
+        ahead.append(begin(window))
+    return {"first_s": first_s, "rows_per_s": count / (time.perf_counter() - began)}
 
 
-def peak_mb() -> float:
-    """The most memory that this process had."""
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+def read_window(rows: RowIndex, fetch: Fetch) -> list[bytes]:
+    """In a task: the images of some rows."""
+    if not len(rows):
+        return []
+    content = content_of(rows)
+    ids = pc.list_flatten(pc.struct_field(content["query"].combine_chunks(), "images")).to_numpy()
+    images = fetch(ids)
+    assert len(images) == len(np.unique(ids)) and min(map(len, images)) >= 60_000
+    return images
 
 
-def _child(way: str, uri: str, windows: int, result: Any) -> None:
+@dataclass
+class Peaks:
+    """The most that a process and Ray's processes below it took, in MB, seen by sampling."""
+
+    driver_mb: float = 0
+    workers_mb: float = 0
+    """of all workers together"""
+    objects_mb: float = 0
+    spilled_mb: float = 0
+
+    def sample(self, driver: psutil.Process, spill: Path) -> None:
+        own, objects, workers = _own_mb(driver.pid), 0.0, 0.0
+        for child in driver.children(recursive=True):
+            with suppress(psutil.Error, OSError):
+                name = "".join(child.cmdline()[:1])
+                if name.startswith("ray::"):
+                    workers += _own_mb(child.pid)
+                elif name.endswith("/raylet"):
+                    objects = _object_store_mb(child.pid)
+        spilled = sum(path.stat().st_blocks * 512 for path in spill.rglob("*") if path.is_file()) / 1e6
+        self.driver_mb, self.workers_mb = max(self.driver_mb, own), max(self.workers_mb, workers)
+        self.objects_mb, self.spilled_mb = max(self.objects_mb, objects), max(self.spilled_mb, spilled)
+
+
+def _own_mb(pid: int) -> float:
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
+
+
+def _object_store_mb(raylet: int) -> float:
+    """Pages of the file that Ray's processes share, which has no name any more."""
+    files = Path(f"/proc/{raylet}/fd").iterdir()
+    return max(file.stat().st_blocks * 512 for file in files if "plasma" in os.readlink(file)) / 1e6
+
+
+def _child(way: str, uri: str, windows: int, most_s: float, spill: str, result: Any) -> None:
+    from tests.bench import bench_reads  # Ray's workers import it by this name, not as __main__
+
     try:
-        result.put(measure(way, Folder.at(uri), windows))
+        result.put(bench_reads.measure(way, Folder.at(uri), windows, most_s, spill))
     except BaseException as error:  # the parent waits for an answer
         result.put({"error": repr(error)[:200]})
 
 
-def run(way: str, uri: str, windows: int) -> dict[str, Any]:
+def run(way: str, uri: str, windows: int, most_s: float, spill: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     result = context.Queue()
-    process = context.Process(target=_child, args=(way, uri, windows, result))
+    process = context.Process(target=_child, args=(way, uri, windows, most_s, str(spill), result))
     process.start()
-    found: dict[str, Any] = result.get()
+    peaks, found = Peaks(), None
+    while found is None and process.is_alive():
+        with suppress(psutil.Error, OSError):
+            peaks.sample(psutil.Process(process.pid), spill)
+        with suppress(queue.Empty):
+            found = result.get(timeout=SAMPLE_S)
     process.join()
-    return found
+    return (found or {"error": f"ended with {process.exitcode}"}) | asdict(peaks)
 
 
 def forget(folder: Path) -> None:
@@ -275,41 +341,37 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def bench(gb: float, folder: Path, ways: list[str], windows: int, s3: S3Server | None) -> list[dict[str, Any]]:
+def bench(gb: float, folder: Path, args: argparse.Namespace, s3: S3Server | None) -> list[dict[str, Any]]:
     count = int(gb * 1e9 / 80_000)
-    layouts = sorted({WAYS[way][0] for way in ways})
-    write_layouts(folder, count, layouts)
-    uri = str(folder)
-    if s3 is not None:
-        import s3fs
-
-        uri = f"s3://{s3.bucket}/reads"
-        s3fs.S3FileSystem().put(str(folder), f"{s3.bucket}/reads", recursive=True)
-    lines = []
-    for way in ways:
-        forget(folder)
+    lines: list[dict[str, Any]] = []
+    for layout in sorted({WAYS[way][0] for way in args.ways}):
+        tables = folder / layout.replace(" ", "-")
+        write_layouts(tables, count, [layout])
+        uri, size_mb = str(tables), size_of(tables / f"images-{layout}") / 1e6
         if s3 is not None:
-            forget(s3._folder)
-        free = shutil.disk_usage(folder).free
-        found = run(way, uri, windows)
-        layout = folder / f"images-{WAYS[way][0]}"
-        found |= {"extra_disk_mb": (free - shutil.disk_usage(folder).free) / 1e6 if way == "objects" else 0.0}
-        found |= {"layout_mb": size_of(layout) / 1e6}
-        lines.append({"gb": gb, "store": "s3" if s3 else "local", "way": way, **found})
-        print(json.dumps(lines[-1]), flush=True)
+            uri = f"s3://{s3.bucket}/{tables.name}"
+            s3fs.S3FileSystem().put(str(tables), f"{s3.bucket}/{tables.name}", recursive=True)
+            shutil.rmtree(tables)
+        for way in [way for way in args.ways if WAYS[way][0] == layout]:
+            forget(folder if s3 is None else s3._folder)
+            with tempfile.TemporaryDirectory(dir=folder) as spill:
+                found = run(way, uri, args.windows, args.most_s, Path(spill))
+            lines.append({"gb": gb, "store": "S3" if s3 else "disk", "way": way, "stored_mb": size_mb, **found})
+            print(json.dumps(lines[-1]), flush=True)
+        if s3 is not None:
+            s3fs.S3FileSystem().rm(uri, recursive=True)
+        shutil.rmtree(tables, ignore_errors=True)
     return lines
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    head = "| GB | from | way | first batch | rows/s | CPU a row | memory |\n|---|---|---|---|---|---|---|\n"
+    head = "| GB | from | way | first batch | rows/s | driver | workers | object store | spilled | stored |\n"
+    head += "|---|---|---|---|---|---|---|---|---|---|\n"
     return head + "\n".join(
         f"| {x['gb']:g} | {x['store']} | {x['way']} | "
-        + (
-            x["error"]
-            if "error" in x
-            else f"{x['first_s']:.1f} s | {x['rows_per_s']:.0f} | {x['cpu_ms']:.2f} ms | {x['memory_mb']:.0f} MB"
-        )
-        + " |"
+        + (x["error"] if "error" in x else f"{x['first_s']:.1f} s | {x['rows_per_s']:.0f}")
+        + "".join(f" | {x[name]:,.0f} MB" for name in ("driver_mb", "workers_mb", "objects_mb", "spilled_mb"))
+        + f" | {x['stored_mb']:,.1f} MB |"
         for x in lines
     )
 
@@ -368,7 +430,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gb", type=float, nargs="+", default=[1, 4, 16])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench-reads")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--most-s", type=float, default=60, help="no further window is begun after so many seconds")
     parser.add_argument("--s3", action="store_true", help="from a SeaweedFS started here")
     parser.add_argument("--index", type=int, default=0)
     args = parser.parse_args(argv)
@@ -382,9 +445,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             if args.s3:
                 with s3_server(args.folder) as server:
-                    lines += bench(gb, folder, args.ways, args.windows, server)
+                    lines += bench(gb, folder, args, server)
             else:
-                lines += bench(gb, folder, args.ways, args.windows, None)
+                lines += bench(gb, folder, args, None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     print(table(lines))

@@ -156,9 +156,11 @@ def test_images_of_prepared_tables_and_resuming(
     monkeypatch.setattr(job, "_SHARD_ROWS", 3)
     prepared, out = tmp_path / "prepared", tmp_path / "out"
     manifest = prepare(str(write_nasty_corpus(tmp_path / "nasty")), str(prepared), config("prepare.rows_per_task=8"))
+    images = {row["id"]: row["uri"] for row in table(prepared / "images")}
+    part = next((prepared / "images").iterdir())
+    shutil.copy(part, prepared / "images" / "part-of-another-version.parquet")  # not in the manifest's list
     first = embed(tiny_model_dir, str(prepared), str(out), config())
     assert (first.rows_in, first.embedded, first.errors, first.resumed) == (manifest.images, 8, 0, 0)
-    images = {row["id"]: row["uri"] for row in table(prepared / "images")}
     assert {row["id"]: row["uri"] for row in table(out)} == images
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert len(before) >= 3

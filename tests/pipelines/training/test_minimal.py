@@ -25,6 +25,8 @@ print("imported:", sorted({"ray", "deepspeed"} & set(sys.modules)))
 @pytest.mark.ray
 def test_both_losses_fall(tmp_path: Path, local_ray: None) -> None:
     prepare(write_corpus(tmp_path / "corpus"), str(tmp_path / "prepared"), load_config("micro", SETTINGS))
+    for name in ("rows", "images"):  # of another version: a reader of the whole folder would fail
+        (tmp_path / "prepared" / name / "part-of-another-version.parquet").write_bytes(b"not read")
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "prepared"), "--steps", "30", *SETTINGS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
