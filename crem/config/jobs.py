@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from crem.config.section import Section
 
@@ -19,6 +19,14 @@ __all__ = [
     "PrepareConfig",
     "ServeConfig",
 ]
+
+
+def _yaml_off(value: Any) -> Any:
+    """YAML reads the word ``off`` as false."""
+    return "off" if value is False else value
+
+
+DuplicatePolicy: TypeAlias = Annotated[Literal["off", "report", "drop"], BeforeValidator(_yaml_off)]
 
 
 class GraftConfig(Section):
@@ -90,10 +98,10 @@ class PrepareConfig(LayoutConfig, ImageAccess):
     """How long the job waits for storage of the output that does not answer. Source: ours."""
 
     # Duplicates, contamination and language: pipelines/duplicates. Those beside exact_duplicates need the extra curate.
-    exact_duplicates: Literal["off", "report", "drop"] = "report"
+    exact_duplicates: DuplicatePolicy = "report"
     """Rows whose query, target, question and answer another row has: clusters are reported, or all but the first row
     are left out. Source: ours."""
-    near_duplicates: Literal["off", "report", "drop"] = "off"
+    near_duplicates: DuplicatePolicy = "off"
     """The same for rows that are nearly the same; every stored image is read again. Source: ours."""
     near_image_bits: int = Field(6, ge=0, le=16)
     """Bits of 64 in which the dHashes of near images differ at most. Source: tests/bench/README.md."""

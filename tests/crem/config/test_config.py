@@ -146,6 +146,12 @@ def test_an_unknown_preset_names_the_nearest(preset: str, says: str) -> None:
         load_config(preset)
 
 
+def test_off_is_a_word() -> None:
+    overrides = ["prepare.exact_duplicates=off", 'prepare.near_duplicates="drop"']
+    prepare = load_config("micro", overrides).prepare
+    assert (prepare.exact_duplicates, prepare.near_duplicates) == ("off", "drop")
+
+
 def test_the_last_of_several_overrides_wins() -> None:
     assert load_config("2b", ["train.steps=1", "train.steps=2"]).train.steps == 2
 
