@@ -325,7 +325,7 @@ def _own_mb(pid: int) -> float:
 def _object_store_mb(raylet: int) -> float:
     """Pages of the file that Ray's processes share, which has no name any more."""
     files = Path(f"/proc/{raylet}/fd").iterdir()
-    return max(file.stat().st_blocks * 512 for file in files if "plasma" in os.readlink(file)) / 1e6
+    return max((file.stat().st_blocks * 512 for file in files if "plasma" in os.readlink(file)), default=0) / 1e6
 
 
 def _child(way: str, uri: str, windows: int, most_s: float, spill: str, result: Any) -> None:
