@@ -69,7 +69,7 @@ def mine(model: str | None, prepared: str, out: str, config: RunConfig, vectors:
     Raises:
         ConfigError: there are no tables or no pairs in them, ``out`` holds something else, or the work of another model
             or other settings; ``vectors`` are of another model, or lack items that no ``model`` embeds.
-        CheckpointError: ``model`` cannot be loaded.
+        CheckpointError: ``model`` cannot be loaded. ResourceError: there is no such device as it needs.
     """
     source, target = (Folder.at(place).patient(TIMEOUT_S) for place in (prepared, out))
     if source.uri == target.uri:
@@ -81,6 +81,14 @@ def mine(model: str | None, prepared: str, out: str, config: RunConfig, vectors:
     origin = read_manifest(source)
     shards = row_shards(source, config.mine.rows_per_shard)
     session.connect()
+    if model is not None:
+        session.require(
+            "crem mine",
+            cpus=config.embed.min_actors * config.embed.cpus_per_actor,
+            gpus=config.embed.min_actors * config.embed.gpus_per_actor,
+            remedy="lower embed.cpus_per_actor and embed.gpus_per_actor (--preset micro needs no GPU), or give "
+            "--vectors alone",
+        )
     require_readable_tables(source.uri)
     with ray_tasks.remote_errors():
         given = open_vectors(vectors) if vectors else None

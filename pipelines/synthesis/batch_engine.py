@@ -6,7 +6,7 @@ those of an endpoint, and the shards are then written from the journal (``shard_
 - There is no meter: own GPUs send no bill, and the engine itself bounds what is in flight.
 - A row whose answer is invalid is asked again in another pass, which starts the engines anew. vLLM holds answers to the
   JSON schema, so few rows need one.
-- A killed run loses the answers of the last seconds: this process stores them as they arrive.
+- A killed run loses the answers of the last ten seconds or so (``_FLUSH_EVERY_S``).
 
 vLLM's part is ``VllmEngine``, three small methods written after Ray 2.60's ``vllm_engine_proc`` and
 ``vllm_engine_stage``. The tests run everything else with ``HttpRequestProcessorConfig`` in its place.

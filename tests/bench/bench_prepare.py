@@ -22,7 +22,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from PIL import Image
 from crem.config import load_config
 from crem.data.images import decode_image, encode_image
 from pipelines.corpus.prepare import prepare
+from tests.bench.sampling import sampled
 from tests.bench.timing import table
 
 LIMITS = load_config("micro", []).model.image
@@ -121,7 +121,8 @@ def memory_table(folder: Path, images: int, factors: list[int]) -> None:
     for factor in factors:
         corpus = write_photos(folder / f"photos-{factor}", images * factor)
         gc.collect()
-        with _Peaks() as peaks:
+        peaks = _Peaks()
+        with sampled(peaks.sample):
             prepare_once(corpus, folder)
         rows.append([f"{factor}x", f"{images * factor:,}", *(f"{peaks.mb[k]:.0f}" for k in ("driver", "worker"))])
         shutil.rmtree(corpus)
@@ -130,31 +131,20 @@ def memory_table(folder: Path, images: int, factors: list[int]) -> None:
 
 
 class _Peaks:
-    """Samples the memory of this process and of Ray's workers."""
+    """The most resident memory of this process, and of any of Ray's workers, in MB."""
 
     def __init__(self) -> None:
         self.mb = {"driver": 0.0, "worker": 0.0}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> _Peaks:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
+    def sample(self) -> None:
         me = psutil.Process()
-        while not self._ended.wait(0.2):
-            self.mb["driver"] = max(self.mb["driver"], me.memory_info().rss / 1e6)
-            for child in me.children(recursive=True):
-                try:
-                    if "ray::Map" in " ".join(child.cmdline()):
-                        self.mb["worker"] = max(self.mb["worker"], child.memory_info().rss / 1e6)
-                except psutil.Error:
-                    continue
+        self.mb["driver"] = max(self.mb["driver"], me.memory_info().rss / 1e6)
+        for child in me.children(recursive=True):
+            try:
+                if "ray::Map" in " ".join(child.cmdline()):
+                    self.mb["worker"] = max(self.mb["worker"], child.memory_info().rss / 1e6)
+            except psutil.Error:
+                continue
 
 
 def prepare_once(corpus: Path, folder: Path) -> None:

@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +42,7 @@ from pipelines.corpus.work_plan import WorkPlan
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder, JobKind
+from tests.bench.sampling import sampled
 from tests.bench.timing import table
 
 _PIECE_ROWS = 4096
@@ -136,7 +136,8 @@ def _verified(out: str) -> None:
 
 def _measured(rows: int, step: str, run: Callable[[], object]) -> list[str]:
     start = time.perf_counter()
-    with _Peaks() as peaks:
+    peaks = _Peaks()
+    with sampled(peaks.sample):
         run()
     seconds = time.perf_counter() - start
     found = [f"{rows:,}", step, f"{seconds:.1f}", f"{seconds / rows * 1e6:.1f}", *(f"{mb:.0f}" for mb in peaks.mb)]
@@ -145,29 +146,18 @@ def _measured(rows: int, step: str, run: Callable[[], object]) -> list[str]:
 
 
 class _Peaks:
-    """Samples the memory of this process, of Ray's workers and of the object store."""
+    """The most that this process, any worker, all workers and the object store held, in MB."""
 
     def __init__(self) -> None:
         self.mb = [0.0] * 4
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._store = ray.cluster_resources()["object_store_memory"]
 
-    def __enter__(self) -> _Peaks:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
+    def sample(self) -> None:
         me = psutil.Process()
-        total = ray.cluster_resources()["object_store_memory"]
-        while not self._ended.wait(0.25):
-            workers = [_private(child) for child in me.children(recursive=True) if _is_worker(child)]
-            store = (total - ray.available_resources().get("object_store_memory", 0)) / 1e6
-            now = [_private(me), max(workers, default=0.0), sum(workers), store]
-            self.mb = [max(before, value) for before, value in zip(self.mb, now, strict=True)]
+        workers = [_private(child) for child in me.children(recursive=True) if _is_worker(child)]
+        store = (self._store - ray.available_resources().get("object_store_memory", 0)) / 1e6
+        now = [_private(me), max(workers, default=0.0), sum(workers), store]
+        self.mb = [max(before, value) for before, value in zip(self.mb, now, strict=True)]
 
 
 def _private(process: psutil.Process) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import crem
-from crem.errors import ConfigError
+from crem.errors import ConfigError, ResourceError
 from pipelines.corpus.verify import verify
 from pipelines.mining.mine import MineSummary, mine
 from pipelines.tables.manifest import read_manifest
@@ -148,3 +148,9 @@ def test_any_number_of_workers_any_kill_and_other_settings(
     for folder in ("rows", "mined", "images"):
         for part in sorted((out / folder).iterdir()):
             assert part.read_bytes() == (tmp_path / "killed" / folder / part.name).read_bytes(), part
+
+
+def test_a_model_that_needs_a_gpu_is_refused_where_there_is_none(prepared: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"1 GPU, and Ray has 0 GPU here; .*--preset micro"):
+        mine(MODEL, prepared, str(tmp_path / "out"), config("embed.gpus_per_actor=1"))
+    assert not (tmp_path / "out").exists()
