@@ -39,8 +39,6 @@ _PARTS = 4096
 """Parts at most that the staged pieces are put together to: each is one task, and a number in the driver."""
 _PART_ROWS = 4096
 """Rows of a part at least: the keys of fewer are made faster than a task starts."""
-_CLUSTERS = 1000
-"""Clusters of each kind that are published, the largest first."""
 
 
 def identity(config: PrepareConfig) -> JsonValue:
@@ -54,7 +52,6 @@ def curate(work: Folder, plan: WorkPlan, config: PrepareConfig) -> None:
     """Decide on the staged rows of a plan, and say what was found."""
     if not asked_for(config):
         return
-    work.remove(CHOSEN)
     rows, images = _staged_parts(work, plan)
     decisions = decide(rows, images, config, work=work.child(CHOSEN))
     for name, count in decisions.found.items():
@@ -66,7 +63,7 @@ def curate(work: Folder, plan: WorkPlan, config: PrepareConfig) -> None:
 
 def publish_clusters(target: Folder, work: Folder, version: str) -> None:
     """Write the largest clusters beside the manifest; nothing where there are none."""
-    clusters = read_clusters(work.child(CHOSEN), _CLUSTERS)
+    clusters = read_clusters(work.child(CHOSEN))
     if clusters.num_rows:
         sink = pa.BufferOutputStream()
         pq.write_table(clusters, sink, compression="zstd")

@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
 __all__ = [
     "CLUSTERS",
+    "CLUSTERS_FOLDER",
     "DECISIONS",
+    "DUPLICATES",
+    "MOST_CLUSTERS",
     "Decisions",
     "duplicates_file",
     "filtered_file",
@@ -33,8 +37,10 @@ DECISIONS = pa.schema(
         ("cluster", pa.int64()),  # id of the row that is kept; null: of no cluster
     ]
 )
-"""Rows to leave out, up to two files for each part of the rows that has some. Stage, reason and detail are those of
+"""Rows to leave out, in files for each part of the rows that has some. Stage, reason and detail are those of
 ``schema.REJECTED``."""
+DUPLICATES = "duplicates"
+"""Folder of the files of duplicates."""
 
 CLUSTERS = pa.schema(
     [
@@ -47,6 +53,11 @@ CLUSTERS = pa.schema(
         ("names", pa.list_(pa.string())),  # source/key of each; empty for images
     ]
 )
+CLUSTERS_FOLDER = "clusters"
+"""Folder of the files of clusters."""
+MOST_CLUSTERS = 1000
+"""Clusters of each kind that a file has at most, the largest; as many are published."""
+_FILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -64,34 +75,34 @@ class Decisions:
     unchecked: int
     """Images and texts that were not compared with all others: see ``NearItems``."""
 
-    def table(self) -> pa.Table:
-        """All decisions, in this process."""
-        tables = [_read(self.folder, name, DECISIONS) for name in self.folder.files(".parquet")]
-        return pa.concat_tables([DECISIONS.empty_table(), *tables])
-
 
 def filtered_file(part: int) -> str:
     """Name of the decisions on the rows of a part by themselves: their language, an evaluation set."""
     return f"filtered-{part:06d}.parquet"
 
 
-def duplicates_file(part: int) -> str:
-    """Name of the decisions on the rows of a part that repeat another one."""
-    return f"duplicates-{part:06d}.parquet"
+def duplicates_file(part: int, shuffle: int) -> str:
+    """Name of the decisions on the rows of a part that a shuffle found to repeat another one."""
+    return f"{DUPLICATES}/{part:06d}/{shuffle:06d}.parquet"
 
 
 def read_decisions(folder: Folder, parts: Iterable[int]) -> pa.Table:
     """The decisions on the rows of some parts, as ``DECISIONS``."""
-    names = [name for part in parts for name in (duplicates_file(part), filtered_file(part))]
+    names = []
+    for part in parts:
+        of_part = f"{DUPLICATES}/{part:06d}"
+        names += [f"{of_part}/{name}" for name in folder.child(of_part).files(".parquet")] + [filtered_file(part)]
     return pa.concat_tables([DECISIONS.empty_table(), *(_read(folder, name, DECISIONS) for name in names)])
 
 
-def read_clusters(decisions: Folder, largest: int) -> pa.Table:
+def read_clusters(decisions: Folder, largest: int = MOST_CLUSTERS) -> pa.Table:
     """The largest clusters of each kind, largest first."""
-    names = decisions.child("clusters").files(".parquet")
+    clusters = decisions.child(CLUSTERS_FOLDER)
+    names = clusters.files(".parquet")
     kept = CLUSTERS.empty_table()
-    for name in names:
-        kept = pa.concat_tables([kept, _read(decisions, f"clusters/{name}", CLUSTERS)])
+    for at in range(0, len(names), _FILES_AT_ONCE):
+        read = in_threads(lambda name: _read(clusters, name, CLUSTERS), names[at : at + _FILES_AT_ONCE])
+        kept = pa.concat_tables([kept, *read])
         kept = kept.sort_by([("kind", "descending"), ("size", "descending"), ("cluster", "ascending")])
         of_kind = [kept.filter(pc.equal(kept["kind"], kind)) for kind in ("rows", "images")]
         kept = pa.concat_tables([table.slice(0, largest) for table in of_kind])

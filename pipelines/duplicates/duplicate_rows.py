@@ -13,7 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from crem.config import PrepareConfig
-from pipelines.duplicates.decision_tables import CLUSTERS, DECISIONS, duplicates_file, write_table
+from pipelines.duplicates.decision_tables import (
+    CLUSTERS,
+    CLUSTERS_FOLDER,
+    DECISIONS,
+    MOST_CLUSTERS,
+    duplicates_file,
+    write_table,
+)
 from pipelines.duplicates.row_filters import COUNT
 from pipelines.tables.storage import Folder
 
@@ -50,8 +57,9 @@ def group_rows(records: pa.Table, *, config: PrepareConfig, work: Folder) -> pa.
         cluster, left_out = _cluster(rows.slice(start, stop - start).to_pylist(), config, counts)
         clusters += cluster
         found += left_out
-    write_table(clusters, CLUSTERS, work, f"clusters/rows-{bucket:06d}.parquet")
     counts["clusters"] += len(clusters)
+    largest = sorted(clusters, key=lambda cluster: (-cluster["size"], cluster["cluster"]))[:MOST_CLUSTERS]
+    write_table(largest, CLUSTERS, work, f"{CLUSTERS_FOLDER}/rows-{bucket:06d}.parquet")
     found += [{"part": -1, "position": number, "reason": name, "id": 0} for name, number in sorted(counts.items())]
     return pa.Table.from_pylist(found, schema=FOUND)
 
@@ -101,8 +109,8 @@ def _cluster(
     return [cluster], left_out
 
 
-def write_decisions(found: pa.Table, *, work: Folder) -> pa.Table:
-    """On a worker: write the duplicates of one part to ``work``; the counts."""
+def write_decisions(found: pa.Table, *, work: Folder, shuffle: int) -> pa.Table:
+    """On a worker: write the duplicates of one part that a shuffle found to ``work``; the counts."""
     part = found["part"][0].as_py()
     if part < 0:
         return found.select(["position", "reason"])
@@ -110,7 +118,7 @@ def write_decisions(found: pa.Table, *, work: Folder) -> pa.Table:
         {**row, "stage": "duplicates"}
         for row in found.sort_by("position").drop_columns(["part", "position"]).to_pylist()
     ]
-    write_table(rows, DECISIONS, work, duplicates_file(part))
+    write_table(rows, DECISIONS, work, duplicates_file(part, shuffle))
     counts = Counter(f"left_out:duplicates/{row['reason']}" for row in rows)
     return pa.table(
         {"position": pa.array(list(counts.values()), pa.int64()), "reason": pa.array(list(counts), pa.string())}

@@ -1,9 +1,9 @@
-"""Near-identical images and texts of a corpus and of its evaluation sets, by one Ray Data shuffle.
+"""Near-identical images and texts of a corpus and of its evaluation sets, by Ray Data shuffles.
 
 Each task turns a part of a table into records: an item, a key that near items share, and the item's signature. A
-shuffle brings the records of a key together, their signatures are compared (``candidate_pairs``), and the near pairs
-come to the driver, which joins them to components. A corpus of few records is not shuffled but compared in the driver.
-Items of evaluation sets are not compared with each other.
+shuffle (``record_shuffle``) brings the records of a key together, their signatures are compared (``candidate_pairs``),
+and the near pairs come to the driver, which joins them to components. A corpus of few records is not shuffled but
+compared in the driver. Items of evaluation sets are not compared with each other.
 """
 
 from __future__ import annotations
@@ -24,10 +24,20 @@ from pipelines.duplicates.components import MAX_PAIRS, Components, components
 from pipelines.duplicates.evaluation_sets import EvaluationSet
 from pipelines.duplicates.hamming_tables import hamming_tables
 from pipelines.duplicates.image_signature import ImageRelation
-from pipelines.duplicates.near_records import Kind, NearTask, Search, image_signatures, minhashes, near_records, words
+from pipelines.duplicates.near_records import (
+    RECORD,
+    Kind,
+    NearTask,
+    Search,
+    image_signatures,
+    minhashes,
+    near_records,
+    words,
+)
 from pipelines.duplicates.parts import TablePart
+from pipelines.duplicates.record_shuffle import Buckets, collected, shuffled
 from pipelines.duplicates.text_signature import MinHashRelation, TypingErrorRelation
-from pipelines.tables import ray_tasks
+from pipelines.tables.storage import Folder
 
 __all__ = ["NearItems", "find_near_items"]
 
@@ -43,6 +53,7 @@ PAIR = pa.schema(
 )
 _RECORDS_PER_BUCKET = 250_000
 """Records that one task of the shuffle holds: some 40 MB."""
+_IDS_PER_RECORD = 3
 _KEYS_OF_A_ROW = 16
 """Estimated records of the texts of a row."""
 
@@ -63,7 +74,11 @@ class NearItems:
 
 
 def find_near_items(
-    rows: Sequence[TablePart], images: Sequence[TablePart], evaluation: Sequence[EvaluationSet], config: PrepareConfig
+    rows: Sequence[TablePart],
+    images: Sequence[TablePart],
+    evaluation: Sequence[EvaluationSet],
+    config: PrepareConfig,
+    scratch: Folder,
 ) -> NearItems:
     """Compare the images and texts of a corpus with each other and with those of ``evaluation``.
 
@@ -72,23 +87,19 @@ def find_near_items(
     """
     count = sum(part.rows for part in images)
     masks = tuple(hamming_tables(count, config.near_image_bits))
-    records = count * len(masks) + sum(part.rows for part in rows) * _KEYS_OF_A_ROW
-    search = Search(config, masks, buckets=max(4, -(-records // _RECORDS_PER_BUCKET)))
+    expected = count * len(masks) + sum(part.rows for part in rows) * _KEYS_OF_A_ROW
+    buckets = Buckets.of(expected, _RECORDS_PER_BUCKET, _IDS_PER_RECORD)
     tasks = [NearTask(part, "images") for part in images] + [NearTask(part, "rows") for part in rows]
     for number, held in enumerate(evaluation, 1):
         tasks += [NearTask(part, "images", number) for part in held.image_parts]
         tasks += [NearTask(part, "rows", number) for part in held.row_parts]
-    held = ray.put(list(evaluation))
-    found = ray_tasks.task_dataset(tasks).map_batches(
-        partial(near_records, search=search, evaluation=held), batch_size=1
-    )
-    if records <= _RECORDS_PER_BUCKET:
-        together = pa.concat_tables(found.iter_batches(batch_size=None, batch_format="pyarrow"))
-        return _join(iter([_near_pairs(together, config=config)]))
-    pairs = found.groupby("bucket", num_partitions=search.buckets).map_groups(
-        partial(_near_pairs, config=config), batch_format="pyarrow"
-    )
-    return _join(pairs.iter_batches(batch_size=None, batch_format="pyarrow"))
+    search = Search(config, masks, buckets.count)
+    records = partial(near_records, search=search, evaluation=ray.put(list(evaluation)))
+    if expected <= _RECORDS_PER_BUCKET:
+        return _join(iter([_near_pairs(collected(tasks, records, RECORD), config=config)]))
+    shuffles = shuffled(tasks, records, RECORD, buckets, scratch)
+    grouped = (found.map_groups(partial(_near_pairs, config=config), batch_format="pyarrow") for found in shuffles)
+    return _join(pairs for table in grouped for pairs in table.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _near_pairs(records: pa.Table, *, config: PrepareConfig) -> pa.Table:

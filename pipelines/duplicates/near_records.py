@@ -6,7 +6,6 @@ part are told apart here already: one stands for the others (``candidate_pairs.t
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,9 +24,8 @@ from pipelines.duplicates.image_signature import IMAGE_SIGNATURE, ImageRelation,
 from pipelines.duplicates.parts import TablePart, pieces
 from pipelines.duplicates.row_content import COLUMNS, evidence_texts, texts_of
 from pipelines.duplicates.text_signature import MinHasher, MinHashRelation, normal_form, text_id, typing_keys
-from pipelines.tables import ray_tasks
 
-__all__ = ["Kind", "NearTask", "Search", "image_signatures", "minhashes", "near_records", "words"]
+__all__ = ["RECORD", "Kind", "NearTask", "Search", "image_signatures", "minhashes", "near_records", "words"]
 
 
 class Kind(IntEnum):
@@ -40,8 +38,6 @@ class Kind(IntEnum):
     """A band of a long text."""
     PAIR = 3
     """A near pair that was found before the shuffle: of ``id`` and ``other``."""
-    MARK = 4
-    """Nothing; no task is without a record, since Ray Data forgets the columns of an empty block."""
 
 
 RECORD = pa.schema(
@@ -85,12 +81,10 @@ class Search:
 
 
 def near_records(
-    batch: dict[str, NDArray[Any]], *, search: Search, evaluation: ray.ObjectRef[list[EvaluationSet]]
+    task: NearTask, *, search: Search, evaluation: ray.ObjectRef[list[EvaluationSet]]
 ) -> Iterator[pa.Table]:
     """On a worker: the records of one task."""
-    task: NearTask = pickle.loads(batch[ray_tasks.TASK][0])
     held = ray.get(evaluation)[task.evaluation - 1] if task.evaluation else None
-    yield _table(search, Kind.MARK, task, np.zeros(1, np.int64), np.zeros(1, np.int64), [b""])
     if task.table == "images":
         yield from _image_records(task, search, None if held is None else held.images)
     else:

@@ -5,7 +5,6 @@ A row that is left out here is no duplicate of another one, nor is another one i
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from pipelines.duplicates.near_items import NearItems
 from pipelines.duplicates.parts import TablePart, pieces
 from pipelines.duplicates.row_content import COLUMNS, evidence_texts, exact_key, images_of, near_key, texts_of
 from pipelines.duplicates.text_signature import text_id
-from pipelines.tables import ray_tasks
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
 
-__all__ = ["ROW_RECORD", "Known", "RowTask", "key_rows", "pickled"]
+__all__ = ["ROW_RECORD", "Known", "RowTask", "key_rows"]
 
 ROW_RECORD = pa.schema(
     [
@@ -90,16 +88,10 @@ class Known:
         return near.get(item)
 
 
-def pickled(task: RowTask) -> dict[str, NDArray[np.object_]]:
-    """A batch of one task, as ``ray_tasks.task_dataset`` gives it to ``key_rows``."""
-    return {ray_tasks.TASK: np.array([pickle.dumps(task)], object)}
-
-
 def key_rows(
-    batch: dict[str, NDArray[Any]], *, known: ray.ObjectRef[Known], config: PrepareConfig, work: Folder, buckets: int
+    task: RowTask, *, known: ray.ObjectRef[Known], config: PrepareConfig, work: Folder, buckets: int
 ) -> Iterator[pa.Table]:
     """On a worker: the keys of the rows of one task that stay; what leaves is written to ``work``."""
-    task: RowTask = pickle.loads(batch[ray_tasks.TASK][0])
     seen: Known = ray.get(known)
     left_out: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -119,11 +111,8 @@ def key_rows(
             records.append(_record(row, position, task.number, seen, config, buckets))
         yield pa.Table.from_pylist(records, schema=ROW_RECORD)
     write_table(left_out, DECISIONS, work, filtered_file(task.number))
-    yield pa.Table.from_pylist(
-        [_count(name, count, task.number % buckets) for name, count in sorted(counts.items())]
-        or [_count("", 0, task.number % buckets)],  # a block of no rows has no columns for Ray Data
-        schema=ROW_RECORD,
-    )
+    of_task = [_count(name, count, task.number % buckets) for name, count in sorted(counts.items())]
+    yield pa.Table.from_pylist(of_task, schema=ROW_RECORD)
 
 
 def _verdict(

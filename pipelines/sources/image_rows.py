@@ -1,19 +1,21 @@
 """A folder of images without any table: one row an image, and the name of its folder is its label.
 
-The "file" of these rows is the folder, named ``<folder>/*``; each process lists it once. The layout is that of
-``imagefolder`` of Hugging Face and of torchvision: ``cat/1.jpg`` gives ``{"file_name": "1.jpg", "label": "cat"}``,
-where ``file_name`` starts at the folder, as it does in a ``metadata.jsonl`` there.
+The "file" of these rows is the folder, named ``<folder>/*``. Its names are listed once to plan the rows; then a store
+that lists in order gives those of a range, and of another store each process lists the folder once. The layout is
+that of ``imagefolder`` of Hugging Face and of torchvision: ``cat/1.jpg`` gives ``{"file_name": "1.jpg", "label":
+"cat"}``, where ``file_name`` starts at the folder, as it does in a ``metadata.jsonl`` there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from pipelines.sources.input_file import InputFile
-from pipelines.sources.listing import Entry, list_folder
+from pipelines.sources.listing import Entry, list_folder, lists_in_order
 from pipelines.sources.records import FileSchema, FileStamp, ParsedRow, RawRecord, RowRange
 from pipelines.tables.storage import Folder
 
@@ -59,12 +61,11 @@ class ImageRows:
     def split(self, file: InputFile, rows: int) -> Iterator[RowRange]:
         names, _ = _listed(file.folder, file.name, file.version)
         for first in range(0, len(names), rows):
-            yield file.range(first, min(rows, len(names) - first))
+            yield file.range(first, min(rows, len(names) - first), after=names[first - 1] if first else "")
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
-        names, _ = _listed(rows.folder, rows.file, rows.version)
         label = rows.file.rpartition("/")[0].rpartition("/")[2]
-        for name in names[rows.first : rows.first + rows.rows]:
+        for name in _names(rows):
             record: RawRecord = {"file_name": name}
             if label and label.lower() not in _SPLITS:
                 record["label"] = label
@@ -86,18 +87,32 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _names(rows: RowRange) -> Iterable[str]:
+    """The images of a range."""
+    folder, below = Folder(rows.folder), rows.file.removesuffix(ALL_OF_FOLDER)
+    if not lists_in_order(folder):
+        return _listed(rows.folder, rows.file, rows.version)[0][rows.first : rows.first + rows.rows]
+    images = (image for batch in list_folder(folder, below, after=rows.after) for image in _images(batch))
+    return (_base(image.name) for image in islice(images, rows.rows))
+
+
 @lru_cache(maxsize=4)
 def _listed(folder: str, name: str, version: str) -> tuple[tuple[str, ...], FolderSum]:
     """Names of the images of a folder in order, and their sum. ``version`` makes a changed folder be listed anew."""
-    below = name.removesuffix(ALL_OF_FOLDER)
-    images: list[Entry] = []
-    for batch in list_folder(Folder(folder), below):
-        images += [e for e in batch if is_image(e.name) and not e.name.rpartition("/")[2].startswith((".", "_"))]
     total, names = FolderSum(), []
-    for entry in sorted(images, key=lambda entry: entry.name):
-        names.append(entry.name.rpartition("/")[2])
-        total.add(names[-1], entry.size, entry.version)
-    return tuple(names), total
+    for batch in list_folder(Folder(folder), name.removesuffix(ALL_OF_FOLDER)):
+        for image in _images(batch):
+            names.append(_base(image.name))
+            total.add(names[-1], image.size, image.version)
+    return tuple(sorted(names)), total
+
+
+def _images(batch: Iterable[Entry]) -> Iterator[Entry]:
+    return (entry for entry in batch if is_image(entry.name) and not _base(entry.name).startswith((".", "_")))
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _hash(text: str) -> int:

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines.sources.input_file import stamp_of, storage_call
 from pipelines.tables.storage import Folder
 
-__all__ = ["Entry", "list_folder", "list_tree"]
+__all__ = ["Entry", "list_folder", "list_tree", "lists_in_order"]
 
 T = TypeVar("T")
 
@@ -45,11 +45,17 @@ class Entry:
         return self.name.endswith("/")
 
 
-def list_folder(folder: Folder, below: str = "") -> Iterator[list[Entry]]:
-    """What stands directly in a folder, in batches, in no order.
+def lists_in_order(folder: Folder) -> bool:
+    """Whether the store lists files by name, and from any name on: ``list_folder`` then takes ``after``."""
+    return hasattr(folder.fs, "call_s3")
+
+
+def list_folder(folder: Folder, below: str = "", *, after: str = "") -> Iterator[list[Entry]]:
+    """What stands directly in a folder, in batches; in no order, but where ``lists_in_order``.
 
     Args:
         below: path of the folder to list, from ``folder``, with a slash at its end.
+        after: list what comes after this name only; other stores list all.
 
     Raises:
         ConfigError: it may not be read.
@@ -57,8 +63,8 @@ def list_folder(folder: Folder, below: str = "") -> Iterator[list[Entry]]:
     """
     if isinstance(folder.fs, LocalFileSystem):
         yield from _list_local(folder, below)
-    elif hasattr(folder.fs, "call_s3"):
-        yield from _list_s3(folder, below)
+    elif lists_in_order(folder):
+        yield from _list_s3(folder, below, after)
     else:
         path = folder.path(below.rstrip("/")) if below else folder.path()
         found = _call(folder, below, lambda: folder.fs.ls(path, detail=True))
@@ -137,10 +143,12 @@ def _is_above(path: str) -> bool:
     return here == target or here.startswith(f"{target.rstrip('/')}/")
 
 
-def _list_s3(folder: Folder, below: str) -> Iterator[list[Entry]]:
+def _list_s3(folder: Folder, below: str, after: str) -> Iterator[list[Entry]]:
     bucket, _, prefix = folder.path().partition("/")
     prefix = f"{prefix}/" if prefix else ""
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix + below, "Delimiter": "/", "MaxKeys": _BATCH}
+    if after:
+        request["StartAfter"] = prefix + below + after
     while True:
         page = _call(folder, below, lambda: folder.fs.call_s3("list_objects_v2", **request))
         files = [

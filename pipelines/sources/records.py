@@ -80,6 +80,8 @@ class RowRange:
     """Byte at which reading stops; 0 where it is not known. Tar: 0 where the members of the rows are scattered."""
     aside: int = -1
     """COCO: byte of the first of the images that its annotations refer to."""
+    after: str = ""
+    """Folder of images: the name of the one before the first, if there is one."""
 
     @property
     def stamp(self) -> FileStamp:

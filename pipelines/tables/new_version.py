@@ -20,6 +20,7 @@ from pydantic import JsonValue
 
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.manifest import TABLES, PartFile, PrepareManifest, table_parts, write_part_files
+from pipelines.tables.part_reads import read_part
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = ["complete_version", "copy_parts", "parquet_bytes"]
@@ -43,11 +44,8 @@ def copy_parts(source: Folder, target: Folder, table: str) -> int:
     names = table_parts(source, table)
     sizes, copied = source.child(table).sizes(), target.child(table).sizes()
     missing = [_Copy(table, name) for name in names if copied.get(name) != sizes[name]]
-    if missing:
-        run = partial(_copy, source=source, target=target)
-        copies = ray_tasks.task_dataset(missing).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
-        for _ in ray_tasks.results(copies):
-            pass
+    for _ in ray_tasks.stream(partial(_copy, source=source, target=target), missing):
+        pass
     return len(names)
 
 
@@ -99,12 +97,15 @@ def complete_version(
 def _part_files(target: Folder) -> list[PartFile]:
     """All parts with their checksums: read once more, from the storage, by a task each."""
     tasks = [_Copy(table, name) for table in TABLES for name in target.child(table).files(".parquet")]
-    run = partial(_part_file, target=target)
-    found = ray_tasks.task_dataset(tasks).map(lambda row: ray_tasks.attempt(run, row[ray_tasks.TASK]))
-    return sorted(ray_tasks.results(found), key=lambda part: (list(TABLES).index(part.table), part.name))
+    found = ray_tasks.stream(partial(_part_file, target=target), tasks)
+    return sorted(found, key=lambda part: (list(TABLES).index(part.table), part.name))
 
 
 def _part_file(task: _Copy, *, target: Folder) -> PartFile:
+    return read_part(target.child(task.table), task.name, lambda: _summed(task, target))
+
+
+def _summed(task: _Copy, target: Folder) -> PartFile:
     digest, size = hashlib.blake2b(digest_size=16), 0
     with target.open(task.table, task.name) as file:
         while piece := file.read(_PIECE_BYTES):

@@ -442,6 +442,7 @@ def s3_server(place: Path) -> Iterator[S3Server]:
         "AWS_REGION": server.region,
         "AWS_DEFAULT_REGION": server.region,
     }
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server before this one
     try:
         yield server
     finally:

@@ -103,6 +103,7 @@ def uninterrupted(folder: Path, name: str, out: Path) -> tuple[list[float], dict
     return losses, load_file(out / "before" / "model.safetensors"), after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_continues_with_another_number_of_ranks(legs: Path, tmp_path: Path, name: str) -> None:
     expected, before, weights = uninterrupted(legs, name, tmp_path)
@@ -118,6 +119,7 @@ def test_a_run_continues_with_another_number_of_ranks(legs: Path, tmp_path: Path
     assert losses == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled(legs: Path) -> None:
     """A process killed while it compiles would leave a lock that every later one waits for."""
     assert not (legs / "extensions").exists()

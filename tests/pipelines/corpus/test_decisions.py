@@ -80,7 +80,7 @@ def test_the_first_row_of_an_id_and_one_copy_of_each_wanted_image_are_kept(tmp_p
 def test_rows_left_out_by_choice_take_their_images_along(tmp_path: Path) -> None:
     near = {"id": 2, "stage": "duplicates", "reason": "near_duplicate", "detail": "of 7"}
     language = {"id": 4, "stage": "language", "reason": "other_language", "detail": "of 8"}
-    chosen = {duplicates_file(0): [near], filtered_file(0): [language]}
+    chosen = {duplicates_file(0, 0): [near], filtered_file(0): [language]}
     (decisions,) = decided(Folder.at(tmp_path), LEDGERS, chosen)
     rows, images = of(decisions)
     assert rows == [[True, False], [], [False, True, False], [False]]

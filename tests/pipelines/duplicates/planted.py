@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance
 
 from crem.config import PrepareConfig
 from pipelines.duplicates.decide import decide
-from pipelines.duplicates.decision_tables import Decisions
+from pipelines.duplicates.decision_tables import Decisions, read_decisions
 from pipelines.duplicates.parts import TablePart
 from pipelines.tables import schema
 from pipelines.tables.storage import Folder
@@ -113,9 +113,14 @@ def decided(
     return decide(rows, images, PrepareConfig(**settings), work=Folder.at(folder / "work"))
 
 
+def all_decisions(decisions: Decisions) -> pa.Table:
+    """Those on the rows of all parts that are here."""
+    return read_decisions(decisions.folder, range(1000))
+
+
 def left_out(decisions: Decisions) -> dict[int, str]:
     """``stage/reason`` by the id of the row."""
-    rows = decisions.table().to_pylist()
+    rows = all_decisions(decisions).to_pylist()
     assert len({row["id"] for row in rows}) == len(rows), "one decision a row"
     return {row["id"]: f"{row['stage']}/{row['reason']}" for row in rows}
 

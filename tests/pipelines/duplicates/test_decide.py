@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,13 +18,15 @@ from crem.errors import ConfigError, ResourceError
 from pipelines.duplicates import components, near_items
 from pipelines.duplicates import decide as deciding
 from pipelines.duplicates.components import components as components_of
-from pipelines.duplicates.decide import check_settings
+from pipelines.duplicates.decide import check_settings, decide
 from pipelines.duplicates.decision_tables import read_clusters
 from pipelines.duplicates.image_signature import ImageRelation, image_signature
+from pipelines.duplicates.record_shuffle import shuffled
 from pipelines.duplicates.text_signature import is_typing_error, normal_form, typing_keys
+from pipelines.tables import ray_tasks
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.storage import Folder
-from tests.pipelines.duplicates.planted import COPIES, Tables, connected, decided, left_out, photo, png
+from tests.pipelines.duplicates.planted import COPIES, Tables, all_decisions, connected, decided, left_out, photo, png
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 SENTENCE = "A photograph of the harbour at night, seen from the lighthouse on the hill"
@@ -43,7 +47,7 @@ def test_exact_duplicates(tmp_path: Path) -> None:
     found = decided(t, tmp_path, exact_duplicates="drop")
     assert left_out(found) == {again: EXACT}
     assert found.found == found.left_out == {EXACT: 1} and found.clusters == 1
-    (decision,) = found.table().to_pylist()
+    (decision,) = all_decisions(found).to_pylist()
     assert decision["detail"] == "same as row 's/0'" and decision["cluster"] == t.rows[0]["id"]
 
 
@@ -141,7 +145,7 @@ def test_rows_for_evaluation_stay_and_those_for_training_give_way(tmp_path: Path
     t.add(t.item("q"), t.item("t"), split="test_y")
     found = decided(t, tmp_path, exact_duplicates="drop")
     assert left_out(found) == {train: EXACT} and found.found == {EXACT: 2}
-    assert found.table()["detail"].to_pylist() == ["same as row 's/1'"]
+    assert all_decisions(found)["detail"].to_pylist() == ["same as row 's/1'"]
 
 
 def test_a_repeated_id_is_no_duplicate(tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_rows_of_an_evaluation_set(action: str, tmp_path: Path) -> None:
     expected = {same: "image", copy: "image", text: "text", row: "row"} if action == "drop" else {}
     assert left_out(found) == {i: f"contamination/evaluation_{what}" for i, what in expected.items()}
     assert found.left_out == (counts if action == "drop" else {})
-    assert all(uri in detail for detail in found.table()["detail"].to_pylist())
+    assert all(uri in detail for detail in all_decisions(found)["detail"].to_pylist())
 
 
 def test_an_image_of_the_evaluation_set_counts_in_all_its_copies(tmp_path: Path) -> None:
@@ -234,16 +238,52 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
 
 
-def test_a_shuffle_decides_as_the_driver_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = decided(planted_tables(), tmp_path / "here", near_duplicates="drop")
+def in_shuffles(monkeypatch: pytest.MonkeyPatch, ids_per_cpu: int) -> None:
+    """As a corpus of many rows would be decided on."""
     monkeypatch.setattr(near_items, "_RECORDS_PER_BUCKET", 2000)
     monkeypatch.setattr(deciding, "_ROWS_PER_BUCKET", 100)
     monkeypatch.setattr(deciding, "_ROWS_HERE", 0)
-    shuffled = decided(planted_tables(), tmp_path / "shuffled", near_duplicates="drop")
-    assert left_out(here) == left_out(shuffled) and len(left_out(here)) == 180
-    assert (here.found, here.left_out, here.clusters) == (shuffled.found, shuffled.left_out, shuffled.clusters)
-    clusters = [read_clusters(of.folder, 1000).to_pylist() for of in (here, shuffled)]
+    monkeypatch.setattr(ray_tasks, "_IDS_PER_CPU", ids_per_cpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids_per_cpu", [10**6, 100])
+def test_shuffles_decide_as_the_driver_does(ids_per_cpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = decided(planted_tables(), tmp_path / "here", near_duplicates="drop")
+    in_shuffles(monkeypatch, ids_per_cpu)
+    there = decided(planted_tables(), tmp_path / "shuffled", near_duplicates="drop")
+    assert left_out(here) == left_out(there) and len(left_out(here)) == 180
+    assert (here.found, here.left_out, here.clusters) == (there.found, there.left_out, there.clusters)
+    clusters = [read_clusters(of.folder).to_pylist() for of in (here, there)]
     assert clusters[0] == clusters[1] and len(clusters[0]) == 100
+    found_by = {path.name for path in (tmp_path / "shuffled" / "work" / "duplicates").rglob("*.parquet")}
+    assert (len(found_by) > 1) == (ids_per_cpu == 100)
+    assert not list((tmp_path / "shuffled").rglob("*.arrow")), "the records go when they are no longer needed"
+
+
+def test_an_interrupted_decision_does_not_read_the_corpus_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_shuffles(monkeypatch, 10**6)
+    t = Tables()
+    for i in range(300):
+        t.add(t.item("q"), t.item(f"t {i % 100}"))
+
+    def interrupted(*args: Any) -> None:
+        next(shuffled(*args))  # the records are written, nothing is grouped
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deciding, "shuffled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decided(t, tmp_path, exact_duplicates="drop")
+    for path in (tmp_path / "tables").rglob("*.parquet"):
+        path.unlink()
+    rows, images = t.parts(tmp_path / "elsewhere")
+    nowhere = [replace(part, folder=Folder.at(tmp_path / "tables/rows")) for part in rows]
+    found = decide(nowhere, images, PrepareConfig(exact_duplicates="drop"), work=Folder.at(tmp_path / "work"))
+    assert found.left_out == {EXACT: 200}
+    assert left_out(found) == {row["id"]: EXACT for row in t.rows[100:]}
 
 
 @pytest.mark.slow
@@ -316,18 +356,16 @@ def test_nothing_is_written_where_nothing_is_found(tmp_path: Path) -> None:
     t = Tables()
     t.add(t.item("q"), t.item("t"))
     found = decided(t, tmp_path, near_duplicates="drop", exact_duplicates="drop")
-    assert files(tmp_path / "work") == {} and found.found == {} and found.table().num_rows == 0
+    assert files(tmp_path / "work") == {} and found.found == {} and all_decisions(found).num_rows == 0
     assert read_clusters(found.folder, 3).num_rows == 0
 
 
 def test_no_rows_no_decisions(tmp_path: Path) -> None:
     found = decided(Tables(), tmp_path, near_duplicates="drop")
-    assert found.found == {} and found.table().num_rows == 0
+    assert found.found == {} and all_decisions(found).num_rows == 0
 
 
 def test_files_are_of_their_schema(tmp_path: Path) -> None:
-    found = decided(planted_tables(), tmp_path, near_duplicates="drop")
-    names = list(found.folder.files(".parquet"))
-    assert [pq.read_schema(tmp_path / "work" / name).names for name in names] == [
-        ["id", "stage", "reason", "detail", "cluster"]
-    ] * len(names)
+    decided(planted_tables(), tmp_path, near_duplicates="drop")
+    names = [path for path in (tmp_path / "work").rglob("*.parquet") if "clusters" not in path.parts]
+    assert {tuple(pq.read_schema(name).names) for name in names} == {("id", "stage", "reason", "detail", "cluster")}

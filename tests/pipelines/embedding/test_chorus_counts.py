@@ -37,6 +37,7 @@ def nested_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_vectors_and_index_of_a_smaller_count(nested_dir: str, tmp_path: Path, local_ray: None) -> None:
     texts = TEXTS[:4]
     write_rows(tmp_path / "items.jsonl", [{"text": text} for text in texts])

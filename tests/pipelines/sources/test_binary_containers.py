@@ -11,15 +11,18 @@ import random
 import tarfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from crem.errors import ConfigError
-from pipelines.sources import parquet_rows, sources, tar_rows
+from pipelines.sources import image_rows, listing, parquet_rows, sources, tar_rows
 from tests.pipelines.sources.written import ranges_of, records_of, rows_of, tar, write
+from tests.s3_server import S3Server
 
 
 def test_every_arrow_type_becomes_what_json_would_give(tmp_path: Path) -> None:
@@ -233,8 +236,34 @@ def test_a_folder_of_images_gives_one_row_an_image(tmp_path: Path) -> None:
     assert len({row.name for row in rows}) == 5
     parts = ranges_of(place)
     (tmp_path / "a" / "train" / "dog" / "0.jpg").write_bytes(b"another")
-    from pipelines.sources import image_rows
-
     image_rows._listed.cache_clear()  # another process
     with pytest.raises(ConfigError, match="has changed since this job began"):
         list(sources.read(parts[-1]))
+
+
+def test_a_range_of_a_folder_of_images_on_s3_lists_its_pages_only(
+    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Names in the order of their bytes, with folders and other files between them."""
+    names = sorted([f"{i:03d}.jpg" for i in range(40)] + ["é.jpg", "z b.png", "日本.webp", "Z.gif"])
+    others = {f"train/{i:03d}.txt": b"" for i in range(0, 40, 3)} | {"train/011.d/1.jpg": b"1"}
+    write(tmp_path / "a", {**{f"train/{name}": name.encode() for name in names}, **others})
+    s3fs.S3FileSystem().put(f"{tmp_path}/a/", f"{s3_env.bucket}/many/", recursive=True)
+    monkeypatch.setattr(listing, "_BATCH", 5)
+    ranges = [part for part in ranges_of(f"s3://{s3_env.bucket}/many", 6) if part.file == "train/*"]
+    image_rows._listed.cache_clear()
+    pages: list[str] = []
+    call = s3fs.S3FileSystem.call_s3
+
+    def counted(fs: s3fs.S3FileSystem, method: str, *args: Any, **kwargs: Any) -> Any:
+        pages.append(method)
+        return call(fs, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", counted)
+    found, asked = [], []
+    for part in ranges:
+        pages.clear()
+        found.append([row["file_name"] for row, _ in image_rows.ImageRows().read(part, None) if row])
+        asked.append(len(pages))
+    assert found == [names[i : i + 6] for i in range(0, len(names), 6)]
+    assert max(asked) <= 4, "6 images, 2 other files and a folder between them, 5 to a page"

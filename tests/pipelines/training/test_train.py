@@ -99,7 +99,8 @@ def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
     assert crem.load(result.model).fingerprint == result.fingerprint
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path) -> None:
     overrides = [*RUN, f"train.zero_stage={stage}", "train.steps=200", "train.log_every=20", "optim.lr=1e-3"]
     config = load_config("micro", [*overrides, "train.validate_every=50"])
@@ -127,6 +128,7 @@ def test_a_trained_model_beats_chance(stage: int, prepared: str, tmp_path: Path)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["fingerprint"] == result.fingerprint
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_saves_the_rows_of_the_step(prepared: str, tmp_path: Path) -> None:
     """A learning rate that throws the weights out of what a float can hold: NaN after the warm-up's first step."""
     config = load_config("micro", [*RUN, "train.steps=20", "optim.lr=1e30", "train.max_failures=0"])
@@ -146,6 +148,7 @@ def test_a_run_that_diverges_saves_the_rows_of_the_step(prepared: str, tmp_path:
     assert not (run / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_object_storage(prepared: str, s3_server: Any, s3_env: Any) -> None:
     """Checkpoints by Ray Train, model and metrics by us, resumed when complete: all on a real S3 server."""
     out = f"s3://{s3_server.bucket}/runs/shapes"

@@ -38,7 +38,7 @@ from pipelines.training.metrics_log import read_metrics
 from tests.conftest import TINY
 from tests.pipelines.shapes import write_corpus
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 12
 RUN = [
@@ -254,7 +254,6 @@ def test_an_error_of_ours_is_not_retried(prepared: str, tmp_path: Path) -> None:
     assert "lower optim.lr" in job.output() and job.starts() == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: Path, stage: int) -> None:
     """At random moments, one of them in the middle of an upload."""
@@ -280,7 +279,6 @@ def test_a_job_killed_again_and_again_is_the_same_run(prepared: str, tmp_path: P
     assert len(stored.folder.folders()) == 3, "incomplete ones are gone"
 
 
-@pytest.mark.slow
 def test_another_number_of_workers(prepared: str, reference: Job, tmp_path: Path) -> None:
     """2 workers to step 8, 1 to step 10, 2 to the end."""
     run = rewound(reference, tmp_path, newest=8)
@@ -293,7 +291,6 @@ def test_another_number_of_workers(prepared: str, reference: Job, tmp_path: Path
     same(job, reference, bound=2e-5)
 
 
-@pytest.mark.slow
 def test_an_elastic_run_loses_a_node_and_gets_one_back(
     prepared: str, reference: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +329,6 @@ def test_an_elastic_run_loses_a_node_and_gets_one_back(
     same(job, reference, bound=2e-5)
 
 
-@pytest.mark.slow
 def test_the_s3_server_dies_during_an_upload(
     prepared: str, reference: Job, tmp_path: Path, s3_server: Any, s3_env: Any
 ) -> None:
@@ -361,7 +357,6 @@ def test_the_s3_server_dies_during_an_upload(
     assert crem.load(f"{out}/model").fingerprint == crem.load(f"{reference.out.uri}/model").fingerprint
 
 
-@pytest.mark.slow
 def test_resume_from_s3_skips_an_incomplete_checkpoint(
     prepared: str, reference: Job, tmp_path: Path, s3_server: Any, s3_env: Any
 ) -> None:
