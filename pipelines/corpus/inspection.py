@@ -17,6 +17,7 @@ from crem.config import RunConfig
 from crem.data.image_bytes import is_inline
 from crem.data.images import decode_image, encode_image
 from crem.errors import ConfigError, ItemError
+from pipelines.corpus.corpus_place import require_raw
 from pipelines.corpus.token_limit import check_tokens
 from pipelines.formats.detection import ColumnUse, Detection, detect_source
 from pipelines.formats.raw_rows import RawRow, check_row
@@ -109,6 +110,7 @@ def inspect_source(source: str, config: RunConfig) -> Inspection:
         ResourceError: the storage fails.
     """
     files = sources.find(source)
+    require_raw(source)
     refusal = ""
     try:
         detection = detect_source(files, config.prepare, section="prepare")

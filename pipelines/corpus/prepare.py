@@ -29,6 +29,7 @@ from crem.config import ImageConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import commit
+from pipelines.corpus.corpus_place import require_outside, require_raw
 from pipelines.corpus.curation import CHOSEN, identity, publish_clusters
 from pipelines.corpus.ledger import staged_pieces
 from pipelines.corpus.publish import finished, foreign_files, made_with, manifest_of, publish, remove_old, remove_work
@@ -74,9 +75,9 @@ def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) ->
     """
     began = time.monotonic()
     corpus = sources.find(source)
+    require_raw(source)
+    require_outside(source, corpus, out)
     target = Folder.at(out).patient(config.prepare.storage_patience_s)
-    if target.uri == corpus.root.uri:
-        raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
     reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare)
     check_settings(config.prepare)
     detection = detect_source(corpus, config.prepare, section="prepare")

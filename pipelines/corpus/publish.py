@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import re
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -41,6 +42,12 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_OURS = re.compile(
+    rf"(({'|'.join(TABLES)})/part-\d{{6}}(-[0-9a-f]+(\.\d+)?)?|(clusters|files|statistics)-[0-9a-f]+(\.\d+)?)"
+    r"\.(parquet|json)(\.[0-9a-f]{32}\.partial)?"
+)
+"""Names that ``crem prepare`` gives, or gave before parts had versions."""
 
 
 def made_with() -> dict[str, str]:
@@ -158,8 +165,20 @@ def foreign_files(target: Folder, manifest: PrepareManifest) -> list[str]:
 
 
 def remove_old(target: Folder, manifest: PrepareManifest) -> None:
-    """Remove what an earlier version, or an interrupted run, left; the job holds the lease."""
-    in_threads(lambda name: target.remove(*name.split("/")), foreign_files(target, manifest))
+    """Remove what an earlier version, or an interrupted run, left; the job holds the lease.
+
+    Files with other names than the job gives are somebody's: they are named and stay.
+    """
+    foreign = foreign_files(target, manifest)
+    ours = [name for name in foreign if _OURS.fullmatch(name)]
+    in_threads(lambda name: target.remove(*name.split("/")), ours)
+    if others := sorted(set(foreign) - set(ours)):
+        log.warning(
+            "%s holds %d files that crem did not write (%s); no job reads them, and they stay",
+            target.uri,
+            len(others),
+            ", ".join(others[:4]),
+        )
     work = target.child(WORK)
     for version in work.folders():
         remove_work(work, version)

@@ -152,7 +152,10 @@ def _written(
     if total <= _ROWS_PER_BUCKET:
         here = total <= _ROWS_HERE
         records = [table for task in tasks for table in keyed(task)] if here else [collected(tasks, keyed, ROW_RECORD)]
-        found = grouped(pa.concat_tables(records))
+        together = pa.concat_tables(records)
+        if not together.num_rows:  # no row is left, or none was usable
+            return
+        found = grouped(together)
         parts = found["part"].to_numpy()
         for part in np.unique(parts):
             yield write_decisions(found.filter(pa.array(parts == part)), work=work, shuffle=0)

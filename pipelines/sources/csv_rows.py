@@ -97,6 +97,13 @@ def _header(file: InputFile) -> _Header:
         return _Header((), ",", file.size)
     preferred = "\t" if without_compression(file.name).lower().endswith(".tsv") else ","
     delimiter = _delimiter(texts[blank:], preferred)
+    first = texts[blank].rstrip("\r\n")
+    if "\r" in first and '"' not in first:
+        raise unreadable_file(
+            file.folder, file.name, "its lines end with a carriage return alone; end them with a line feed"
+        )
+    if delimiter == "\t" and (pair := _pair_without_header(first.split(delimiter))):  # a quote there is a character
+        return _Header(pair, delimiter, _before_first(lines))
     text, used = texts[blank], blank + 1
     while (names := _fields_or_none(text, delimiter)) is None and used < len(texts):
         text, used = text + texts[used], used + 1
@@ -105,9 +112,13 @@ def _header(file: InputFile) -> _Header:
             file.folder, file.name, f"its first line {text[:80]!r} is no header; its quotes do not match"
         )
     if pair := _pair_without_header(names):
-        return _Header(pair, delimiter, len(_BOM) if (lines[0] or b"").startswith(_BOM) else 0)
+        return _Header(pair, delimiter, _before_first(lines))
     end = sum(len(line or b"") for line in lines[:used])
     return _Header(_column_names(file, [name.strip() for name in names]), delimiter, end)
+
+
+def _before_first(lines: list[bytes | None]) -> int:
+    return len(_BOM) if (lines[0] or b"").startswith(_BOM) else 0
 
 
 def _pair_without_header(names: list[str]) -> tuple[str, ...]:
@@ -227,7 +238,8 @@ def _record(line: bytes, lines: _Lines, header: _Header) -> ParsedRow:
                 fields, tries = _fields(text, header.delimiter), tries + 1
     except csv.Error as error:
         fields, why = None, str(error)
-    if fields is None or (taken and len(fields) != len(header.names)):
+    each_alone = bool(taken) and header.delimiter == "\t" and _all_are_records(line, taken, header)
+    if fields is None or each_alone or (taken and len(fields) != len(header.names)):
         lines.give_back(taken)
         literal = first.rstrip("\r\n").split(header.delimiter)
         if header.delimiter != "\t" or len(literal) != len(header.names):
@@ -238,6 +250,13 @@ def _record(line: bytes, lines: _Lines, header: _Header) -> ParsedRow:
     if not text.isascii() and any("\udc80" <= c <= "\udcff" for field in fields for c in field):
         return None, f"text that is not UTF-8: {line[:60]!r}"
     return dict(zip(header.names, fields, strict=True)), ""
+
+
+def _all_are_records(line: bytes, more: list[tuple[int, bytes | None]], header: _Header) -> bool:
+    """Whether each line has all fields by itself, so that its quotes are only characters."""
+    lines = [line, *(found or b"" for _, found in more)]
+    between = len(header.names) - 1
+    return between > 0 and all(found.count(header.delimiter.encode()) == between for found in lines)
 
 
 def _ragged(fields: list[str], header: _Header) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from pipelines.sources.jsonl_rows import storable_name
+
 __all__ = ["JsonScanner", "JsonValue"]
 
 _CHUNK_BYTES = 2**20
@@ -135,7 +137,7 @@ class JsonScanner:
         return bool(more) or (not self._ended and self._more())
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
+        record = {storable_name(name): value for name, value in pairs}
         if len(record) != len(pairs) and not self._twice:
             names = [name for name, _ in pairs]
             self._twice = next(name for name in names if names.count(name) > 1)

@@ -15,7 +15,7 @@ from pipelines.sources.compression import COMPRESSIONS, STREAM_ERRORS, decompres
 from pipelines.sources.input_file import InputFile
 from pipelines.sources.records import FileSchema, ParsedRow, RawRecord, RowRange, unreadable_file
 
-__all__ = ["COMPRESSED_RANGE_ROWS", "JsonlRows", "parse_json", "parse_object", "physical_lines"]
+__all__ = ["COMPRESSED_RANGE_ROWS", "JsonlRows", "parse_json", "parse_object", "physical_lines", "storable_name"]
 
 _MAX_LINE_BYTES = 64 * 2**20
 """A longer line is a bad row; it is never held in memory as a whole."""
@@ -111,8 +111,13 @@ def _parse(line: bytes | None) -> ParsedRow:
     return parse_object(line, "a line of JSON")
 
 
+def storable_name(name: str) -> str:
+    """A name that can be written: one half of a surrogate pair is shown as its escape."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> RawRecord:
-    record = dict(pairs)
+    record = {storable_name(name): value for name, value in pairs}
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)

@@ -15,6 +15,8 @@ from crem.config import load_config
 from crem.errors import ConfigError
 from pipelines.corpus.inspection import inspect_source
 from pipelines.corpus.inspection_page import inspection_page, inspection_text
+from pipelines.tables.manifest import PrepareManifest
+from pipelines.tables.storage import Folder
 from tests.pipelines.conftest import encoded, random_image, write_rows
 
 CONFIG = load_config("micro", [])
@@ -68,6 +70,18 @@ def test_a_misspelt_column_is_shown_with_what_prepare_says_of_it(tmp_path: Path)
     write_rows(tmp_path / "d" / "a.jsonl", [{"foo": 1}])
     with pytest.raises(ConfigError, match="none of them is known"):
         inspect_source(str(tmp_path / "d"), CONFIG)
+
+
+def test_prepared_tables_are_no_corpus(tmp_path: Path) -> None:
+    (tmp_path / "done" / "rejected").mkdir(parents=True)
+    write_rows(tmp_path / "done" / "rows" / "a.parquet", [{"query_text": "q", "target_text": "t"}])
+    inspect_source(str(tmp_path / "done"), CONFIG)
+    counts = {"rows_in": 1, "rows_out": 1, "rejected": 0, "images": 0}
+    PrepareManifest(**counts, by_reason={}, by_split_task={}, source_uri="x", created_with={}, config={}).write(
+        Folder.at(tmp_path / "done")
+    )
+    with pytest.raises(ConfigError, match="tables that crem prepare made already"):
+        inspect_source(str(tmp_path / "done"), CONFIG)
 
 
 def test_the_command_writes_nothing_beside_the_corpus(corpus: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_finished_run_again_does_nothing_and_says_so(
     first = prepare(str(corpus), str(out), config())
     written = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     (out / "_work" / first.version / "staged").mkdir(parents=True)  # as a job leaves it that is killed after its swap
-    (out / "rows" / "part-000000-old.parquet").write_bytes(b"of the version before")
+    (out / "rows" / "part-000000-0123456789ab.parquet").write_bytes(b"of the version before")
     with caplog.at_level(logging.INFO):
         assert prepare(str(corpus), str(out), config()) == first
     assert "nothing to do" in caplog.text
@@ -263,6 +263,26 @@ def test_a_run_that_fails_leaves_the_good_output_as_it_was(tmp_path: Path, local
     assert not (out / "_work").exists()
 
 
+def test_no_usable_row_is_said_with_the_reasons(tmp_path: Path, local_ray: None) -> None:
+    write_rows(tmp_path / "c" / "a.jsonl", [{"key": "1", "query_images": ["gone.jpg"], "target_text": "t"}])
+    with pytest.raises(ConfigError, match=r"none of the 1 rows can be used: \{'image_missing': 1\}"):
+        prepare(str(tmp_path / "c"), str(tmp_path / "out"), config())
+
+
+def test_files_of_others_among_the_tables_stay(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "c" / "a.jsonl", [{"key": "1", "query_text": "q", "target_text": "t", "\ud800x": 1}])
+    out = tmp_path / "out"
+    prepare(str(tmp_path / "c"), str(out), config())
+    for name in ("rows/mine.parquet", "rows/notes.md", "rows/part-000007-0123456789ab.parquet"):
+        (out / name).write_bytes(b"mine")
+    prepare(str(tmp_path / "c"), str(out), config())
+    assert "2 files that crem did not write (rows/mine.parquet, rows/notes.md)" in caplog.text
+    assert (out / "rows" / "mine.parquet").read_bytes() == b"mine" and (out / "rows" / "notes.md").exists()
+    assert not (out / "rows" / "part-000007-0123456789ab.parquet").exists(), "of an interrupted run"
+
+
 def test_what_cannot_be_prepared_is_refused_with_the_remedy(tmp_path: Path, nasty: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(ConfigError, match="does not exist"):
@@ -298,6 +318,8 @@ def test_an_output_folder_of_something_else_is_refused_untouched(tmp_path: Path,
     assert sorted(p.name for p in precious.iterdir()) == ["rows", "thesis.txt"]
     with pytest.raises(ConfigError, match="is the corpus itself"):
         prepare(str(nasty), str(nasty), config())
+    with pytest.raises(ConfigError, match="is inside the corpus"):
+        prepare(str(nasty), str(nasty / "rows" / "out"), config())
     with pytest.raises(ConfigError, match="is a file"):
         prepare(str(nasty), str(precious / "thesis.txt"), config())
     assert (nasty / "images" / "good_a.png").exists()

@@ -193,6 +193,31 @@ def test_a_damaged_record_of_csv_costs_one_row(tmp_path: Path) -> None:
     assert len(rows) == len(lines) - 1
 
 
+def test_quotes_of_two_lines_of_a_tsv_do_not_join_them(tmp_path: Path) -> None:
+    text = 'caption\turl\n"Beautiful sunset\ta.jpg\nanother one"\tb.jpg\n"of two\nlines"\tc.jpg\n'
+    assert records_of(write(tmp_path, {"a.tsv": text.encode()})) == [
+        {"caption": '"Beautiful sunset', "url": "a.jpg"},
+        {"caption": 'another one"', "url": "b.jpg"},
+        {"caption": "of two\nlines", "url": "c.jpg"},
+    ]
+
+
+def test_a_first_caption_that_begins_with_a_quote(tmp_path: Path) -> None:
+    text = b'"hello" said he\thttp://a/1.jpg\nb\thttp://a/2.jpg\n'
+    assert [r and r["caption"] for r in records_of(write(tmp_path, {"a.tsv": text}))] == ['"hello" said he', "b"]
+
+
+def test_lines_that_end_with_a_carriage_return_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="end with a carriage return alone; end them with a line feed"):
+        records_of(write(tmp_path, {"a.csv": b"caption,image\ra,1.jpg\rb,2.jpg\r"}))
+
+
+def test_a_name_with_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
+    record = b'{"\\ud800x": 1, "text": "a"}'
+    place = write(tmp_path, {"a.jsonl": record + b"\n", "b.json": b"[" + record + b"]"})
+    assert records_of(place) == [{"\\ud800x": 1, "text": "a"}] * 2
+
+
 def test_a_quote_in_a_tsv_is_a_character(tmp_path: Path) -> None:
     text = 'caption\turl\n"the best" pizza\thttp://a/1.jpg\n"an open quote\thttp://a/2.jpg\n27" wheel\thttp://a/3.jpg\n'
     captions = ['"the best" pizza', '"an open quote', '27" wheel']
