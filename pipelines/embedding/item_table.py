@@ -9,7 +9,8 @@ from crem.config import ImageConfig
 from crem.data.items import ImageSource, Item
 from crem.data.sequence import PreparedSequence
 from crem.errors import ItemError
-from pipelines.formats.raw_rows import RawItem, parse_text
+from pipelines.formats.cells import parse_text
+from pipelines.formats.raw_rows import RawItem
 from pipelines.formats.record_reader import RecordReader
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RawRecord, SourceRow

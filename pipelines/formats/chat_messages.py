@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.formats.cells import is_absent, parse_images
 from pipelines.formats.conversation import (
     conversation_item,
     conversation_rows,
@@ -21,7 +22,7 @@ from pipelines.formats.conversation import (
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.paths import split_of
 from pipelines.formats.placeholders import ImageName
-from pipelines.formats.raw_rows import RawItem, RawRow, is_absent, parse_images, placed_item
+from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
 
 __all__ = ["ChatMessages", "SwiftPairs"]

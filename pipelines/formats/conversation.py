@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.formats.cells import is_absent, listed, parse_images, parse_text_value
 from pipelines.formats.format import RowContext
 from pipelines.formats.paths import split_of
-from pipelines.formats.placeholders import MARK, ImageName, Parts, count_marks, joined, placed
-from pipelines.formats.raw_rows import RawItem, RawRow, listed, parse_images, parse_text_value
+from pipelines.formats.placeholders import MARK, ImageName, Parts, count_marks, joined, paths_in_marks, placed
+from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
 
 __all__ = ["Turn", "conversation_item", "conversation_rows", "read_turns", "refuse_other_media"]
@@ -41,48 +42,105 @@ class Turn:
 def read_turns(value: Any, column: str, images: Sequence[ImageName]) -> tuple[list[Turn], tuple[ImageName, ...]]:
     """The turns of ``conversations`` (``from``, ``value``) or ``messages`` (``role``, ``content``), and all images.
 
-    Content may be a list of parts, as in OpenAI's API; an image part without data is the next of ``images``. Turns of
-    one role that follow each other are one.
+    Content may be a list of parts, as in OpenAI's API; an image part without data is the one of ``images`` that its
+    ``index`` says, or the next. Without ``images``, paths in marks are the images (Qwen-VL). Turns of one role that
+    follow each other are one.
 
     Raises:
-        ItemError: ``bad_row``.
+        ItemError: ``bad_row``, ``image_count`` or ``unsupported_media``.
     """
     value = listed(value)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(turn, dict) for turn in value):
         raise ItemError("bad_row", f"{column} is {repr(value)[:60]}; it must be a list of turns")
-    waiting, found = list(images), list[ImageName]()
+    contents = [turn.get("value", turn.get("content")) for turn in value]
+    shown = _Shown(images, contents, column)
     turns: list[Turn] = []
-    for number, turn in enumerate(value):
+    for number, (turn, content) in enumerate(zip(value, contents, strict=True)):
         name = turn.get("from", turn.get("role"))
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise ItemError("bad_row", f"{column}[{number}] is by {name!r}; known are {', '.join(_ROLES)}")
-        text = _content(turn.get("value", turn.get("content")), f"{column}[{number}]", waiting, found)
+        text = shown.text_of(content, f"{column}[{number}]")
         if turns and turns[-1].role == role:
             text = "\n".join(filter(None, (turns.pop().text, text)))
         turns.append(Turn(role, text))
-    return turns, (*found, *waiting)
+    return turns, shown.all()
 
 
-def _content(value: Any, where: str, waiting: list[ImageName], found: list[ImageName]) -> str:
-    """A turn's text. Images of its parts go to ``found``; each that has no data is taken from ``waiting``."""
-    if not isinstance(value, list | tuple):
-        return parse_text_value(value, where) or ""
-    pieces = []
-    for part in value:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind == "text":
-            pieces.append(parse_text_value(part.get("text") if isinstance(part, dict) else part, where) or "")
-        elif kind in ("image", "image_url", "input_image"):
-            image = next((part[k] for k in ("image", "image_url", "url", "path") if part.get(k) is not None), None)
-            inline = parse_images(image.get("url", image) if isinstance(image, dict) else image, where)
-            if not inline and not waiting:
-                raise ItemError("image_count", f"{where} shows an image that the row does not hold; give it in images")
-            found += inline or [waiting.pop(0)]
-            pieces.append(MARK)
-        else:
-            raise ItemError("unsupported_media", f"{where} has a part of type {kind!r}; only text and images are read")
-    return "\n".join(pieces)
+class _Shown:
+    """The images of a conversation, in the order in which its turns show them."""
+
+    def __init__(self, images: Sequence[ImageName], contents: Sequence[Any], column: str):
+        self._images = images
+        parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+        named = {_index(part, len(images), column) for part in parts if _is_image(part)}
+        self._waiting = [image for i, image in enumerate(images) if i not in named]
+        """Those that no part names by its number."""
+        self._found: list[ImageName] = []
+
+    def text_of(self, content: Any, where: str) -> str:
+        """A turn's text, with a mark for each image of its parts."""
+        if not isinstance(content, list | tuple):
+            return self._said(content, where)
+        pieces = []
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind == "text":
+                pieces.append(self._said(part.get("text") if isinstance(part, dict) else part, where))
+            elif _is_image(part):
+                self._found += self._images_of(part, where)
+                pieces.append(MARK)
+            else:
+                raise ItemError(
+                    "unsupported_media", f"{where} has a part of type {kind!r}; only text and images are read"
+                )
+        return "\n".join(pieces)
+
+    def all(self) -> tuple[ImageName, ...]:
+        """Those that were shown, and then those that no part shows."""
+        return (*self._found, *self._waiting)
+
+    def _said(self, value: Any, where: str) -> str:
+        text = parse_text_value(value, where) or ""
+        if not self._images:
+            self._found += [name for name in paths_in_marks(text) if name not in self._found]
+        return text
+
+    def _images_of(self, part: dict[str, Any], where: str) -> Sequence[ImageName]:
+        """What the part holds; else the image of its number; else the next one."""
+        if inline := parse_images({k: v for k, v in part.items() if k not in _NOT_THE_IMAGE}, where):
+            return inline
+        if (index := _index(part, len(self._images), where)) is not None:
+            return [self._images[index]]
+        if not self._waiting:
+            raise ItemError("image_count", f"{where} shows an image that the row does not hold; give it in images")
+        return [self._waiting.pop(0)]
+
+
+_NOT_THE_IMAGE = frozenset(
+    {"type", "text", "index", "id", "uuid", "detail", "alt", "mime_type", "media_type", "cache_control"}
+    | {"min_pixels", "max_pixels", "resized_height", "resized_width", "width", "height"}
+)
+"""Keys of an image part beside the image."""
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url", "input_image")
+
+
+def _index(part: dict[str, Any], images: int, where: str) -> int | None:
+    """Which of the row's images a part shows, from 0; ``None`` where it does not say."""
+    value = part.get("index")
+    if is_absent(value) or not images:
+        return None
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ItemError("bad_row", f"{where} shows an image by the index {value!r}; it must be a whole number, from 0")
+    if not 0 <= number < images:
+        raise ItemError(
+            "image_count", f"{where} shows image {number}, and the row holds {images}, counted from 0; give that image"
+        )
+    return number
 
 
 def refuse_other_media(record: RawRecord, columns: Sequence[str]) -> None:
@@ -139,7 +197,7 @@ def conversation_item(turns: Sequence[Turn], images: tuple[ImageName, ...], cont
 def _placed_turns(turns: Sequence[Turn], images: tuple[ImageName, ...]) -> list[Parts]:
     """The parts of each turn. Images without any mark stand before what the user says first."""
     asking = [i for i, turn in enumerate(turns) if turn.role != "assistant"]
-    if images and any(count_marks(turn.text) for turn in turns if turn.role == "assistant"):
+    if images and any(count_marks(turn.text, bare=False) for turn in turns if turn.role == "assistant"):
         raise ItemError("image_count", "an answer holds an image placeholder; an answer is text")
     parts: list[Parts] = [[turn.text] for turn in turns]
     for i, found in zip(asking, placed([turns[i].text for i in asking], len(images), "the conversation"), strict=True):

@@ -16,15 +16,15 @@ from pydantic import JsonValue
 
 from crem.config import EmbedConfig, LayoutConfig
 from crem.errors import ConfigError
+from pipelines.formats.cells import is_absent
 from pipelines.formats.format import Format
-from pipelines.formats.raw_rows import is_absent
 from pipelines.formats.registry import FORMATS, format_named, matching_formats
 from pipelines.formats.sampling import FileSample, sample_files
 from pipelines.formats.unknown_columns import UnknownColumns, nearest_name
 from pipelines.sources.records import RawRecord
 from pipelines.sources.sources import SourceFiles
 
-__all__ = ["ColumnUse", "Detection", "Layout", "detect", "detect_source", "misspelt", "renamed"]
+__all__ = ["ColumnUse", "Detection", "Layout", "detect", "detect_source", "misspelt", "remedy", "renamed"]
 
 _SHOWN = 12
 """Names in a message."""
@@ -134,7 +134,6 @@ def detect(sample: FileSample, settings: LayoutConfig, *, section: str) -> Layou
     columns = tuple(renamed({name: name for name in sample.columns}, settings.columns, sample.file))
     records = [renamed(record, settings.columns, sample.file) for record in sample.records]
     known = _format(sample.file, columns, records, settings, section)
-    columns = tuple(dict.fromkeys([*columns, *(name for record in records for name in known.names(record))]))
     _check_side(sample.file, known, settings)
     wrong = _misspelt_in(known, columns, records)
     if wrong and not settings.allow_unknown:
@@ -142,10 +141,10 @@ def detect(sample: FileSample, settings: LayoutConfig, *, section: str) -> Layou
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(
             f"{sample.file} has a column {name!r}, which {known.name} does not know; did you mean {meant!r}?{more} "
-            f"Rename it, or read it so with {section}.columns={{{name}: {meant}}}; "
-            f"{section}.allow_unknown=true goes on without it"
+            f"{remedy(name, meant, columns, section)}"
         )
-    uses = tuple(_use(known, name, wrong.get(name)) for name in columns)
+    names = dict.fromkeys([*columns, *(name for record in records for name in known.names(record))])
+    uses = tuple(_use(known, name, wrong.get(name)) for name in names)
     theirs_to_ours = {theirs: ours for theirs, ours in settings.columns.items() if ours}
     labels = {theirs_to_ours.get(name, name).lower(): names for name, names in sample.labels.items()}
     return Layout(known.name, uses, (sample.file,), labels)
@@ -176,6 +175,13 @@ def misspelt(known: Format, names: Sequence[str]) -> dict[str, str]:
     wanted = [column.name for column in known.columns if column.used and column.name not in present]
     near = {name: nearest_name(name, wanted) for name in names if known.column(name) is None}
     return {name: meant for name, meant in near.items() if meant is not None}
+
+
+def remedy(name: str, meant: str, columns: Sequence[str], section: str) -> str:
+    """What to do about a misspelt column. ``columns`` are those of the table: what is inside of one is not mapped."""
+    inside = name not in columns
+    mapping = "" if inside else f", or read it so with {section}.columns={{{name}: {meant}}}"
+    return f"Rename it{mapping}; {section}.allow_unknown=true goes on without it"
 
 
 def _misspelt_in(known: Format, columns: Sequence[str], records: Sequence[RawRecord]) -> dict[str, str]:

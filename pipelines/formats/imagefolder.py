@@ -13,9 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pipelines.formats.cells import parse_images
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.placeholders import ImageName
-from pipelines.formats.raw_rows import RawItem, RawRow, parse_images
+from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.table import IMAGES, ImageTable, caption_item, caption_rows, first_images, lower_case
 from pipelines.sources.records import RawRecord
 

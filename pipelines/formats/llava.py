@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crem.errors import ItemError
+from pipelines.formats.cells import parse_images, parse_text
 from pipelines.formats.conversation import (
     Turn,
     conversation_item,
@@ -19,7 +20,7 @@ from pipelines.formats.conversation import (
 )
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.placeholders import ImageName
-from pipelines.formats.raw_rows import RawItem, RawRow, parse_images, parse_text
+from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
 
 __all__ = ["Llava"]

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.formats.cells import is_absent, parse_images, parse_text_value
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.paths import split_of, subset_of
-from pipelines.formats.raw_rows import RawItem, RawRow, is_absent, parse_images, parse_text_value, placed_item
+from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
 
 __all__ = ["MmebEval", "MmebTrain"]

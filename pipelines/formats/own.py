@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from crem.errors import ItemError
+from pipelines.formats.cells import is_blank
 from pipelines.formats.format import Column, Format, RowContext
-from pipelines.formats.raw_rows import COLUMNS, RawItem, RawRow, parse_row
+from pipelines.formats.raw_rows import COLUMNS, NEGATIVE, RawItem, RawRow, negatives_of, parse_row
 from pipelines.sources.records import RawRecord
 
 __all__ = ["OwnRows"]
@@ -17,14 +19,33 @@ __all__ = ["OwnRows"]
 _DISTINCTIVE = frozenset(c for c in COLUMNS if c.startswith(("query_", "target_"))) | {"negatives"}
 """The rest (``key``, ``source``, ``question`` …) are words that others use too."""
 
+_INNER = "negatives[]."
+"""Before the name of what an object in ``negatives`` holds."""
+
 
 class OwnRows(Format):
     """Rows in the columns that this project documents."""
 
     name = "crem"
     title = "rows of this project"
-    columns = tuple(Column(name, name.replace("_", " ")) for name in COLUMNS)
+    columns = (
+        *(Column(name, name.replace("_", " ")) for name in COLUMNS),
+        *(Column(f"{_INNER}{name}", f"{name} of a negative") for name in NEGATIVE),
+    )
     pairs = True
+
+    def names(self, record: RawRecord) -> Sequence[str]:
+        """Also those in ``negatives``; of objects with unknown ones, only what each of them has."""
+        try:
+            negatives = negatives_of(record.get("negatives"))
+        except ItemError:
+            return tuple(record)  # the row is rejected where it is read
+        filled = [frozenset(str(name) for name, cell in n.items() if not is_blank(cell)) for n in negatives]
+        odd = [names for names in filled if not names.issubset(NEGATIVE)]
+        inner = frozenset().union(*(odd or filled))
+        if odd:
+            inner -= frozenset(NEGATIVE) - frozenset.intersection(*odd)
+        return (*record, *(f"{_INNER}{name}" for name in sorted(inner)))
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return not columns.isdisjoint(_DISTINCTIVE)

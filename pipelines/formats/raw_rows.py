@@ -1,35 +1,30 @@
 """From a raw record to a row that can be trained on, or to the reason why not. Pure functions, no I/O.
 
 Absence is read leniently: a text or an image that is null, NaN or blank counts as absent, and so does a side or a
-negative with neither text nor images. Types are not: a value of another type than its column's makes a ``bad_row``.
-Only numbers and dates are accepted as text, because answers such as 4 are often stored as numbers.
+negative with neither text nor images. Types are not: a value of another type than its column's makes a ``bad_row``
+(``cells``).
 """
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from typing import Any
 
 from crem.data.items import check_image_at
 from crem.errors import ItemError
-from pipelines.formats.placeholders import count_marks, place_images, remove_marks
+from pipelines.formats.cells import is_absent, is_blank, listed, parse_images, parse_text
+from pipelines.formats.placeholders import place_images, remove_marks
 from pipelines.sources.records import RawRecord
 
 __all__ = [
     "COLUMNS",
+    "NEGATIVE",
     "RawItem",
     "RawRow",
     "check_row",
-    "is_absent",
-    "listed",
-    "parse_images",
+    "negatives_of",
     "parse_row",
-    "parse_text",
-    "parse_text_value",
     "placed_item",
     "source_and_key",
 ]
@@ -49,6 +44,9 @@ COLUMNS = (
     "question",
     "answer",
 )
+
+NEGATIVE = ("text", "images", "instruction")
+"""What an object in ``negatives`` holds."""
 
 
 @dataclass(frozen=True)
@@ -150,94 +148,6 @@ def check_row(row: RawRow, *, max_text_chars: int, max_images: int) -> None:
             )
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a cell says that nothing is there: null, NaN, pandas' NaT or NA, a blank text."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return True
-    if isinstance(value, float | Decimal):
-        return value != value
-    return type(value).__name__ in ("NaTType", "NAType")  # without pandas
-
-
-def parse_text(record: RawRecord, column: str) -> str | None:
-    """A text column, in NFC; ``None`` where it is null, NaN or blank.
-
-    Raises:
-        ItemError: ``bad_row`` for other types.
-    """
-    return parse_text_value(record.get(column), column)
-
-
-def parse_text_value(value: Any, column: str) -> str | None:
-    """As ``parse_text``, of a cell."""
-    if is_absent(value):
-        return None
-    if isinstance(value, bytes):  # Parquet of writers that do not mark texts as such
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise ItemError("bad_row", f"{column} is {len(value)} bytes that are no UTF-8 text") from error
-    if isinstance(value, int | float | Decimal | timedelta) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(value, date | datetime | time):
-        value = value.isoformat()
-    if not isinstance(value, str):
-        raise ItemError("bad_row", f"{column} is a {type(value).__name__}, {repr(value)[:60]}; it must be text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ItemError("bad_row", f"{column} is not valid Unicode: {error.reason} at {error.start}") from error
-    return unicodedata.normalize("NFC", value) if value.strip() else None  # here, before any place in it is counted
-
-
-def parse_images(value: Any, column: str) -> tuple[str | bytes, ...]:
-    """A column of images: null, one, or a list of names, bytes or ``{"bytes", "path"}`` (as hubs export them).
-
-    Absent ones are left out: null, NaN, a blank or one of ``_NO_IMAGE``, alone or in the list.
-    """
-    value = listed(value)
-    values = value if isinstance(value, list | tuple) else [value]
-    images = (_image(v, f"{column}[{i}]" if values is value else column) for i, v in enumerate(values))
-    return tuple(image for image in images if image is not None)
-
-
-def listed(value: Any) -> Any:
-    """A list that stands in a cell of text as JSON, as in CSV files; any other value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return found if isinstance(found, list) else value
-    return value
-
-
-_NO_IMAGE = frozenset({"null", "NULL", "None", "none", "nan", "NaN", "NaT", "<NA>"})
-"""What exports write where nothing is. No image has such a name: it would have a suffix."""
-
-
-def _image(value: Any, where: str) -> str | bytes | None:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if is_absent(value) or (isinstance(value, str) and value.strip() in _NO_IMAGE):
-        return None
-    if isinstance(value, str):
-        return _valid_name(value, where)
-    if isinstance(value, bytes):
-        return value  # decoding rejects zero bytes as a corrupt image
-    raise ItemError("bad_row", f"{where} is {repr(value)[:60]}; an image is a path, a URI or bytes")
-
-
-def _valid_name(value: str, where: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ItemError("bad_row", f"{where} is not valid Unicode: {error.reason} at {error.start}") from error
-    if "\0" in value:
-        raise ItemError("bad_row", f"{where} holds a zero character; it is not a path")
-    return value
-
-
 def placed_item(
     text: str | None, images: tuple[str | bytes, ...], instruction: str | None, where: str, *, habit: bool = False
 ) -> RawItem:
@@ -250,9 +160,9 @@ def placed_item(
         ItemError: ``image_count``.
     """
     if habit and not images:
-        return RawItem(remove_marks(text), (), remove_marks(instruction))
+        return RawItem(remove_marks(text, bare=False), (), remove_marks(instruction, bare=False))
     placed = place_images(text, images, where)
-    return RawItem(placed.text, placed.images, remove_marks(instruction), placed.image_at)
+    return RawItem(placed.text, placed.images, remove_marks(instruction, bare=bool(images)), placed.image_at)
 
 
 def _side(record: RawRecord, prefix: str) -> RawItem:
@@ -266,18 +176,35 @@ def _side(record: RawRecord, prefix: str) -> RawItem:
 
 
 def _question(record: RawRecord, query: RawItem) -> str | None:
-    """The question; marks for the images of the query go, since the query holds them."""
+    """The question, without its marks, which stand for the images of the query. Raises ``ItemError("image_count")``."""
     question = parse_text(record, "question")
-    return remove_marks(question) if 0 < count_marks(question) <= len(query.images) else question
+    if not query.images:
+        return question
+    place_images(question, query.images, "question")
+    return remove_marks(question)
 
 
 def _negatives(value: Any) -> list[RawItem]:
+    negatives = negatives_of(value)
+    for number, negative in enumerate(negatives):
+        filled = [name for name, cell in negative.items() if not is_blank(cell)]
+        if filled and not any(name in NEGATIVE for name in filled):
+            raise ItemError(
+                "bad_row",
+                f"negatives[{number}] is an object with {', '.join(map(repr, filled))[:200]}; "
+                f"name what it holds {', '.join(NEGATIVE[:-1])} or {NEGATIVE[-1]}",
+            )
+    return [_side({f"negatives.{k}": v for k, v in negative.items()}, "negatives.") for negative in negatives]
+
+
+def negatives_of(value: Any) -> list[dict[str, Any]]:
+    """The objects of a cell of negatives. Raises ``ItemError("bad_row")``."""
     value = listed(value)
     if is_absent(value):
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(v, dict) for v in value):
         raise ItemError("bad_row", f"negatives is {repr(value)[:60]}; it must be a list of {{text, images}}")
-    return [_side({f"negatives.{k}": v for k, v in negative.items()}, "negatives.") for negative in value]
+    return list(value)
 
 
 def _sides(row: RawRow) -> list[tuple[str, RawItem]]:

@@ -6,7 +6,7 @@ import posixpath
 from dataclasses import dataclass
 
 from crem.errors import ItemError
-from pipelines.formats.detection import Detection, misspelt, renamed
+from pipelines.formats.detection import Detection, misspelt, remedy, renamed
 from pipelines.formats.format import Format, RowContext, Side
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.registry import FORMATS, format_named
@@ -70,8 +70,8 @@ class RecordReader:
             section = self.detection.section
             raise ItemError(
                 "unknown_column",
-                f"{name!r} is not known to {known.name}; is it {meant!r}? Rename it, or read it so with "
-                f"{section}.columns={{{name}: {meant}}}; {section}.allow_unknown=true goes on without it",
+                f"{name!r} is not known to {known.name}; is it {meant!r}? "
+                f"{remedy(name, meant, tuple(record), section)}",
             )
         if record and not names.known:
             raise ItemError(

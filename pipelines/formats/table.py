@@ -13,17 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from crem.errors import ItemError
+from pipelines.formats.cells import is_absent, parse_images, parse_text_value
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.paths import split_named, split_of
 from pipelines.formats.placeholders import remove_marks
-from pipelines.formats.raw_rows import (
-    RawItem,
-    RawRow,
-    is_absent,
-    parse_images,
-    parse_text_value,
-    placed_item,
-)
+from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
 
 __all__ = ["ImageTable", "TextTable", "caption_item", "caption_rows", "first_images", "lower_case"]

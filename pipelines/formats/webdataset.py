@@ -12,10 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.formats.cells import is_absent, parse_images
 from pipelines.formats.chat_messages import ChatMessages
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.llava import Llava
-from pipelines.formats.raw_rows import RawItem, RawRow, is_absent, parse_images
+from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.table import IMAGES, ImageTable, lower_case
 from pipelines.sources.records import RawRecord
 

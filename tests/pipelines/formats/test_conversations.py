@@ -151,6 +151,55 @@ SWIFT = {
 """The example of ms-swift's guide "Embedding Training"."""
 
 
+def test_parts_show_images_by_their_index_or_their_order() -> None:
+    def images_of(*parts: dict[str, Any]) -> tuple[Any, ...]:
+        said = [
+            {"role": "user", "content": [*parts, {"type": "text", "text": "which?"}]},
+            {"role": "assistant", "content": "a"},
+        ]
+        return row_of({"messages": said, "images": ["red.png", "blue.png"]}).query.images
+
+    def part(**more: Any) -> dict[str, Any]:
+        return {"type": "image", "text": None, **more}
+
+    assert images_of(part(index=1), part(index=0)) == ("blue.png", "red.png")
+    assert images_of(part(index=1.0), part(index=None)) == ("blue.png", "red.png")
+    assert images_of(part(), part(index=float("nan"))) == ("red.png", "blue.png")
+    assert images_of(part(index=0), part(index=1), part(index=0)) == ("red.png", "blue.png", "red.png")
+    for index, reason in ((2, "image_count"), (-1, "image_count"), ("b", "bad_row"), (True, "bad_row")):
+        with pytest.raises(ItemError, match=f"{reason}.*image"):
+            images_of(part(index=index), part(index=0))
+
+
+def test_images_of_parts_are_read_under_any_plain_name() -> None:
+    def said(part: dict[str, Any]) -> dict[str, Any]:
+        content = [{"type": "image", **part}, {"type": "text", "text": "which?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+
+    for part in (
+        {"data": "a.png"},
+        {"Path": "a.png", "min_pixels": 9},
+        {"image_url": {"url": "a.png", "detail": "low"}},
+    ):
+        assert row_of(said(part)).query.images == ("a.png",)
+    assert reason_of(said({"blob": "a.png"})) == "bad_row"
+
+
+def test_paths_in_the_marks_of_qwen_are_the_images() -> None:
+    said = ("Picture 1: <img>a.jpg</img>\nPicture 2: <img>b c.jpg</img>\nWhich is red?", "The first.")
+    assert row_of(llava(*said)).query.images == ("a.jpg", "b c.jpg")
+    assert row_of(llava(*said)).question == "Which is red?"
+    assert row_of(llava(*said, image=["x.jpg", "y.jpg"])).query.images == ("x.jpg", "y.jpg")
+    assert reason_of(llava(*said, image="x.jpg")) == "image_count"
+
+
+def test_words_of_html_are_no_marks() -> None:
+    row = row_of(llava("How do I close <img>?", "Write <img> alone."))
+    assert (row.question, row.answer) == ("How do I close <img>?", "Write <img> alone.")
+    row = row_of(llava("<image>\nWrite the page.", "<b><img></b>", image="a.jpg"))
+    assert (row.query.images, row.target.text or row.answer) == (("a.jpg",), "<b><img></b>")
+
+
 def test_pairs_of_ms_swift() -> None:
     name, (row,) = rows_of(SWIFT)
     assert name == "ms-swift"

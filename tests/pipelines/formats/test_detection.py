@@ -84,6 +84,27 @@ def test_keys_that_appear_later_are_counted_and_misspelt_ones_reject_their_row(t
     assert reader.rows(record({**PAIR, "query_text2": "x"}))
 
 
+def test_names_inside_of_negatives_are_checked_as_columns_are(tmp_path: Path) -> None:
+    def row(*negatives: RawRecord) -> RawRecord:
+        return {**PAIR, "negatives": list(negatives)}
+
+    for number, (wrong, meant) in enumerate([("image", "images"), ("txt", "text"), ("Text", "text")]):
+        with pytest.raises(ConfigError, match=rf"'negatives\[\].{wrong}'.*mean '\S*{meant}'\? Rename it; prep"):
+            detected(tmp_path / str(number), [row({"images": ["a.jpg"], "text": "n"}, {wrong: "b"})])
+    with pytest.raises(ConfigError, match=r"negatives\[\]\.image'"):
+        detected(tmp_path / "one", [row({"text": "n", "image": "b.jpg"})])
+    found = detected(tmp_path / "good", [row({"text": "n", "images": ["a.jpg"]}, {"instruction": "i", "score": 1})])
+    assert {c.name: c.use for c in found.layouts[0].columns if "[" in c.name} == {
+        "negatives[].instruction": "used",
+        "negatives[].score": "unknown",
+    }
+    reader = RecordReader(found, "s")
+    assert reader.rows(record(row({"text": "n", "score": 1, "image": None})))[0].negatives[0].text == "n"
+    assert reader.unknown.counts == {"negatives[].score": 1}
+    with pytest.raises(ItemError, match=r"unknown_column: 'negatives\[\].image' .*is it 'negatives\[\].images'"):
+        reader.rows(record(row({"text": "n", "image": "b.jpg", "images": None})))  # as Parquet has it
+
+
 def test_settings_that_name_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no format is named 'crm'; did you mean 'crem'"):
         detected(tmp_path, [PAIR], format="crm")

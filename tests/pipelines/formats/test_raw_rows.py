@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from crem.errors import ItemError
-from pipelines.formats.raw_rows import parse_images, parse_row, parse_text_value
+from pipelines.formats.cells import parse_images, parse_text_value
+from pipelines.formats.raw_rows import parse_row
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,30 @@ def test_images_beside_absent_ones_are_kept() -> None:
     for wrong in (7, True, ["a.jpg", 7], {"a": 1, "bytes": 3}):
         with pytest.raises(ItemError, match="an image is a path, a URI or bytes"):
             parse_images(wrong, "c")
+
+
+@pytest.mark.parametrize(
+    ("cell", "image"),
+    [
+        ({"uri": "a.jpg"}, "a.jpg"),
+        ({"URL": "a.jpg", "width": 7}, "a.jpg"),
+        ({"Path": "a.jpg"}, "a.jpg"),
+        ({"file_name": "a.jpg", "id": 3}, "a.jpg"),
+        ({"fileName": "a.jpg"}, "a.jpg"),
+        ({"type": "image_url", "image_url": {"url": "a.jpg"}}, "a.jpg"),
+        ({"data": b"x", "mime": "image/png"}, b"x"),
+        ({"Bytes": b"", "path": "a.jpg"}, "a.jpg"),
+    ],
+)
+def test_objects_name_their_image_as_people_do(cell: Any, image: str | bytes) -> None:
+    assert parse_images([cell], "images") == parse_images(cell, "image") == (image,)
+
+
+def test_an_object_without_an_image_is_never_dropped() -> None:
+    for cell, key in (({"Href": "a.jpg", "path": None}, "Href"), ({"image_url": {"detail": "low"}}, "detail")):
+        with pytest.raises(ItemError, match=rf"bad_row.*'{key}'.*name it bytes"):
+            parse_images([cell], "images")
+    assert parse_images([{}, {"image_url": {"url": None}}], "images") == ()
 
 
 def test_lists_in_cells_of_text_are_lists() -> None:
@@ -77,3 +102,10 @@ def test_arrow_types_become_text() -> None:
     for wrong in (True, ["a"], {"a": 1}, b"\xff"):
         with pytest.raises(ItemError, match="bad_row"):
             parse_text_value(wrong, "text")
+
+
+def test_a_negative_under_unknown_names_is_never_dropped() -> None:
+    for negative in ({"body": "n"}, {"caption": "n", "text": None}):
+        with pytest.raises(ItemError, match=r"bad_row.*negatives\[1\].*text, images or instruction"):
+            parse_row({"negatives": [{"text": "a"}, negative]}, key="k", source="s")
+    assert parse_row({"negatives": [{"text": None, "body": ""}, {}]}, key="k", source="s").negatives == ()
