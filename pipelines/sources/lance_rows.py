@@ -55,11 +55,7 @@ class LanceRows:
             with _failures_told_apart(file):
                 dataset = _opened(file.folder, file.name, file.version)
                 wanted = [n for n in dataset.schema.names if columns is None or n in columns]
-                batches = batches or iter(
-                    dataset.get_fragment(rows.row_groups[0]).to_batches(
-                        columns=wanted, batch_size=_READ_ROWS, offset=rows.skip + given, limit=rows.rows - given
-                    )
-                )
+                batches = batches or _batches(dataset, rows, given, wanted)
                 try:
                     return next(batches, None)
                 except BaseException:
@@ -85,6 +81,37 @@ class LanceRows:
             data = sorted(part.path for part in fragment.metadata.files)
             parts.append(f"{fragment.fragment_id} {data} {fragment.count_rows()} {fragment.metadata.deletion_file}")
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _batches(dataset: Any, rows: RowRange, given: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """What follows the rows that were given, with the bytes of blobs, not their places.
+
+    Raises:
+        ConfigError: there are blobs, and this pylance cannot give their bytes.
+    """
+    blobs = [field.name for field in dataset.schema if field.name in columns and _is_blob(field)]
+    try:
+        return iter(
+            dataset.get_fragment(rows.row_groups[0]).to_batches(
+                columns=columns,
+                batch_size=_READ_ROWS,
+                offset=rows.skip + given,
+                limit=rows.rows - given,
+                **({"blob_handling": "all_binary"} if blobs else {}),
+            )
+        )
+    except TypeError as error:
+        if "blob_handling" not in str(error):
+            raise
+        raise ConfigError(
+            f"{rows.uri} has the blob columns {blobs}, which this pylance does not read; pip install -U pylance, or "
+            "write the columns without lance-encoding:blob"
+        ) from error
+
+
+def _is_blob(field: pa.Field) -> bool:
+    """Whether a column holds blobs: in the older encoding by its metadata, in the newer by its type, also in a list."""
+    return "lance.blob" in str(field.type) or (field.metadata or {}).get(b"lance-encoding:blob") == b"true"
 
 
 def _counts(file: InputFile) -> list[tuple[int, int]]:

@@ -214,6 +214,17 @@ def test_a_lance_dataset_is_read_at_the_version_that_was_planned(tmp_path: Path)
         rows_of(place)
 
 
+@pytest.mark.parametrize("version", ["2.0", "2.1", "2.2"])
+def test_blobs_of_lance_are_bytes(tmp_path: Path, version: str) -> None:
+    blob = pa.field("image", pa.large_binary(), metadata={"lance-encoding:blob": "true"})
+    images = [b"a", None, b"", b"d" * 100_000, b"e"]
+    table = pa.table([pa.array(images, pa.large_binary()), list(range(5))], pa.schema([blob, ("id", pa.int64())]))
+    lance.write_dataset(table, str(tmp_path / "b.lance"), data_storage_version=version)
+    lance.dataset(str(tmp_path / "b.lance")).delete("id = 1")
+    found = records_of(str(tmp_path), 2)
+    assert [(r["id"], r["image"]) for r in found if r] == [(i, images[i]) for i in (0, 2, 3, 4)]
+
+
 def test_a_lance_dataset_on_s3(s3_env) -> None:  # type: ignore[no-untyped-def]
     place = f"s3://{s3_env.bucket}/lance/b.lance"
     lance.write_dataset(pa.table({"id": list(range(10))}), place, storage_options={"allow_http": "true"})
