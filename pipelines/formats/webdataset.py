@@ -3,7 +3,9 @@
 Source: the documentation of ``webdataset`` and of img2dataset. Images are all members with the suffix of an image, in
 the order of their names (``0.jpg``, ``1.jpg``, ``10.jpg``). The text is ``txt``, the class ``cls``. What ``json`` holds
 is read as a row of its own format (conversations, captions, questions and answers …) about these images; its columns
-are called ``json.caption`` and so on. img2dataset's ``url`` there is where an image came from, and is not read again.
+are called ``json.caption`` and so on. A text in it is a caption, a list is turns or captions. Of several such members
+(``json``, ``meta.json``) the columns are put together. img2dataset's ``url`` there is where an image came from, and is
+not read again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.formats.cells import is_absent, parse_images
+from crem.errors import ItemError
+from pipelines.formats.cells import is_absent, is_blank, parse_images
 from pipelines.formats.chat_messages import ChatMessages
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.llava import Llava
@@ -28,6 +31,8 @@ _CLASSES = ("cls", "class")
 _JSON = ("json", "jsn")
 _INNER: tuple[Format, ...] = (Llava(), ChatMessages(), ImageTable())
 _IMAGE_NAMES = frozenset((*IMAGES, "image", "images", "file_name"))
+
+_CAPTIONS_IN_LISTS = frozenset(("caption", "text", "raw"))
 
 
 class WebDataset(Format):
@@ -57,8 +62,11 @@ class WebDataset(Format):
         return super().column(name)
 
     def names(self, record: RawRecord) -> Sequence[str]:
-        inner = _json_of(record)
-        return (*record, *(f"json.{name}" for name in inner if isinstance(name, str)))
+        try:
+            inner = _json_of(record)
+        except ItemError:
+            return tuple(record)  # the row is rejected where it is read
+        return (*record, *(f"json.{name}" for name in inner if name != _LISTED))
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return "__key__" in columns
@@ -82,7 +90,13 @@ def _opened(record: RawRecord) -> tuple[Format, RawRecord]:
     known = next((known for known in _INNER[:-1] if known.matches(frozenset(values), [values])), _INNER[-1])
     if known is _INNER[-1]:
         values = lower_case(values)
-        _take(record, _TEXTS, values, "caption")
+        if _LISTED in values:  # captions without a name: a text beside them is one more
+            texts = [record[name] for name in _TEXTS if not is_absent(record.get(name))][:1]
+            texts += values.pop(_LISTED)
+            texts += [values["caption"]] * isinstance(values.get("caption"), str)
+            values["caption"] = list(dict.fromkeys(texts))
+        else:
+            _take(record, _TEXTS, values, "caption")
         _take(record, _CLASSES, values, "label")
     return known, values
 
@@ -95,9 +109,42 @@ def _take(record: RawRecord, members: Sequence[str], values: RawRecord, column: 
             return
 
 
+_LISTED = "\0captions"
+"""Where captions stand that have no name, of a member that is a text or a list of texts. No column is called so."""
+
+
 def _json_of(record: RawRecord) -> RawRecord:
-    value: Any = next((record[name] for name in _JSON if isinstance(record.get(name), dict)), {})
-    return dict(value)
+    """What the JSON members hold by column; ``json`` goes before others such as ``meta.json``.
+
+    Raises:
+        ItemError: ``bad_row`` for a number, or a list of anything but turns, captions or texts.
+    """
+    members = [name for name in record if name.rpartition(".")[2].lower() in _JSON and not is_blank(record[name])]
+    values: RawRecord = {}
+    for name in sorted(members, key=lambda name: (name not in _JSON, name)):
+        values = {**_columns_of(record[name], name), **values}
+    return values
+
+
+def _columns_of(value: Any, name: str) -> RawRecord:
+    cells = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        return dict(value)
+    if all(isinstance(cell, str) for cell in cells):
+        return {_LISTED: [cell for cell in cells if not is_absent(cell)]}
+    if all(isinstance(cell, dict) for cell in cells):
+        keys = set().union(*cells)
+        if keys >= {"from", "value"}:
+            return {"conversations": value}
+        if keys >= {"role", "content"}:
+            return {"messages": value}
+        if keys & _CAPTIONS_IN_LISTS:
+            return {"captions": value}
+    raise ItemError(
+        "bad_row",
+        f"{name} is {repr(value)[:60]}; it must be an object, a text, or a list of texts, of turns (from, value or "
+        "role, content) or of captions (caption, text or raw)",
+    )
 
 
 def _image_members(record: RawRecord) -> list[str]:

@@ -228,6 +228,29 @@ def test_records_of_tars() -> None:
         rows_of({"__key__": "0001", "jpg": JPEG, "json": {"captoin": "a box"}})
 
 
+def test_json_in_tars_may_be_a_text_or_a_list() -> None:
+    def captions(json: Any, **more: Any) -> list[str | None]:
+        return [row.target.text for row in rows_of({"__key__": "0001", "jpg": JPEG, "json": json, **more})[1]]
+
+    assert captions("just a caption") == ["just a caption"]
+    assert captions(["first", "second"]) == ["first", "second"]
+    assert captions(["first", "second"], txt="first") == ["first", "second"]
+    assert captions("second", txt="first") == ["first", "second"]
+    assert captions([{"caption": "first"}, {"caption": "second"}]) == ["first", "second"]
+    assert captions(None, txt="t") == captions([], txt="t") == captions({}, txt="t") == ["t"]
+    assert captions({}, **{"meta.json": {"caption": "c"}}) == ["c"]
+    assert captions({"caption": "c"}, **{"meta.json": {"caption": "d", "license": 1}}) == ["c"]
+    assert captions(["b"], txt="a", **{"meta.json": {"caption": "c"}}) == ["a", "b", "c"]
+    for turns in (
+        [{"from": "human", "value": "<image>which?"}, {"from": "gpt", "value": "a box"}],
+        [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "a box"}],
+    ):
+        row = row_of({"__key__": "0001", "jpg": JPEG, "json": turns})
+        assert (row.query.images, row.question, row.answer) == ((JPEG,), "which?", "a box")
+    for wrong in (5, [1, 2], [["a"]], [{"x": 1}], ["a", {"caption": "b"}]):
+        assert reason_of({"__key__": "0001", "jpg": JPEG, "txt": "t", "json": wrong}) == "bad_row"
+
+
 def test_tars_with_their_tables_beside_them_are_not_read_twice(tmp_path: Path) -> None:
     tar(tmp_path / "00000.tar", {"0.jpg": JPEG, "0.txt": b"a box"})
     pq.write_table(
