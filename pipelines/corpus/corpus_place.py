@@ -39,7 +39,7 @@ def require_outside(source: str, corpus: SourceFiles, out: str) -> None:
     target = Folder.at(out).uri.rstrip("/")
     if target == corpus.root.uri.rstrip("/"):
         raise ConfigError(f"--out {out!r} is the corpus itself; choose another folder")
-    is_folder = Folder.at(source).uri.rstrip("/") == corpus.root.uri.rstrip("/")
+    is_folder = Folder.at(source).uri.rstrip("/") in (corpus.root.uri.rstrip("/"), corpus.folder.uri.rstrip("/"))
     if is_folder and target.startswith(f"{corpus.folder.uri.rstrip('/')}/"):
         raise ConfigError(
             f"--out {out!r} is inside the corpus {source!r}, of which it would be read as a part; choose a folder "

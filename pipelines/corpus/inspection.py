@@ -119,7 +119,7 @@ def inspect_source(source: str, config: RunConfig) -> Inspection:
         detection, refusal = detect_source(files, lenient, section="prepare"), str(error)
     found = Inspection(source, files, detection, RowCount(0, exact=False), [])
     reader = RecordReader(detection, files.root.name)
-    images = ImageReader.of(files.root, config.model.image, config.prepare)
+    images = ImageReader.of(files.root, config.model.image, config.prepare, files.archives)
     for row in _first_rows(files):
         _check(row, reader, images, config, found)
     found.warnings = [f"prepare refuses this corpus: {refusal}"] if refusal else []

@@ -78,7 +78,7 @@ def prepare(source: str, out: str, config: RunConfig, *, fresh: bool = False) ->
     require_raw(source)
     require_outside(source, corpus, out)
     target = Folder.at(out).patient(config.prepare.storage_patience_s)
-    reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare)
+    reader = ImageReader.of(corpus.root, _decoding_limits(config), config.prepare, corpus.archives)
     check_settings(config.prepare)
     detection = detect_source(corpus, config.prepare, section="prepare")
     archives = [[a.name, a.size] for a in reader.archives]

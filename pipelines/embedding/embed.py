@@ -84,7 +84,7 @@ def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool =
     shards = [EmbedShard(number, group) for number, group in enumerate(sources.group(ranges, _SHARD_ROWS))]
     if not shards:
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
-    reader = ImageReader.of(table.root, config.model.image, settings)
+    reader = ImageReader.of(table.root, config.model.image, settings, table.archives)
     session.connect()
     session.require(
         f"embedding with {settings.min_actors} actors",

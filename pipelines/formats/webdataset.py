@@ -93,7 +93,8 @@ def _opened(record: RawRecord) -> tuple[Format, RawRecord]:
         if _LISTED in values:  # captions without a name: a text beside them is one more
             texts = [record[name] for name in _TEXTS if not is_absent(record.get(name))][:1]
             texts += values.pop(_LISTED)
-            texts += [values["caption"]] * isinstance(values.get("caption"), str)
+            if isinstance(values.get("caption"), str):
+                texts.append(values["caption"])
             values["caption"] = list(dict.fromkeys(texts))
         else:
             _take(record, _TEXTS, values, "caption")

@@ -5,13 +5,18 @@ Everything that is not read has a kind and a reason, and a kind that one would n
 
 from __future__ import annotations
 
+import posixpath
+import re
 from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.sources.image_rows import IMAGE_SUFFIXES
 from pipelines.sources.known_containers import container_of
 from pipelines.sources.records import Ignored
 
-__all__ = ["IMAGES", "IgnoredCounts", "Kind", "is_hidden", "kind_of"]
+__all__ = ["CAPTIONS_OF_COCO", "COCO", "IMAGES", "IgnoredCounts", "Kind", "besides_captions", "is_hidden", "kind_of"]
 
 _NAMES_KEPT = 6
 
@@ -39,7 +44,11 @@ BESIDE_ROWS = Kind("beside rows/", "where there is a folder rows/, only rows in 
 FOLDER_BESIDE_ROWS = Kind("folders beside rows/", "where there is a folder rows/, no other is searched for rows", False)
 IMAGE_FOLDER = Kind("folders of images", "pictures that rows may name; not searched for rows", True)
 BAD_NAME = Kind("names that are not UTF-8", "they cannot be stored in a table; rename the files", False)
+COCO = Kind("other annotations of COCO", "boxes, key points or masks of images whose captions are read", True)
 NOT_NAMED = Kind("other files", "the pattern does not name them", True)
+
+CAPTIONS_OF_COCO = re.compile(r"captions_(?P<images>[^/]+)\.json(\.\w+)?")
+_OTHERS_OF_COCO = re.compile(r"(instances|person_keypoints|stuff|panoptic|image_info)_[^/]+\.json(\.\w+)?")
 
 _BY_SUFFIX = {
     IMAGES: IMAGE_SUFFIXES,
@@ -84,6 +93,15 @@ def kind_of(path: str) -> str | Kind:
     parts = name.split(".")
     ends = (f".{'.'.join(parts[i:])}" for i in range(max(1, len(parts) - 2), len(parts)))
     return next((_KIND_OF_SUFFIX[end] for end in ends if end in _KIND_OF_SUFFIX), UNKNOWN)
+
+
+def besides_captions(names: pa.ChunkedArray) -> list[str]:
+    """The annotation files of COCO that stand in a folder with captions, and hold none."""
+    if not pc.any(pc.match_substring(names, "captions_")).as_py():
+        return []
+    split = [posixpath.split(name) for name in names.to_pylist()]
+    folders = {folder for folder, name in split if CAPTIONS_OF_COCO.fullmatch(name)}
+    return [posixpath.join(f, n) for f, n in split if f in folders and _OTHERS_OF_COCO.fullmatch(n)]
 
 
 @dataclass

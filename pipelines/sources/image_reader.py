@@ -60,12 +60,19 @@ class ImageReader:
     archives: tuple[ZipArchive, ...] = ()
     has_images: bool = True
     """Whether the corpus has a folder ``images/``."""
+    unopened: tuple[str, ...] = ()
+    """Archives that were seen elsewhere in the corpus, for the message about an image that is missing."""
     timeout_s: float = TIMEOUT_S
     """How long one image waits for storage that does not answer."""
 
     @classmethod
-    def of(cls, root: Folder, limits: ImageConfig, access: ImageAccess | None = None) -> ImageReader:
+    def of(
+        cls, root: Folder, limits: ImageConfig, access: ImageAccess | None = None, seen: tuple[str, ...] = ()
+    ) -> ImageReader:
         """The reader of a corpus; the driver looks once where its images are.
+
+        Args:
+            seen: archives anywhere in the corpus (``SourceFiles.archives``); a message names those that are not opened.
 
         Raises:
             ConfigError: an archive is not a zip file.
@@ -77,7 +84,9 @@ class ImageReader:
             sizes |= {f"{folder}/{name}": size for name, size in root.child(folder).sizes().items()}
         archives = [ZipArchive(root.uri, n, int(sizes[n])) for n in sorted(sizes) if n.lower().endswith(".zip")]
         found = tuple(archive for archive in archives if _is_usable(archive))
-        return cls(root.uri, limits, access or ImageAccess(), found, _IMAGES in folders)
+        opened_names = {archive.name for archive in archives}
+        unopened = tuple(name for name in seen if name not in opened_names)
+        return cls(root.uri, limits, access or ImageAccess(), found, _IMAGES in folders, unopened)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -151,7 +160,11 @@ class ImageReader:
         self._require_corpus()
         places = ["the corpus folder"]
         places += [f"{_IMAGES}/"] * self.has_images + [f"{len(self.archives)} zip archives"] * bool(self.archives)
-        raise ItemError("image_missing", f"{shortened(name)!r} does not exist in {', '.join(places)}")
+        unopened = ""
+        if self.unopened:
+            names = ", ".join(shortened(archive, 60) for archive in self.unopened)
+            unopened = f"; archives in other folders are not opened ({names}): unpack each where it is"
+        raise ItemError("image_missing", f"{shortened(name)!r} does not exist in {', '.join(places)}{unopened}")
 
     def _candidates(self, name: str, near: str) -> Iterator[str]:
         """Paths from the corpus folder; those that lead out of it start with ``../``."""

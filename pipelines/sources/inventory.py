@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from crem.errors import ConfigError, StorageError
 from pipelines.sources import file_kinds as kinds
 from pipelines.sources.container import FolderContainer
-from pipelines.sources.file_kinds import IgnoredCounts, is_hidden, kind_of
+from pipelines.sources.file_kinds import CAPTIONS_OF_COCO, IgnoredCounts, besides_captions, is_hidden, kind_of
 from pipelines.sources.image_rows import ALL_OF_FOLDER, FolderSum, ImageRows
 from pipelines.sources.input_file import InputFile, current_stamp, storage_call
 from pipelines.sources.known_containers import CONTAINERS, container_named, container_of
@@ -37,6 +37,8 @@ _ROWS, _IMAGES = "rows", "images"
 _FIRST_TIMEOUT_S = 60.0
 """How long the first look waits for storage that does not answer: the address may be wrong."""
 _FLUSH_FILES = 10_000
+_COCO_FILES = 100
+"""More files than this are not captions of COCO."""
 _VERSIONED = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 """Folders of tables whose files also hold rows that were deleted."""
 _ICEBERG = re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$")
@@ -91,7 +93,7 @@ def _find(place: str, what: str) -> SourceFiles:
     if not table.num_rows:
         found = "; ".join(f"{i.count} {i.kind} ({', '.join(i.names[:4])}): {i.why}" for i in ignored) or "nothing"
         raise ConfigError(f"{what} {place!r} holds no rows: known are {_known()}; found {found}")
-    return SourceFiles(root, root, table, ignored)
+    return SourceFiles(_image_root(root, table), root, table, ignored)
 
 
 def _single(place: str, file: Folder) -> SourceFiles:
@@ -105,7 +107,22 @@ def _single(place: str, file: Folder) -> SourceFiles:
     if not of_folder:
         stamp = storage_call(file.uri, lambda: current_stamp(parent, file.name), timeout_s=_FIRST_TIMEOUT_S)
     inventory.add_rows(stamp, container)
-    return SourceFiles(parent, parent, inventory.table())
+    table = inventory.table()
+    return SourceFiles(_image_root(parent, table), parent, table)
+
+
+def _image_root(folder: Folder, table: pa.Table) -> Folder:
+    """Where the names of images start: above a folder of COCO's captions, whose images are in folders beside it."""
+    captions = [CAPTIONS_OF_COCO.fullmatch(name) for name in table["name"].slice(0, _COCO_FILES + 1).to_pylist()]
+    above = folder.uri.rpartition("/")[0]
+    if len(captions) > _COCO_FILES or not above.strip("/") or above.endswith("/"):
+        return folder
+    images = [found["images"] for found in captions if found]
+    if len(images) < len(captions) or any(map(folder.patient(_FIRST_TIMEOUT_S).exists, images)):
+        return folder
+    parent = Folder(above)
+    beside = folder.name == "annotations" or any(map(parent.patient(_FIRST_TIMEOUT_S).exists, images))
+    return parent if beside else folder
 
 
 def _is_lance(folder: Folder) -> bool:
@@ -157,7 +174,10 @@ class _Inventory:
         """The row files, as ``FILES``, in the order of their names."""
         self._flush()
         table = pa.Table.from_batches(self._batches, FILES)
-        return table.take(pc.sort_indices(table, [("name", "ascending")])).combine_chunks()
+        table = table.take(pc.sort_indices(table, [("name", "ascending")])).combine_chunks()
+        for name in (others := besides_captions(table["name"])):
+            self.ignored.add(kinds.COCO, name)
+        return table.filter(pc.invert(pc.is_in(table["name"], pa.array(others, pa.string())))) if others else table
 
     def image_table(self) -> pa.Table:
         """The folders of images as files of rows, where there are no others."""

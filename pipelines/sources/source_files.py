@@ -43,6 +43,11 @@ class SourceFiles:
         """Names of at most so many files, spread over all."""
         return tuple(self.table["name"].take(pa.array(range(0, len(self), max(1, -(-len(self) // most))))).to_pylist())
 
+    @property
+    def archives(self) -> tuple[str, ...]:
+        """The first few zip archives that were seen anywhere in ``root``."""
+        return tuple(name for ignored in self.ignored if ignored.kind == "archives" for name in ignored.names)
+
     def chunk(self, start: int, stop: int) -> SourceFiles:
         """Some of the files, for a task that splits them."""
         return SourceFiles(self.root, self.folder, pa.table(self.table.slice(start, stop - start).to_pydict(), FILES))

@@ -77,8 +77,14 @@ class Folder:
 
     @classmethod
     def at(cls, place: str | os.PathLike[str]) -> Folder:
-        """The folder at a path or URI. Local paths become absolute, because workers have other working directories."""
+        """The folder at a path or URI. Local paths become absolute, because workers have other working directories.
+
+        Raises:
+            ConfigError: ``place`` is empty, as from a variable of a shell that is not set.
+        """
         text = os.fspath(place)
+        if not text.strip():
+            raise ConfigError(f"the name of a folder, {text!r}, is empty; give a path or a URI, or '.' for this folder")
         if "://" not in text:
             return cls(os.path.abspath(os.path.expanduser(text)))
         return cls(text.rstrip("/"))

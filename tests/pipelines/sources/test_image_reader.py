@@ -21,6 +21,7 @@ from PIL import Image
 
 from crem.config import ImageAccess, ImageConfig
 from crem.errors import ConfigError, ItemError, StorageError
+from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.tables.storage import Folder
 from tests.s3_server import S3Server
@@ -74,6 +75,17 @@ def test_names_are_sought_in_images_and_in_the_corpus_folder(tmp_path: Path) -> 
     assert reason(reader, "images") == "image_missing"
     with pytest.raises(ItemError, match=r"'n\.png' does not exist in the corpus folder, images/"):
         reader.read("n.png")
+
+
+def test_an_archive_that_is_not_opened_is_named(tmp_path: Path) -> None:
+    archive = zipped({"1.png": png(1)})
+    rows = b'{"image": "1.png", "caption": "c"}\n'
+    write(Folder(str(tmp_path)), {"A/images.zip": archive, "A/rows.jsonl": rows, "top.zip": archive})
+    corpus = sources.find(str(tmp_path))
+    reader = ImageReader.of(corpus.root, LIMITS, seen=corpus.archives)
+    assert reader.read("1.png") == png(1)
+    with pytest.raises(ItemError, match=r"image_missing.*other folders are not opened \(A/images\.zip\): unpack each"):
+        reader.read("2.png")
 
 
 def test_images_inside_the_row(tmp_path: Path) -> None:

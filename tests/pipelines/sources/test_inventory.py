@@ -160,3 +160,30 @@ def test_many_files_are_listed_in_order_and_chunks_are_small(tmp_path: Path) -> 
     ranges = list(sources.split(source, None, 10))
     assert [part.file for part in ranges] == list(source.names), "in the order of the files, whatever thread is first"
     assert [sum(part.rows for part in group) for group in sources.group(ranges, 500)] == [500, 500, 200]
+
+
+def test_captions_of_coco_are_read_and_its_other_annotations_said(tmp_path: Path) -> None:
+    coco = b'{"annotations": [{"id": 1}], "images": []}'
+    kinds = ("captions", "instances", "person_keypoints")
+    files = {f"annotations/{kind}_{part}2017.json": coco for kind in kinds for part in ("train", "val")}
+    place = write(tmp_path / "c", {**files, "train2017/1.jpg": b"", "val2017/1.jpg": b""})
+    source = sources.find(place)
+    assert source.names == ("annotations/captions_train2017.json", "annotations/captions_val2017.json")
+    assert ignored_of(source)["other annotations of COCO"][0] == 4
+    alone = write(tmp_path / "alone", {"instances_a.json": coco})
+    assert sources.find(alone).names == ("instances_a.json",)
+
+
+def test_images_of_coco_are_beside_its_annotations(tmp_path: Path) -> None:
+    coco = b'{"annotations": [], "images": []}'
+    place = write(tmp_path / "c", {"annotations/captions_val2017.json": coco, "val2017/1.jpg": b""})
+    for named in ("annotations", "annotations/captions_*.json", "annotations/captions_val2017.json"):
+        source = sources.find(f"{place}/{named}")
+        assert (source.root.uri, source.folder.uri) == (place, f"{place}/annotations"), named
+        assert source.names == ("captions_val2017.json",)
+    place = write(
+        tmp_path / "d", {"texts/captions_val2017.json": coco, "texts/val2017/1.jpg": b"", "val2017/1.jpg": b""}
+    )
+    assert sources.find(f"{place}/texts").root.uri == f"{place}/texts"
+    place = write(tmp_path / "e", {"texts/captions_mine.json": coco})
+    assert sources.find(f"{place}/texts").root.uri == f"{place}/texts"

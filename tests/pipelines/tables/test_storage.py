@@ -109,3 +109,9 @@ def test_a_folder_of_many_files_is_listed_whole(tmp_path: Path, store: str, requ
     assert folder.folders() == ["inner"] and folder.child("inner").folders() == ["deep"]
     assert folder.child("inner").child("deep").sizes() == {"file": 3}
     assert folder.child("nowhere").sizes() == {} and folder.child("0000.x").files() == []
+
+
+@pytest.mark.parametrize("place", ["", "  "])
+def test_an_empty_name_of_a_folder_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match=r"is empty; give a path or a URI, or '\.'"):
+        Folder.at(place)
