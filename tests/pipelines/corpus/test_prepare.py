@@ -26,6 +26,7 @@ from crem.checkpoint import read_model
 from crem.config import RunConfig, load_config
 from crem.errors import ConfigError
 from crem.train.step import retrieval_of
+from pipelines.corpus.corpus_place import require_outside
 from pipelines.corpus.prepare import prepare
 from pipelines.corpus.staging import stage
 from pipelines.corpus.work_plan import Piece
@@ -433,3 +434,13 @@ def test_shrunk_images_and_unread_splits_are_counted_and_said(
     assert found[None] == ([(64, 64), (1024, 768), (1156, 867)], 1, 12_000_000)
     assert found[4096] == ([(64, 64), (73, 55), (73, 55)], 2, 12_000_000)
     assert "6 rows are of split 'dev', which no job reads" in caplog.text
+
+
+def test_an_output_among_annotations_is_inside_the_corpus(tmp_path: Path) -> None:
+    folder = tmp_path / "coco" / "annotations"
+    folder.mkdir(parents=True)
+    (folder / "captions_val2017.json").write_text('{"annotations": [], "images": []}')
+    corpus = sources.find(str(folder))
+    with pytest.raises(ConfigError, match="is inside the corpus"):
+        require_outside(str(folder), corpus, str(folder / "out"))
+    require_outside(str(folder), corpus, str(tmp_path / "coco" / "out"))
