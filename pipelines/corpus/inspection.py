@@ -98,8 +98,11 @@ class Inspection:
 
     @property
     def columns(self) -> list[ColumnUse]:
-        """The columns of all layouts, each once."""
-        return list({column.name: column for layout in self.detection.layouts for column in layout.columns}.values())
+        """The columns of all layouts, each once; one that any layout uses is used."""
+        columns: dict[str, ColumnUse] = {}
+        for layout in self.detection.layouts:
+            columns |= {c.name: c for c in layout.columns if c.name not in columns or c.use == "used"}
+        return list(columns.values())
 
 
 def inspect_source(source: str, config: RunConfig) -> Inspection:

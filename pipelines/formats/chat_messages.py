@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crem.errors import ItemError
-from pipelines.formats.cells import is_absent, parse_images
+from pipelines.formats.cells import is_absent, is_blank, listed, parse_images
 from pipelines.formats.conversation import (
     conversation_item,
     conversation_rows,
@@ -20,7 +20,6 @@ from pipelines.formats.conversation import (
     refuse_other_media,
 )
 from pipelines.formats.format import Column, Format, RowContext
-from pipelines.formats.paths import split_of
 from pipelines.formats.placeholders import ImageName
 from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
@@ -43,6 +42,8 @@ _SHARED = (
 )
 _MIN_LABEL = 0.5
 """Similarity from which ms-swift's ``label`` means a pair: its labels are 0 or 1, or a cosine."""
+_TRUTH = {"false": "0", "true": "1"}
+"""Labels as tables of text have them, beside ``"0"`` and ``"1.0"``."""
 
 
 class ChatMessages(Format):
@@ -51,6 +52,7 @@ class ChatMessages(Format):
     name = "messages"
     title = "chat messages (OpenAI, ms-swift)"
     columns = (*_SHARED, Column("label", "of preference training", used=False))
+    alternatives = (("images", "image"),)
     pairs = False
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
@@ -78,6 +80,7 @@ class SwiftPairs(Format):
         Column("negative_images", "images of the negatives"),
         Column("label", f"a row below {_MIN_LABEL} is no pair and is rejected"),
     )
+    alternatives = (("images", "image"),)
     pairs = True
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
@@ -94,7 +97,7 @@ class SwiftPairs(Format):
                 source=context.source,
                 key=context.key if len(positives) == 1 else f"{context.key}/{number + 1}",
                 task=context.source,
-                split=split_of(context.file),
+                split=context.split,
                 query=query,
                 target=positive,
                 negatives=negatives,
@@ -118,7 +121,14 @@ def _images(record: RawRecord) -> tuple[ImageName, ...]:
 
 
 def _check_label(label: Any) -> None:
-    if isinstance(label, int | float) and not is_absent(label) and label < _MIN_LABEL:
+    if is_absent(label):
+        return
+    text = str(label).strip().lower()
+    try:
+        value = float(_TRUTH.get(text, text))
+    except ValueError:
+        raise ItemError("bad_row", f"label is {repr(label)[:60]}; give a number from 0 to 1") from None
+    if not value >= _MIN_LABEL:
         raise ItemError(
             "not_a_pair", f"label is {label}: anchor and positive are not alike; below {_MIN_LABEL} a row is no pair"
         )
@@ -135,7 +145,7 @@ def _side(messages: Any, images: tuple[ImageName, ...], where: str) -> RawItem:
 def _sides(record: RawRecord, name: str) -> list[RawItem]:
     """The positives or negatives: lists of messages with lists of images, or one of each without the outer list."""
     sides, images = record.get(f"{name}_messages"), record.get(f"{name}_images")
-    if is_absent(sides):
+    if is_blank(listed(sides)):
         return []
     if not isinstance(sides, list | tuple):
         raise ItemError("bad_row", f"{name}_messages is {repr(sides)[:60]}; it must be a list of lists of messages")
@@ -150,6 +160,8 @@ def _sides(record: RawRecord, name: str) -> list[RawItem]:
         )
     groups = groups or [()] * len(sides)
     return [
-        _side(messages, parse_images(group, f"{name}_images[{i}]"), f"{name}_messages[{i}]")
+        RawItem(None, (), None)
+        if is_blank((messages, group))
+        else _side(messages, parse_images(group, f"{name}_images[{i}]"), f"{name}_messages[{i}]")
         for i, (messages, group) in enumerate(zip(sides, groups, strict=True))
     ]

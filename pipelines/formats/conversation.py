@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from crem.errors import ItemError
-from pipelines.formats.cells import is_absent, listed, parse_images, parse_text_value
+from pipelines.formats.cells import is_absent, is_blank, listed, parse_images, parse_text_value
 from pipelines.formats.format import RowContext
-from pipelines.formats.paths import split_of
 from pipelines.formats.placeholders import MARK, ImageName, Parts, count_marks, joined, paths_in_marks, placed
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
@@ -146,7 +145,7 @@ def _index(part: dict[str, Any], images: int, where: str) -> int | None:
 def refuse_other_media(record: RawRecord, columns: Sequence[str]) -> None:
     """Raise ``ItemError("unsupported_media")`` if a row holds video or sound, without which it says something else."""
     for column in columns:
-        if record.get(column):
+        if record.get(column) and not is_blank(listed(record[column])):
             raise ItemError("unsupported_media", f"{column} is {repr(record[column])[:60]}; only images are read")
 
 
@@ -172,7 +171,7 @@ def conversation_rows(turns: Sequence[Turn], images: tuple[ImageName, ...], cont
                 source=context.source,
                 key=context.key if len(asked) == 1 else f"{context.key}/{number + 1}",
                 task=context.source,
-                split=split_of(context.file),
+                split=context.split,
                 query=RawItem(query.text, query.images, None, query.image_at),
                 target=RawItem(answer, (), None) if alone else _NO_ITEM,
                 negatives=(),

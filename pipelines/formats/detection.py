@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from pydantic import JsonValue
 
@@ -18,6 +18,7 @@ from crem.config import EmbedConfig, LayoutConfig
 from crem.errors import ConfigError
 from pipelines.formats.cells import is_absent
 from pipelines.formats.format import Format
+from pipelines.formats.paths import split_of_folder
 from pipelines.formats.registry import FORMATS, format_named, matching_formats
 from pipelines.formats.sampling import FileSample, sample_files
 from pipelines.formats.unknown_columns import UnknownColumns, nearest_name
@@ -37,7 +38,7 @@ class ColumnUse:
     name: str
     """As the table has it."""
     use: str
-    """``used``, ``ignored`` (declared by the format as not needed) or ``unknown``."""
+    """``used``, ``spare`` (read where another is empty), ``ignored`` (not needed by the format) or ``unknown``."""
     meaning: str
     """Of ``Column``; empty where it is unknown."""
     nearest: str | None = None
@@ -51,8 +52,6 @@ class Layout:
     format: str
     columns: tuple[ColumnUse, ...]
     files: tuple[str, ...]
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of ``RowContext``."""
 
     def of_use(self, use: str) -> list[ColumnUse]:
         """The columns with this use."""
@@ -67,6 +66,8 @@ class Detection:
     settings: LayoutConfig
     section: str
     """Section of the configuration that ``settings`` is: ``prepare`` or ``embed``."""
+    folder_split: str | None = None
+    """The split that the folder of the corpus says."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -77,13 +78,18 @@ class Detection:
     def warnings(self, unknown: UnknownColumns | None = None) -> list[str]:
         """A line for each unknown column, with the number of rows that have it, where they have been counted."""
         names = {column.name: column.nearest for layout in self.layouts for column in layout.of_use("unknown")}
+        strange = {
+            n: {layout.format for layout in self.layouts if any(c.name == n for c in layout.of_use("unknown"))}
+            for n in names
+        }
         counts = unknown.counts if unknown else {}
         lines = []
         for name in [*names, *(name for name in counts if name not in names)]:
             near = names.get(name)
+            found = [known for known in self.formats if known in strange.get(name, self.formats)]
             rows = f" ({counts[name]} rows)" if name in counts else ""
             hint = f"; is it {near!r}?" if near else ""
-            lines.append(f"column {name!r} is not known to {' or '.join(self.formats)} and is not read{rows}{hint}")
+            lines.append(f"column {name!r} is not known to {' or '.join(found)} and is not read{rows}{hint}")
         if unknown and unknown.others:
             lines.append(f"and {unknown.others} more cells in columns of other unknown names")
         return lines
@@ -122,11 +128,11 @@ def detect_source(source: SourceFiles, settings: LayoutConfig, *, section: str) 
     layouts: dict[str, Layout] = {}
     for sample in samples:
         layout = detect(sample, settings, section=section)
-        same = json.dumps([layout.format, sorted(c.name for c in layout.columns), layout.labels], default=str)
+        same = json.dumps([layout.format, sorted(c.name for c in layout.columns)])
         seen = layouts.get(same)
         files = (*(seen.files if seen else ()), sample.file)
-        layouts[same] = Layout(layout.format, layout.columns, files, layout.labels)
-    return Detection(tuple(layouts.values()), settings, section)
+        layouts[same] = Layout(layout.format, layout.columns, files)
+    return Detection(tuple(layouts.values()), settings, section, split_of_folder(source.folder.uri))
 
 
 def detect(sample: FileSample, settings: LayoutConfig, *, section: str) -> Layout:
@@ -144,10 +150,8 @@ def detect(sample: FileSample, settings: LayoutConfig, *, section: str) -> Layou
             f"{remedy(name, meant, columns, section)}"
         )
     names = dict.fromkeys([*columns, *(name for record in records for name in known.names(record))])
-    uses = tuple(_use(known, name, wrong.get(name)) for name in names)
-    theirs_to_ours = {theirs: ours for theirs, ours in settings.columns.items() if ours}
-    labels = {theirs_to_ours.get(name, name).lower(): names for name, names in sample.labels.items()}
-    return Layout(known.name, uses, (sample.file,), labels)
+    uses = tuple(_use(known, name, wrong.get(name), tuple(names)) for name in names)
+    return Layout(known.name, uses, (sample.file,))
 
 
 def renamed(record: RawRecord, columns: Mapping[str, str | None], where: str = "") -> RawRecord:
@@ -193,8 +197,11 @@ def _misspelt_in(known: Format, columns: Sequence[str], records: Sequence[RawRec
     return found
 
 
-def _use(known: Format, name: str, meant: str | None) -> ColumnUse:
+def _use(known: Format, name: str, meant: str | None, names: Sequence[str]) -> ColumnUse:
     column = known.column(name)
+    first = known.preferred(name, names)
+    if column is not None and column.used and first is not None:
+        return ColumnUse(name, "spare", f"{column.meaning}; read where {first!r} is empty")
     if column is not None:
         return ColumnUse(name, "used" if column.used else "ignored", column.meaning)
     nearest = meant or nearest_name(name, [c.name for c in known.columns])

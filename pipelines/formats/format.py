@@ -6,10 +6,11 @@ and decodes no image. The containers (Parquet, JSON, CSV, tar, Lance …) are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
+from pipelines.formats.paths import is_split
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.sources.records import RawRecord
 
@@ -29,6 +30,9 @@ class Column:
     """Whether it is read; one that is not is declared, so that it is not reported as unknown."""
 
 
+_SPLIT = Column("split", "split")
+
+
 @dataclass(frozen=True)
 class RowContext:
     """What a record does not say about itself."""
@@ -38,9 +42,9 @@ class RowContext:
     key: str
     """Key of a row that has none."""
     file: str = ""
-    """The file that holds the record, from the folder of the corpus: folders name sub-datasets and splits."""
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the classes of each column that holds class numbers, where the schema has them."""
+    """The file that holds the record, from the folder of the corpus: folders name sub-datasets."""
+    split: str = "train"
+    """Split of the row (``paths.split_of``)."""
     side: Side | None = None
     """The side that ``item`` is to give, of a record that has two."""
 
@@ -57,9 +61,22 @@ class Format(Protocol):
     pairs: bool
     """Whether a record has two sides, so that ``item`` needs ``context.side``."""
 
+    alternatives: tuple[tuple[str, ...], ...] = ()
+    """Columns of which only the first that is not empty is read, in this order and in lower case."""
+
+    def preferred(self, name: str, names: Sequence[str]) -> str | None:
+        """The column of ``names`` that is read before this one, which is then read only where that is empty."""
+        for group in self.alternatives:
+            if name.lower() in group:
+                places = {other: group.index(other.lower()) for other in names if other.lower() in group}
+                first = min(places, key=places.__getitem__, default=name)
+                return None if first == name else first
+        return None
+
     def column(self, name: str) -> Column | None:
-        """The column of this name, or None where the format does not know it."""
-        return next((column for column in self.columns if column.name == name), None)
+        """The column of this name, or None where the format does not know it. All know ``split``, in any case."""
+        found = next((column for column in self.columns if column.name == name), None)
+        return _SPLIT if found is None and is_split(name) else found
 
     def names(self, record: RawRecord) -> Sequence[str]:
         """The names of what a record holds, to be told from unknown ones."""

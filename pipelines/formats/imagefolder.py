@@ -43,6 +43,14 @@ class ImageFolder(Format):
         Column("negative_file_name", "image of a negative"),
         *(column for column in _TABLE.columns if column.name not in ("path", "file")),
     )
+    alternatives = (
+        (
+            *_INLINE,
+            "file_name",
+            *(name for name in IMAGES[len(_INLINE) :] if name not in ("path", "file")),
+        ),
+        *_TABLE.alternatives[1:],
+    )
     pairs = False
 
     def column(self, name: str) -> Column | None:

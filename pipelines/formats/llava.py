@@ -44,6 +44,7 @@ class Llava(Format):
         *(Column(name, "where it comes from", used=False) for name in ("model", "source", "dataset", "data_source")),
         *(Column(name, "size of the image", used=False) for name in ("width", "height", "width_list", "height_list")),
     )
+    alternatives = (_IMAGES,)
     pairs = False
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:

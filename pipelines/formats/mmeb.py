@@ -14,7 +14,7 @@ from typing import Any
 from crem.errors import ItemError
 from pipelines.formats.cells import is_absent, parse_images, parse_text_value
 from pipelines.formats.format import Column, Format, RowContext
-from pipelines.formats.paths import split_of, subset_of
+from pipelines.formats.paths import split_in, subset_of
 from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
 
@@ -44,7 +44,7 @@ class MmebTrain(Format):
         return [
             _row(
                 context,
-                split_of(context.file),
+                context.split,
                 _item(record.get("qry"), record.get("qry_image_path"), None, "qry"),
                 _item(record.get("pos_text"), record.get("pos_image_path"), None, "pos"),
                 negatives,
@@ -81,7 +81,7 @@ class MmebEval(Format):
         candidates = _items(record.get("tgt_text"), record.get("tgt_img_path"), record.get("tgt_inst"), "tgt")
         if not candidates:
             raise ItemError("empty_target", "tgt_text and tgt_img_path are empty; the first candidate is the answer")
-        return [_row(context, "test", query, candidates[0], candidates[1:])]
+        return [_row(context, split_in(record) or "test", query, candidates[0], candidates[1:])]
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
         row = self.rows(record, context)[0]

@@ -51,7 +51,7 @@ class OwnRows(Format):
         return not columns.isdisjoint(_DISTINCTIVE)
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
-        return [parse_row(record, key=context.key, source=context.source)]
+        return [parse_row(record, key=context.key, source=context.source, split=context.split)]
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
         row = parse_row(record, key=context.key, source=context.source)

@@ -85,13 +85,14 @@ def source_and_key(record: RawRecord | None, *, key: str, source: str) -> tuple[
     return _name_or(values.get("source"), source), _name_or(values.get("key"), key)
 
 
-def parse_row(record: RawRecord, *, key: str, source: str) -> RawRow:
+def parse_row(record: RawRecord, *, key: str, source: str, split: str = "train") -> RawRow:
     """Check the types of a record.
 
     Args:
         record: the columns of ``COLUMNS``, any of them absent.
         key: used where the record has none.
         source: used where the record has none, also as ``task``.
+        split: of the record (``paths.split_of``).
 
     Raises:
         ItemError: ``bad_row`` or ``image_count``.
@@ -102,7 +103,7 @@ def parse_row(record: RawRecord, *, key: str, source: str) -> RawRow:
         source=row_source,
         key=parse_text(record, "key") or key,
         task=parse_text(record, "task") or row_source,
-        split=parse_text(record, "split") or "train",
+        split=split,
         query=query,
         target=_side(record, "target_"),
         negatives=tuple(n for n in _negatives(record.get("negatives")) if not n.is_empty),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import dataclass
 
 from crem.errors import ItemError
 from pipelines.formats.detection import Detection, misspelt, remedy, renamed
 from pipelines.formats.format import Format, RowContext, Side
+from pipelines.formats.paths import is_split, split_of
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.registry import FORMATS, format_named
+from pipelines.formats.sampling import place_of
 from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources.records import RawRecord, SourceRow
 
@@ -25,7 +26,7 @@ class _Names:
 
     unknown: tuple[str, ...]
     known: bool
-    """Whether any column is read."""
+    """Whether any column is read besides the split."""
     misspelt: tuple[str, str] | None
 
 
@@ -38,9 +39,12 @@ class RecordReader:
         self.source = source
         self.unknown = UnknownColumns()
         self._formats = [format_named(name) for name in detection.formats] or list(FORMATS)
-        labels = [layout.labels for layout in detection.layouts]
-        self._shared_labels = labels[0] if labels and all(found == labels[0] for found in labels) else {}
-        self._layouts = {_place(file): layout for layout in detection.layouts for file in layout.files}
+        self._of_file = {file: layout.format for layout in detection.layouts for file in layout.files}
+        self._of_place: dict[tuple[str, str], str | None] = {}
+        """Format of the sampled files of one folder and kind; None where they differ."""
+        for file, name in self._of_file.items():
+            agreed = self._of_place.setdefault(place_of(file), name)
+            self._of_place[place_of(file)] = name if agreed == name else None
         self._side: Side | None = getattr(detection.settings, "side", None)
         self._names: dict[tuple[str, tuple[str, ...]], _Names] = {}
 
@@ -77,19 +81,17 @@ class RecordReader:
             raise ItemError(
                 "unknown_columns", f"{known.name} knows none of the columns {list(record)[:12]}; is it another format?"
             )
-        layout = self._layouts.get(_place(row.file))
-        context = RowContext(
-            self.source, row.name, row.file, layout.labels if layout else self._shared_labels, self._side
-        )
+        split = split_of(record, row.file, folder=self.detection.folder_split, within=row.within)
+        context = RowContext(self.source, row.name, row.file, split, self._side)
         return record, context, known
 
     def _format(self, file: str, record: RawRecord) -> Format:
-        """The format of the sampled files beside this one; else the first that fits the record."""
+        """The format of the file, if it was sampled, or of all sampled ones beside it; else the first that fits."""
         if len(self._formats) == 1:
             return self._formats[0]
-        layout = self._layouts.get(_place(file))
-        if layout is not None:
-            return format_named(layout.format)
+        name = self._of_file.get(file) or self._of_place.get(place_of(file))
+        if name is not None:
+            return format_named(name)
         names = frozenset(record)
         return next((known for known in self._formats if known.matches(names, [record])), self._formats[-1])
 
@@ -100,14 +102,9 @@ class RecordReader:
             unknown = tuple(name for name, column in zip(names, columns, strict=True) if column is None)
             found = _Names(
                 unknown,
-                any(column is not None and column.used for column in columns),
+                any(column is not None and column.used and not is_split(column.name) for column in columns),
                 next(iter(misspelt(known, names).items()), None),
             )
             if len(self._names) < _REMEMBERED:
                 self._names[known.name, names] = found
         return found
-
-
-def _place(file: str) -> tuple[str, str]:
-    """Files of one folder and one kind have one layout."""
-    return posixpath.dirname(file), posixpath.splitext(file)[1]

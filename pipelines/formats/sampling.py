@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 from pipelines.sources import sources
 from pipelines.sources.input_file import InputFile
-from pipelines.sources.known_containers import container_named
+from pipelines.sources.known_containers import container_named, container_of
 from pipelines.sources.records import RawRecord
 from pipelines.sources.sources import SourceFiles
 
-__all__ = ["FileSample", "chosen_files", "sample_files"]
+__all__ = ["FileSample", "chosen_files", "place_of", "sample_files"]
 
 _FILES = 64
 _ROWS = 32
@@ -34,8 +34,6 @@ class FileSample:
     columns: tuple[str, ...]
     """Of its schema and of the rows."""
     records: tuple[RawRecord, ...] = ()
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of ``RowContext``."""
 
 
 def sample_files(source: SourceFiles) -> list[FileSample]:
@@ -56,10 +54,15 @@ def chosen_files(names: Sequence[str], most: int = _FILES) -> list[str]:
     """Up to ``most`` files: one of each folder and kind before a second of any, spread over the corpus."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        groups.setdefault((posixpath.dirname(name), posixpath.splitext(name)[1]), []).append(name)
+        groups.setdefault(place_of(name), []).append(name)
     firsts = _spread([group[0] for group in groups.values()], most)
     rest = sorted(set(names) - set(firsts))
     return sorted({*firsts, *_spread(rest, most - len(firsts))})
+
+
+def place_of(file: str) -> tuple[str, str]:
+    """Folder and kind of a file: files that share both are likely to be of one format."""
+    return posixpath.dirname(file), container_of(file) or posixpath.splitext(file)[1]
 
 
 def _spread(names: list[str], most: int) -> list[str]:
@@ -71,7 +74,7 @@ def _sample(file: InputFile) -> FileSample:
     schema = sources.schema_of(file)
     records = () if file.container in _ONE_SCHEMA else _records(file)
     columns = dict.fromkeys([*schema.columns, *(column for record in records for column in record)])
-    return FileSample(file.name, tuple(columns), records, schema.labels)
+    return FileSample(file.name, tuple(columns), records)
 
 
 def _records(file: InputFile) -> tuple[RawRecord, ...]:

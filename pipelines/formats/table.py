@@ -15,7 +15,6 @@ from typing import Any
 from crem.errors import ItemError
 from pipelines.formats.cells import is_absent, parse_images, parse_text_value
 from pipelines.formats.format import Column, Format, RowContext
-from pipelines.formats.paths import split_named, split_of
 from pipelines.formats.placeholders import remove_marks
 from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
 from pipelines.sources.records import RawRecord
@@ -82,6 +81,7 @@ class ImageTable(Format):
     name = "table"
     title = "a table of images with captions, labels, or questions and answers"
     columns = _columns()
+    alternatives = (IMAGES, (*CAPTIONS, *LABELS), QUESTIONS, ANSWERS)
     pairs = False
 
     def column(self, name: str) -> Column | None:
@@ -154,10 +154,9 @@ def caption_rows(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
     if not images:
         raise ItemError("empty_query", "no column of the row holds an image; fill one or drop the row")
     captions: list[str | None] = [*_texts(values, CAPTIONS)]
-    captions = captions or [_label(values, context)]
+    captions = captions or [_label(values)]
     question = next(iter(_texts(values, QUESTIONS)), None)
     answer = _answer(values)
-    split = parse_text_value(values.get("split"), "split")
     rows = []
     for number, caption in enumerate(captions):
         rows.append(
@@ -165,7 +164,7 @@ def caption_rows(values: RawRecord, images: tuple[str | bytes, ...], context: Ro
                 source=parse_text_value(values.get("source"), "source") or context.source,
                 key=context.key if len(captions) == 1 else f"{context.key}/{number + 1}",
                 task=parse_text_value(values.get("task"), "task") or context.source,
-                split=split_named(split) if split else split_of(context.file),
+                split=context.split,
                 query=RawItem(None, images, None),
                 target=RawItem(_without_marks(caption, images, "caption"), (), None),
                 negatives=(),
@@ -186,7 +185,7 @@ def _without_marks(text: str | None, images: tuple[str | bytes, ...], where: str
 def caption_item(values: RawRecord, images: tuple[str | bytes, ...], context: RowContext) -> RawItem:
     """An image with its text as one item, or the side of it that is asked for."""
     texts = _texts(values, CAPTIONS) or _texts(values, QUESTIONS)
-    text = "\n".join(texts) or _label(values, context)
+    text = "\n".join(texts) or _label(values)
     instruction = parse_text_value(values.get("instruction"), "instruction")
     if not images:
         item = RawItem(text, (), instruction)
@@ -211,20 +210,13 @@ def _texts(values: RawRecord, columns: Sequence[str]) -> list[str]:
     return []
 
 
-def _label(values: RawRecord, context: RowContext) -> str | None:
-    """The name of the class, or its number where the schema has no names."""
+def _label(values: RawRecord) -> str | None:
+    """The name of the class, or its number where the schema has no names. Of several, each."""
     names = []
     for column in LABELS:
         value = values.get(column)
         for cell in value if isinstance(value, list | tuple) else [value]:
-            known = context.labels.get(column, ())
-            if isinstance(cell, int) and not isinstance(cell, bool) and known:
-                if cell == -1:  # what ``datasets`` writes where the label of a test row is withheld
-                    continue
-                if not 0 <= cell < len(known):
-                    raise ItemError("bad_row", f"{column} is {cell}; the schema has {len(known)} classes")
-                names.append(known[cell])
-            elif (text := parse_text_value(cell, column)) is not None:
+            if (text := parse_text_value(cell, column)) is not None:
                 names.append(text)
         if names:
             return ", ".join(names)

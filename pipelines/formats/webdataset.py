@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from crem.errors import ItemError
@@ -19,6 +20,7 @@ from pipelines.formats.cells import is_absent, is_blank, parse_images
 from pipelines.formats.chat_messages import ChatMessages
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.llava import Llava
+from pipelines.formats.paths import split_in
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.table import IMAGES, ImageTable, lower_case
 from pipelines.sources.records import RawRecord
@@ -73,7 +75,7 @@ class WebDataset(Format):
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
         inner, values = _opened(record)
-        return inner.rows(values, context)
+        return inner.rows(values, replace(context, split=split_in(values) or context.split))
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
         inner, values = _opened(record)

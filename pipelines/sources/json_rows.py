@@ -54,7 +54,11 @@ class JsonRows:
         for i in range(0, len(table.rows.starts), step):
             first = i * size
             yield file.range(
-                first, min(step * size, table.rows.count - first), offset=table.rows.starts[i], aside=aside
+                first,
+                min(step * size, table.rows.count - first),
+                offset=table.rows.starts[i],
+                aside=aside,
+                within=table.name,
             )
 
     def read(self, rows: RowRange, columns: Sequence[str] | None) -> Iterator[ParsedRow]:
@@ -93,6 +97,8 @@ class _List:
 
 @dataclass(frozen=True)
 class _Table:
+    name: str
+    """Of the list of rows."""
     rows: _List
     images: _List | None = None
     """COCO: what the rows refer to."""
@@ -175,7 +181,7 @@ def _table(file: InputFile, size: int) -> _Table:
         name: found for name, found in lists.items() if not found.count
     }
     if "annotations" in lists and "images" in lists:
-        return _Table(lists["annotations"], lists["images"])
+        return _Table("annotations", lists["annotations"], lists["images"])
     rows_of = {name: found for name, found in lists.items() if name not in _BESIDE} or lists
     if len(rows_of) > 1:
         rows_of = {name: rows_of[name] for name in ("data", "rows") if name in rows_of} or rows_of
@@ -185,7 +191,7 @@ def _table(file: InputFile, size: int) -> _Table:
             f"{file.uri} holds {what}, so it does not say what its rows are; write a list of objects, or name the "
             "files of rows by a pattern, such as 'FOLDER/train*.json'"
         )
-    return _Table(next(iter(rows_of.values())))
+    return _Table(*next(iter(rows_of.items())))
 
 
 def _walk_list(scanner: JsonScanner, size: int) -> _List:

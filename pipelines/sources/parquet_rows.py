@@ -1,14 +1,13 @@
 """Parquet files: split at row groups, and within large groups. Rows are counted from the footer.
 
 Read by PyArrow. Values become what JSON would give, so that formats need not know Arrow: decimals and times become
-whole numbers or text, maps become objects.
+whole numbers or text, maps become objects, numbers of classes their names.
 """
 
 from __future__ import annotations
 
 import datetime
 import decimal
-import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
+from pipelines.sources.class_names import class_names, with_class_names
 from pipelines.sources.input_file import InputFile
 from pipelines.sources.records import FileSchema, ParsedRow, RowRange, unreadable_file
 
@@ -70,6 +70,7 @@ class ParquetRows:
             if not wanted:  # no column to read: the rows are still counted
                 yield from (({}, "") for _ in range(left))
                 return
+            labels = class_names(file.schema_arrow.metadata or {})
             batches = file.iter_batches(_READ_ROWS, row_groups=list(rows.row_groups), columns=wanted)
             while True:
                 try:
@@ -83,13 +84,13 @@ class ParquetRows:
                     continue
                 batch = batch.slice(skip, left)
                 skip, left = 0, left - batch.num_rows
-                yield from parsed_batch(batch)
+                yield from with_class_names(parsed_batch(batch), labels) if labels else parsed_batch(batch)
                 if left == 0:
                     return
 
     def schema(self, file: InputFile) -> FileSchema:
         with _opened(file) as parquet:
-            return FileSchema(tuple(parquet.schema_arrow.names), _class_labels(parquet.schema_arrow.metadata or {}))
+            return FileSchema(tuple(parquet.schema_arrow.names))
 
 
 def parsed_batch(batch: pa.RecordBatch) -> Iterator[ParsedRow]:
@@ -124,19 +125,6 @@ def _opened(file: InputFile, row_groups: Sequence[int] = ()) -> pq.ParquetFile:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"{file.uri} has several columns of one name, {twice}; rename all but one of each")
     return parquet
-
-
-def _class_labels(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """The names of classes that ``datasets`` writes into the metadata of a schema."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {
-            name: tuple(map(str, feature["names"]))
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
 
 
 def _rows(batch: pa.RecordBatch, plain: Callable[[Any], Any] | None) -> list[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from crem.errors import ConfigError
@@ -34,8 +33,6 @@ class FileSchema:
 
     columns: tuple[str, ...]
     """Their names; of a container without a schema, those of its first rows."""
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the classes of each column that holds class numbers, as ``datasets`` writes them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,8 @@ class RowRange:
     """Byte at which reading stops; 0 where it is not known. Tar: 0 where the members of the rows are scattered."""
     aside: int = -1
     """COCO: byte of the first of the images that its annotations refer to."""
+    within: str = ""
+    """JSON: the name of the list that holds them, where the document is an object."""
     after: str = ""
     """Folder of images: the name of the one before the first, if there is one."""
 
@@ -107,6 +106,8 @@ class SourceRow:
     parse_error: str = ""
     file: str = ""
     """Path of the file, from the folder that was listed."""
+    within: str = ""
+    """Of ``RowRange``."""
 
     @property
     def folder(self) -> str:

@@ -101,7 +101,7 @@ def read(rows: RowRange, columns: Sequence[str] | None = None) -> Iterator[Sourc
     if partitions := partition_columns(rows.folder, rows.file):
         parsed = with_partitions(parsed, partitions, rows.uri)
     for record, parse_error in parsed:
-        yield SourceRow(f"@{rows.fingerprint}/{name}#{number}", record, parse_error, rows.file)
+        yield SourceRow(f"@{rows.fingerprint}/{name}#{number}", record, parse_error, rows.file, rows.within)
         number += 1
     _check_unchanged(file)
     if number - rows.first != rows.rows:

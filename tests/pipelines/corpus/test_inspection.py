@@ -63,9 +63,9 @@ def test_the_page_shows_the_pictures_and_escapes_texts(corpus: Path) -> None:
 
 
 def test_a_misspelt_column_is_shown_with_what_prepare_says_of_it(tmp_path: Path) -> None:
-    write_rows(tmp_path / "c" / "a.jsonl", [{"query_text": "q", "target_text": "t", "Split": "test"}])
+    write_rows(tmp_path / "c" / "a.jsonl", [{"query_text": "q", "target_text": "t", "splt": "test"}])
     found = inspect_source(str(tmp_path / "c"), CONFIG)
-    assert [(c.use, c.nearest) for c in found.columns if c.name == "Split"] == [("unknown", "split")]
+    assert [(c.use, c.nearest) for c in found.columns if c.name == "splt"] == [("unknown", "split")]
     assert any("prepare refuses" in note and "'split'" in note for note in found.warnings)
     write_rows(tmp_path / "d" / "a.jsonl", [{"foo": 1}])
     with pytest.raises(ConfigError, match="none of them is known"):

@@ -420,7 +420,7 @@ def test_shrunk_images_and_unread_splits_are_counted_and_said(
             encoded(random_image(1, size), Path(name).suffix[1:].replace("jpg", "jpeg"))
         )
     names = ["photo.jpg", "poster.jpg", "icon.png", "photo.jpg", "poster.jpg", "photo.jpg"]
-    rows = [{"query_images": [name], "target_text": str(i), "split": "dev"} for i, name in enumerate(names)]
+    rows = [{"query_images": [name], "target_text": str(i), "split": "extra"} for i, name in enumerate(names)]
     write_rows(corpus / "r.jsonl", rows)
     found = {}
     for limit in (None, 4096):
@@ -430,10 +430,10 @@ def test_shrunk_images_and_unread_splits_are_counted_and_said(
             manifest = prepare(str(corpus), str(out), load_config("micro", settings))
         sizes = sorted((i["width"], i["height"]) for i in table(out / "images"))
         found[limit] = (sizes, manifest.images_shrunk, manifest.largest_source_pixels)
-        assert manifest.unread_splits == {"dev": 6}
+        assert manifest.unread_splits == {"extra": 6}
     assert found[None] == ([(64, 64), (1024, 768), (1156, 867)], 1, 12_000_000)
     assert found[4096] == ([(64, 64), (73, 55), (73, 55)], 2, 12_000_000)
-    assert "6 rows are of split 'dev', which no job reads" in caplog.text
+    assert "6 rows are of split 'extra', which no job reads" in caplog.text
 
 
 def test_an_output_among_annotations_is_inside_the_corpus(tmp_path: Path) -> None:

@@ -17,11 +17,10 @@ __all__ = ["item_of", "reader_of", "reason_of", "row_of", "rows_of"]
 
 def reader_of(records: list[RawRecord], file: str = "a.jsonl", **settings: Any) -> RecordReader:
     """A reader of a corpus ``corpus`` whose one file has these records."""
-    labels = settings.pop("labels", {})
     columns = tuple(dict.fromkeys(name for record in records for name in record))
     section = "embed" if "side" in settings else "prepare"
     config = (EmbedConfig if section == "embed" else PrepareConfig).model_validate(settings)
-    layout = detect(FileSample(file, columns, tuple(records), labels), config, section=section)
+    layout = detect(FileSample(file, columns, tuple(records)), config, section=section)
     return RecordReader(Detection((layout,), config, section), "corpus")
 
 

@@ -221,9 +221,28 @@ def test_a_label_says_whether_a_row_is_a_pair() -> None:
     assert row_of({**SWIFT, "label": 0.8}).target.text == "sentence2"
     assert row_of({**SWIFT, "label": 1}).target.text == "sentence2"
     assert reason_of({**SWIFT, "label": 0}) == "not_a_pair"
+    for label, reason in (("0", "not_a_pair"), ("0.0", "not_a_pair"), ("False", "not_a_pair"), ("unlike", "bad_row")):
+        assert reason_of({**SWIFT, "label": label}) == reason
+    for alike in ("1", "0.9", "true", True, " ", None, float("nan")):
+        assert row_of({**SWIFT, "label": alike}).target.text == "sentence2"
     assert reason_of({**SWIFT, "positive_images": [[]]}) == "image_count"
     assert reason_of({**SWIFT, "negative_images": [["/some/negative_images1.jpg"]]}) == "image_count"
     assert reason_of({**SWIFT, "videos": ["a.mp4"]}) == "unsupported_media"
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), " ", [], [None], [""], [[]], {"path": None}, False])
+def test_media_and_negatives_that_are_not_there_reject_no_row(nothing: Any) -> None:
+    for name in ("video", "videos", "audio"):
+        assert row_of(llava("<image>\nWhat?", "A bus.", image=A, **{name: nothing})).answer == "A bus."
+        assert row_of({**SWIFT, name: nothing}).target.text == "sentence2"
+    if nothing is not False and not isinstance(nothing, dict):
+        assert row_of({**SWIFT, "negative_messages": nothing, "negative_images": None}).negatives == ()
+
+
+def test_a_negative_that_is_not_there_leaves_the_others() -> None:
+    there = [{"role": "user", "content": "n"}]
+    record = {**SWIFT, "negative_messages": [None, there, []], "negative_images": None}
+    assert [negative.text for negative in row_of(record).negatives] == ["n"]
 
 
 def test_rows_of_one_file_may_lack_the_negatives_or_the_positive() -> None:

@@ -33,7 +33,7 @@ def record(values: RawRecord | None, error: str = "") -> SourceRow:
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        *[("Split", "split"), ("query_image", "query_images"), ("negative", "negatives"), ("Query_Text", "query_text")],
+        *[("query_image", "query_images"), ("negative", "negatives"), ("Query_Text", "query_text")],
         *[("target-images", "target_images"), ("awnser", "answer"), ("target_txt", "target_text")],
     ],
 )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crem.config import EmbedConfig, PrepareConfig
-from crem.errors import ConfigError, ItemError
+from crem.errors import ConfigError
 from pipelines.formats.detection import detect_source
 from pipelines.formats.raw_rows import RawItem, RawRow
 from pipelines.formats.record_reader import RecordReader
@@ -140,14 +140,11 @@ def test_questions_with_the_answers_of_several_people() -> None:
     assert row_of({**record, "answers": answers, "multiple_choice_answer": "yes"}).answer == "yes"
 
 
-def test_class_numbers_get_their_names() -> None:
+def test_a_class_is_its_name_or_its_number() -> None:
     def target(label: Any) -> str | None:
-        return row_of({"image": PNG, "label": label}, labels={"label": ("cat", "dog")}).target.text
+        return row_of({"image": PNG, "label": label}).target.text
 
-    assert [target(1), target([0, 1]), target(-1)] == ["dog", "cat, dog", None]
-    assert row_of({"image": PNG, "label": 7}).target.text == "7"
-    with pytest.raises(ItemError, match="label is 2; the schema has 2 classes"):
-        target(2)
+    assert [target("dog"), target(["cat", "dog"]), target(None), target(7)] == ["dog", "cat, dog", None, "7"]
 
 
 def test_class_names_come_from_the_schema_of_the_file(tmp_path: Path) -> None:
@@ -165,6 +162,21 @@ def test_a_column_that_is_nearly_a_caption_is_refused() -> None:
     assert rows_of({"image": PNG, "captoin": "a box"}, columns={"captoin": "caption"})[1][0].target.text == "a box"
     reader = reader_of([{"image": PNG, "mood": 1, "text": "a"}])
     assert reader.detection.warnings() == ["column 'mood' is not known to table and is not read"]
+
+
+def test_of_columns_for_one_thing_the_first_is_used_and_the_others_are_spare() -> None:
+    def uses(**record: Any) -> dict[str, str]:
+        return {c.name: c.use for c in reader_of([record]).detection.layouts[0].columns}
+
+    found = reader_of([{"image": "a.jpg", "label": "l", "description": "d", "Caption": "c"}]).detection.layouts[0]
+    assert {c.name: c.use for c in found.columns} == {
+        "image": "used", "label": "spare", "description": "spare", "Caption": "used"
+    }  # fmt: skip
+    assert "label; read where 'Caption' is empty" in [c.meaning for c in found.columns]
+    assert uses(file_name="a.jpg", url="b.jpg", text="t") == {"file_name": "used", "url": "spare", "text": "used"}
+    assert uses(image="a.jpg", Caption="c", caption="d") == {"image": "used", "Caption": "used", "caption": "spare"}
+    assert uses(conversations=[], images=["a"], image="b")["images"] == "spare"
+    assert uses(messages=[], images=["a"], image="b")["image"] == "spare"
 
 
 def test_items_are_image_and_text_together() -> None:

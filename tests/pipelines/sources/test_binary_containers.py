@@ -82,16 +82,26 @@ def test_two_columns_of_one_name_and_a_damaged_footer_are_refused(tmp_path: Path
         ranges_of(str(tmp_path))
 
 
-def test_names_of_classes_are_found_where_datasets_writes_them(tmp_path: Path) -> None:
+def test_numbers_of_classes_become_the_names_that_datasets_writes(tmp_path: Path) -> None:
+    label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
     features = {
-        "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+        "label": label,
+        "many": {"feature": label, "_type": "Sequence"},
+        "listed": {"feature": label, "_type": "List"},
+        "inner": {"box": {"dtype": "int64", "_type": "Value"}, "class": label},
         "text": {"dtype": "string", "_type": "Value"},
     }
-    table = pa.table({"label": [1], "text": ["x"]})
+    inner = {"box": 1, "class": 1}
+    rows = [{"label": n, "many": [0, 1], "listed": [1], "inner": inner, "text": "x"} for n in (1, 0, -1, None, 2)]
+    table = pa.Table.from_pylist(rows)
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
-    schema = sources.schema_of(ranges_of(str(tmp_path))[0])
-    assert schema.labels == {"label": ("cat", "dog")} and schema.columns == ("label", "text")
+    found = [row for part in ranges_of(str(tmp_path)) for row in sources.read(part)]
+    assert [row.record and row.record["label"] for row in found] == ["dog", "cat", None, None, None]
+    assert found[0].record == {
+        "label": "dog", "many": ["cat", "dog"], "listed": ["dog"], "inner": {"box": 1, "class": "dog"}, "text": "x"
+    }  # fmt: skip
+    assert [row.parse_error for row in found] == ["", "", "", "", "label is 2; the schema has 2 classes"]
 
 
 MEMBERS = [
