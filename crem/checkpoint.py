@@ -37,6 +37,7 @@ __all__ = [
     "check_chorus_tokens",
     "describe",
     "fingerprint",
+    "read_collator",
     "read_model",
     "save_model",
 ]
@@ -148,19 +149,33 @@ def read_model(
             was not trained with that many chorus tokens.
     """
     folder = local_copy(path_or_uri)
-    description = _description(folder, str(path_or_uri))
-    config = ModelConfig.model_validate(description["model"])
+    collator, config, chorus_ids = _read_collator(folder, str(path_or_uri))
     dtype = dtype or dtype_of(config.dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = read_backbone(folder, dtype)
+    model = CremModel(backbone, chorus_ids, config, folder).to(device).eval()
+    stamp = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
+    return LoadedModel(model, collator, stamp)
+
+
+def read_collator(path_or_uri: str | Path) -> Collator:
+    """What prepares items for a CREM checkpoint: its tokenizer, image processor and prompts, without the weights.
+
+    Raises:
+        CheckpointError: missing, damaged or of another kind.
+    """
+    return _read_collator(local_copy(path_or_uri), str(path_or_uri))[0]
+
+
+def _read_collator(folder: Path, named: str) -> tuple[Collator, ModelConfig, list[int]]:
+    description = _description(folder, named)
+    config = ModelConfig.model_validate(description["model"])
     tokenizer, processor = read_processors(folder, config)
     try:
         chorus_ids = chorus_token_ids(tokenizer, description["chorus_tokens"])
     except AssertionError as error:
         raise CheckpointError(f"{folder} does not fit its {CREM_FILE} ({error}); copy the checkpoint again") from error
-    model = CremModel(backbone, chorus_ids, config, folder).to(device).eval()
-    stamp = fingerprint(folder, str(dtype).split(".")[1], chorus_tokens)
-    return LoadedModel(model, Collator(tokenizer, processor, chorus_ids, config), stamp)
+    return Collator(tokenizer, processor, chorus_ids, config), config, chorus_ids
 
 
 @dataclass(frozen=True)

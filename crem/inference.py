@@ -33,9 +33,22 @@ from crem.model.chorus import pool
 from crem.model.crem import CremModel
 from crem.model.generation import GREEDY, Context, Sampling, decode, prefill
 
-__all__ = ["Answer", "Crem", "load"]
+__all__ = ["Answer", "Crem", "batches_by_length", "load"]
 
 logger = logging.getLogger(__name__)
+
+
+def batches_by_length(lengths: Sequence[int], most: int, most_tokens: int | None) -> Iterator[list[int]]:
+    """Places of sequences, the shortest first, in batches of at most so many items and padded tokens."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = len(batch) == most or (most_tokens is not None and (len(batch) + 1) * lengths[place] > most_tokens)
+        if batch and full:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -154,12 +167,19 @@ class Crem:
         return out
 
     @torch.inference_mode()
-    def embed_prepared(self, sequences: Sequence[PreparedSequence], *, batch_size: int = 64) -> NDArray[np.float32]:
-        """Embeddings of prepared sequences, float32 [N, D], each of unit length, in the order given."""
+    def embed_prepared(
+        self, sequences: Sequence[PreparedSequence], *, batch_size: int = 64, batch_tokens: int | None = None
+    ) -> NDArray[np.float32]:
+        """Embeddings of prepared sequences, float32 [N, D], each of unit length, in the order given.
+
+        Sequences of similar length share a forward, so that there is little padding among them.
+
+        Args:
+            batch_size: most items of a forward.
+            batch_tokens: most tokens of a forward, padding included; one item may have more.
+        """
         out = np.zeros((len(sequences), self.dim), dtype=np.float32)
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i].tokens)  # similar lengths: little padding
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
+        for rows in batches_by_length([sequence.tokens for sequence in sequences], batch_size, batch_tokens):
             batch = self.collator.pad([sequences[i] for i in rows]).to(self.device)
             hidden_BTD, _ = self.model.encode(batch)
             out[rows] = pool(hidden_BTD, batch.segments, batch.chorus_tokens).cpu().numpy()

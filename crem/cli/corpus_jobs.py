@@ -84,16 +84,28 @@ def prepare(
 def verify(
     prepared: Place, /, *settings: Setting, preset: Preset = "micro", options: Options | None = None, config: Config
 ) -> int:
-    """Check prepared tables against their manifest: counts, files, checksums, ids, images.
+    """Check what prepare or embed wrote against its manifest: counts, files, checksums, ids, images, models.
 
     example:
       crem verify s3://bucket/prepared
 
     Args:
-        prepared: folder or URI written by crem prepare
+        prepared: folder or URI written by crem prepare or crem embed
     """
     from pipelines.corpus.verify import verify
+    from pipelines.embedding.output import EmbedManifest
+    from pipelines.embedding.verify_embeddings import verify_embeddings
+    from pipelines.tables.storage import Folder
 
+    if EmbedManifest.read(Folder.at(prepared)) is not None:
+        made = verify_embeddings(prepared)
+        for fault in made.faults:
+            print(fault)
+        state = f"{len(made.faults)} faults; crem embed --repair mends them" if made.faults else "all is well"
+        print(f"{made.shards} shards, {made.parts} parts: {made.rows} rows, {made.embedded} embedded: {state}")
+        if made.repeated_ids:
+            print(f"{made.repeated_ids} rows have an id that an earlier row has")
+        return 1 if made.faults else 0
     found = verify(prepared)
     for fault in found.faults:
         print(fault)

@@ -91,11 +91,14 @@ def embed(
     model: str,
     out: str,
     fresh: bool = False,
+    repair: bool = False,
     preset: Preset = "micro",
     options: Options | None = None,
     config: Config,
 ) -> None:
-    """Embed every item of a table with a Ray Data actor pool; continues where it was interrupted.
+    """Embed every item of a table with a pool of models; continues where it was interrupted.
+
+    crem verify OUT checks the result; --repair embeds anew what is missing or damaged.
 
     example:
       crem embed s3://bucket/items --model s3://bucket/run/model --out s3://bucket/vectors --preset 2b
@@ -105,14 +108,19 @@ def embed(
         model: checkpoint folder or URI
         out: folder or URI for the vectors
         fresh: remove an earlier run in --out first
+        repair: read all that is done, and embed anew the shards with a missing or damaged part
     """
     from pipelines.embedding.embed import embed
 
-    made = embed(model, source, out, config, fresh=fresh)
+    made = embed(model, source, out, config, fresh=fresh, repair=repair)
     print(
         f"rows in {made.rows_in} = embedded {made.embedded} + errors {made.errors}   "
         f"{made.items_per_s:.0f} items/s   fingerprint {made.fingerprint}"
     )
+    if made.failed:
+        print("  errors: " + ", ".join(f"{count:,} {reason}" for reason, count in made.failed.items()))
+    if made.repeated_ids:
+        print(f"  {made.repeated_ids:,} rows have an id that an earlier row has")
     if made.cut_sentence is not None:
         print(f"  {made.cut_sentence}; split such texts into several items")
 

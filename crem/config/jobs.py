@@ -154,14 +154,22 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     side: Literal["query", "target"] | None = None
     """The side to embed of records that have two; needed for formats of pairs. Source: ours."""
 
+    keep: tuple[str, ...] = ()
+    """Columns of the input that stand beside the vectors as they came in. Source: ours."""
     batch_size: int = Field(64, ge=1)
-    """Items per forward. Source: ours."""
+    """Most items of a forward. Source: ours."""
+    batch_tokens: int = Field(16_384, ge=1)
+    """Most tokens of a forward, padding and vision tokens included; halved where they do not fit. Source: ours."""
+    rows_per_task: int | None = Field(None, ge=1)
+    """Rows that one task reads and prepares; by default 64 to 4,096, by the size of the input. Source: ours."""
     min_actors: int = Field(1, ge=1)
     max_actors: int = Field(8, ge=1)
     """Actors, each with its own copy of the model; the pool scales between the two bounds. Source: ours."""
     cpus_per_actor: float = Field(1, gt=0)
     gpus_per_actor: float = Field(0, ge=0)
     """1 on a cluster with GPUs. Source: ours."""
+    cpus_per_task: float = Field(1, gt=0)
+    """Of a task that reads and prepares items. Source: ours."""
     threads_per_actor: int = Field(1, ge=1)
     chorus_tokens: int | None = Field(None, ge=0)
     """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""

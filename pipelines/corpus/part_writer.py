@@ -6,10 +6,9 @@ A part appears when it is complete; its *receipt* then says so, and a run that c
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from pipelines.corpus.ledger import PieceLedger, read_ledgers, staged_file
 from pipelines.corpus.part_cuts import PartTask
 from pipelines.corpus.table_statistics import TableStatistics
 from pipelines.tables import schema
+from pipelines.tables.hashing_sink import HashingSink
 from pipelines.tables.image_parts import ImagePartWriter
 from pipelines.tables.manifest import TABLES, PartFile
 from pipelines.tables.storage import Folder
@@ -184,7 +184,7 @@ def _rejections(rows: pa.Table, left_out: pa.Table) -> pa.Table:
 
 def _write_images(staged: _StagedPart, out: Folder, name: str) -> tuple[PartFile, TableStatistics]:
     def write(file: IO[bytes]) -> tuple[PartFile, TableStatistics]:
-        sink, counted = _HashingSink(file), _Counted(staged.images(), TableStatistics.of_images)
+        sink, counted = HashingSink(file), _Counted(staged.images(), TableStatistics.of_images)
         with ImagePartWriter(cast(IO[bytes], sink)) as writer:
             for group in _regrouped(counted, _image_sizes, schema.IMAGE_ROW_GROUP_BYTES):
                 writer.write(group)
@@ -259,27 +259,3 @@ def _image_sizes(images: pa.Table) -> NDArray[np.int64]:
 
 def _ones(rows: pa.Table) -> NDArray[np.int64]:
     return np.ones(rows.num_rows, np.int64)
-
-
-class _HashingSink(io.RawIOBase):
-    """Passes on what is written, and hashes it."""
-
-    def __init__(self, sink: IO[bytes]):
-        super().__init__()
-        self._sink, self._digest, self._position = sink, hashlib.blake2b(digest_size=16), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any) -> int:
-        self._sink.write(data)
-        self._digest.update(data)
-        self._position += len(data)
-        return len(data)
-
-    def part(self, table: str, name: str, rows: int) -> PartFile:
-        """What was written."""
-        return PartFile(table=table, name=name, rows=rows, bytes=self._position, checksum=self._digest.hexdigest())

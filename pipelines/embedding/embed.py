@@ -1,128 +1,117 @@
-"""``crem embed``: items become vectors, in a Ray Data actor pool with one model per actor.
+"""``crem embed``: items become vectors, in a Ray Data pipeline with one model per accelerator.
 
-The input is split into *shards* of about five hundred rows. One actor reads, embeds and writes a shard as one Parquet
-file, completely or not at all. That makes resuming simple and exact: the shards whose file is missing are embedded.
-While the model computes one batch, a thread reads and prepares the next.
+1. *Plan* (``pipelines.corpus.work_plan``): the input in pieces of rows, written to ``_work`` of the output.
+2. *Embed*: tasks read and prepare the items of pieces (``windows``), actors with the model embed them
+   (``window_embedder``) and write staged files. All pieces flow through one execution, so that no accelerator waits at
+   the end of a shard.
+3. *Commit* (``shard_commit``): a shard whose pieces are all staged becomes parts and a ledger, beside the rest.
 
-A bad item is a row with a null embedding and its error: rows in = rows out, always.
+Each step continues where an interrupted run stopped: a shard with a ledger is done, and so is a piece that is staged.
+A bad item is a row with a null vector and its error: rows in = rows out, always. One job at a time holds the lease.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-from numpy.typing import NDArray
 
 from crem.config import EmbedConfig, RunConfig
-from crem.data.sequence import CutCount, PreparedSequence
-from crem.errors import CheckpointError, ConfigError, ResourceError
-from pipelines.embedding import item_table as items
-from pipelines.embedding.item_table import LoadedItem
-from pipelines.embedding.output import (
-    EmbedManifest,
-    EmbedPlan,
-    EmbedShard,
-    ShardCounts,
-    finished_part,
-    first_error,
-    part_name,
-    start_or_resume,
-    write_part,
-)
+from crem.errors import ConfigError
+from pipelines.corpus.corpus_place import require_outside
+from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks
+from pipelines.embedding.embed_run import EmbedRun
+from pipelines.embedding.output import EmbedManifest, EmbedPlan, ShardLedger, check_plan, parts_of, read_ledgers
+from pipelines.embedding.output_columns import OutputColumns
+from pipelines.embedding.verify_embeddings import damaged_shards, remove_output, repeated_ids
+from pipelines.embedding.windows import WindowMaker
 from pipelines.formats.detection import Detection, detect_source
-from pipelines.formats.record_reader import RecordReader
 from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
-from pipelines.sources.records import RowRange
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import table_parts
-from pipelines.tables.models import describe_model, load_model
+from pipelines.tables.models import describe_model
 from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
+from pipelines.tables.storage_retry import TIMEOUT_S
 
 __all__ = ["embed"]
 
 log = logging.getLogger(__name__)
 
-_SHARD_ROWS = 512
-_LOG_EVERY_S = 10.0
+_LOOKED_FOR = 1000
+"""Files of the input that every node must see."""
 
 
-def embed(model: str, source: str, out: str, config: RunConfig, *, fresh: bool = False) -> EmbedManifest:
+def embed(
+    model: str, source: str, out: str, config: RunConfig, *, fresh: bool = False, repair: bool = False
+) -> EmbedManifest:
     """Embed every item of ``source`` with the checkpoint ``model``.
 
     Args:
         model: checkpoint folder or URI.
         source: items in any format and container that ``crem prepare`` reads, or a prepared folder (its image table).
-        out: folder or URI; a run that was interrupted continues there.
+        out: folder or URI; a run that was interrupted continues there, and one that is complete does nothing.
         fresh: first remove what an earlier embedding run left in ``out``.
+        repair: read all parts that are done, and embed the shards anew of which one is missing or damaged.
 
     Raises:
         ConfigError: there is nothing to embed, its format is not known, or not one item could be embedded; ``out``
-            belongs to another model, other input or another job; or a node of the cluster does not see a local
-            ``source``, ``model`` or ``out``.
-        CheckpointError: ``model`` cannot be loaded.
+            belongs to another model, other input or another job, or a job writes there; or a node of the cluster does
+            not see a local ``source``, ``model`` or ``out``.
+        CheckpointError: ``model`` cannot be loaded. StorageError: storage stayed away; the same command continues.
     """
     table = _item_table(source)
-    target, settings = Folder.at(out), config.embed
+    require_outside(source, table, out)
+    settings = config.embed
     detection = detect_source(table, settings, section="embed")
-    for warning in detection.warnings():
-        log.warning("%s", warning)
-    ranges = sources.split(table, None, _SHARD_ROWS)
-    shards = [EmbedShard(number, group) for number, group in enumerate(sources.group(ranges, _SHARD_ROWS))]
-    if not shards:
+    columns = OutputColumns.of(table, settings)
+    draft = draft_plan(table, settings.rows_per_task, None)
+    if draft is not None and not draft.records:
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
     reader = ImageReader.of(table.root, config.model.image, settings, table.archives)
     session.connect()
     session.require(
         f"embedding with {settings.min_actors} actors",
-        cpus=settings.min_actors * settings.cpus_per_actor,
+        cpus=settings.min_actors * settings.cpus_per_actor + settings.cpus_per_task,
         gpus=settings.min_actors * settings.gpus_per_actor,
-        remedy="lower embed.min_actors, embed.cpus_per_actor or embed.gpus_per_actor",
+        remedy="lower embed.min_actors, embed.cpus_per_actor, embed.cpus_per_task or embed.gpus_per_actor",
     )
-    require_readable(table.folder, *table.names)
+    require_readable(table.folder, *table.some_names(_LOOKED_FOR))
     require_readable(table.root, *reader.files)
     require_readable_model(model)
     with ray_tasks.remote_errors():
         description = describe_model(
-            model,
-            cpus=settings.cpus_per_actor,
-            gpus=settings.gpus_per_actor,
-            chorus_tokens=settings.chorus_tokens,
+            model, cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor, chorus_tokens=settings.chorus_tokens
         )
         if Folder.at(source).exists("rejected"):
             warn_of_small_images(source, description.max_pixels)
+        read_by = detection.reading() | {"columns_out": columns.described()}
+        archives = [[archive.name, archive.size] for archive in reader.archives]
         plan = EmbedPlan(
+            identity=identity_of(table, [archives, settings.rows_per_task]),
             fingerprint=description.fingerprint,
             dim=description.dim,
             chorus_tokens=description.chorus_tokens,
             model=model,
-            files=sources.stamps(table),
-            reading=detection.reading(),
-            shards=tuple(sum(rows.rows for rows in shard.ranges) for shard in shards),
+            source=source,
+            files=len(table),
+            bytes=pc.sum(table.table["size"]).as_py() or 0,
+            settings=read_by,
         )
-        target.claim(JobKind.EMBED)
+        target = Folder.at(out).patient(TIMEOUT_S)
+        Folder.at(out).claim(JobKind.EMBED)
         require_shared(target)
-        start_or_resume(target, plan, fresh=fresh)
-        manifest = _run(target, plan, shards, reader, detection, settings, description.max_text_tokens)
-    if not manifest.embedded:
-        raise ConfigError(
-            f"none of the {manifest.rows_in} items could be embedded: {first_error(target)}; the column error of "
-            f"{target.uri} says why for each; mend them and run again with --fresh"
-        )
-    return manifest
+        with Lease.take(target, JobKind.EMBED) as lease:
+            job = _Job(target, plan, table, detection, columns, reader, settings, lease)
+            return job.run(draft, description.max_text_tokens, fresh=fresh, repair=repair)
 
 
 def _item_table(source: str) -> SourceFiles:
@@ -138,160 +127,117 @@ def _item_table(source: str) -> SourceFiles:
     return replace(found, table=listed.combine_chunks())
 
 
-def _run(
-    target: Folder,
-    plan: EmbedPlan,
-    shards: list[EmbedShard],
-    reader: ImageReader,
-    detection: Detection,
-    config: EmbedConfig,
-    max_text_tokens: int,
-) -> EmbedManifest:
-    """Embed the shards that have no finished part, and write the manifest."""
-    began = logged = time.monotonic()
-    rows_in = sum(plan.shards)
-    parts = [finished_part(target, shard.number, plan) for shard in shards]
-    finished = [counts for counts in parts if counts is not None]
-    missing = [shard for shard, counts in zip(shards, parts, strict=True) if counts is None]
-    embedded, errors = (sum(getattr(counts, name) for counts in finished) for name in ("embedded", "errors"))
-    cuts = sum((counts.cuts for counts in finished), CutCount())
-    unknown = UnknownColumns()
-    resumed = embedded + errors
-    log.info("embedding %d items with %s, %d already done", rows_in, plan.fingerprint, resumed)
-    if missing:
-        target.remove(EmbedManifest.FILE)
-    for counts in _embed_shards(target, plan, missing, reader, detection, config):
-        unknown.merge(counts.unknown)
-        embedded, errors, cuts = embedded + counts.embedded, errors + counts.errors, cuts + counts.cuts
-        if time.monotonic() - logged > _LOG_EVERY_S:
-            logged = time.monotonic()
-            done = embedded + errors
-            rate = (done - resumed) / (logged - began)
-            log.info("%d of %d items, %d errors, %.0f items/s", done, rows_in, errors, rate)
-    rows_out = embedded + errors
-    if rows_out != rows_in:
-        raise RuntimeError(f"{rows_in} items went in and {rows_out} came out")
-    absent = sorted({part_name(shard.number) for shard in shards} - set(target.files(".parquet")))
-    if absent:  # written by a node that joined during the run
-        raise ConfigError(
-            f"{target.uri} lacks {len(absent)} of {len(shards)} parts that were written ({absent[0]} …): not all nodes "
-            "share it; run again with --out on a file system that all nodes share, or an s3:// URI"
-        )
-    for warning in sorted(set(detection.warnings(unknown)) - set(detection.warnings())):
-        log.warning("%s", warning)
-    seconds = time.monotonic() - began
-    manifest = EmbedManifest(
-        fingerprint=plan.fingerprint,
-        dim=plan.dim,
-        model=plan.model,
-        rows_in=rows_in,
-        rows_out=rows_out,
-        embedded=embedded,
-        errors=errors,
-        resumed=resumed,
-        items_per_s=round((rows_out - resumed) / seconds, 1),
-        cut=cuts.cut,
-        longest_text=cuts.longest,
-        max_text_tokens=max_text_tokens,
-    )
-    manifest.write(target)
-    log.info("embedded %d items (%d errors, %d resumed) in %.1f s", rows_out, errors, resumed, seconds)
-    return manifest
+@dataclass(frozen=True)
+class _Job:
+    """An embedding that holds the lease of its output."""
 
+    target: Folder
+    plan: EmbedPlan
+    table: SourceFiles
+    detection: Detection
+    columns: OutputColumns
+    reader: ImageReader
+    config: EmbedConfig
+    lease: Lease
 
-def _embed_shards(
-    target: Folder,
-    plan: EmbedPlan,
-    missing: list[EmbedShard],
-    reader: ImageReader,
-    detection: Detection,
-    config: EmbedConfig,
-) -> Iterator[ShardCounts]:
-    if not missing:
-        return
-    most = min(config.max_actors, len(missing))
-    dataset = ray_tasks.task_dataset(missing).map_batches(
-        ShardEmbedder,
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=min(config.min_actors, most), max_size=most),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor,
-        fn_constructor_args=(target, plan, reader, detection, config),
-    )
-    yield from ray_tasks.results(dataset)
+    def run(self, draft: DraftPlan | None, max_text_tokens: int, *, fresh: bool, repair: bool) -> EmbedManifest:
+        if fresh:
+            remove_output(self.target)
+        began, is_new = time.monotonic(), not check_plan(self.target, self.plan)
+        earlier = EmbedManifest.read(self.target)
+        self.plan.write(self.target)
+        bad = damaged_shards(self.target, read_ledgers(self.target), thoroughly=repair)
+        done = [ledger for ledger in read_ledgers(self.target) if ledger.shard not in bad]
+        if earlier is not None and not is_new and not bad and sum(ledger.rows for ledger in done) == earlier.rows_in:
+            log.info("%s holds the vectors of this input already; nothing to do", self.target.uri)
+            return earlier.model_copy(update={"resumed": earlier.rows_in, "items_per_s": 0.0})
+        self._warn(UnknownColumns())
+        work = self.target.child(WORK).child(self.plan.identity)
+        for other in self.target.child(WORK).folders():
+            if other != self.plan.identity:
+                self.target.remove(WORK, other)
+        work_plan = WorkPlan.read(work) or (draft.write(work) if draft is not None else None)
+        work_plan = work_plan or plan_by_tasks(self.table, self.config.rows_per_task, None, work)
+        self.target.remove(EmbedManifest.FILE)
+        run = EmbedRun(self.target, work, self.plan, work_plan, self._schema(), self._maker(), self.config)
+        resumed = run.start(done)
+        log.info("embedding %d items with %s, %d already done", work_plan.records, self.plan.fingerprint, resumed)
+        for _ in run.steps():
+            self.lease.check()
+        return self._finish(work_plan, resumed, max_text_tokens, time.monotonic() - began)
 
+    def _schema(self) -> pa.Schema:
+        plan = self.plan
+        stamp = schema.EmbeddingStamp(plan.fingerprint, plan.dim, plan.model, plan.chorus_tokens)
+        return self.columns.schema(stamp)
 
-class ShardEmbedder:
-    """The actor: one model, embeds a shard per call."""
+    def _maker(self) -> WindowMaker:
+        return WindowMaker(self.plan.model, self.plan.chorus_tokens, self.reader, self.detection, self.columns)
 
-    def __init__(self, target: Folder, plan: EmbedPlan, reader: ImageReader, detection: Detection, config: EmbedConfig):
-        self.model = load_model(plan.model, config.threads_per_actor, config.chorus_tokens)
-        self.plan = plan
-        self.target = target
-        self.reader = reader
-        self.detection = detection
-        self.batch_size = config.batch_size
-        self.schema = schema.embeddings(
-            schema.EmbeddingStamp(plan.fingerprint, self.model.dim, plan.model, self.model.chorus_tokens)
-        )
-        self.read_ahead = ThreadPoolExecutor(1)
+    def _warn(self, unknown: UnknownColumns) -> None:
+        """Say which columns are not read; those that are kept are not among them."""
+        kept = {column.name for column in self.columns.kept}
+        said = set(self.detection.warnings()) if unknown.counts else set()
+        for line in self.detection.warnings(unknown):
+            if line not in said and not any(line.startswith(f"column {name!r} ") for name in kept):
+                log.warning("%s", line)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(
-            [ray_tasks.attempt(self.embed_shard, shard) for shard in batch[ray_tasks.TASK].to_pylist()]
-        )
-
-    def embed_shard(self, shard: EmbedShard) -> ShardCounts:
-        """Embed the rows of a shard and write them as one part."""
-        if self.model.fingerprint != self.plan.fingerprint:
-            raise CheckpointError(
-                f"{self.plan.model} changed during the run: it was {self.plan.fingerprint} and is "
-                f"{self.model.fingerprint}; run again once nothing writes to it"
+    def _finish(self, work_plan: WorkPlan, resumed: int, max_text_tokens: int, seconds: float) -> EmbedManifest:
+        ledgers = read_ledgers(self.target)
+        rows = sum(ledger.rows for ledger in ledgers)
+        if len(ledgers) != work_plan.groups or rows != work_plan.records:
+            raise RuntimeError(
+                f"{work_plan.records} items in {work_plan.groups} shards went in, and {rows} in {len(ledgers)} came out"
             )
-        self.cuts = CutCount()
-        self.records = RecordReader(self.detection, "items")
-        table = pa.concat_tables([self._embed(batch) for batch in self._batches(shard.ranges)])
-        counts = write_part(self.target, shard.number, table, self.cuts)
-        return replace(counts, unknown=self.records.unknown)
+        if bad := damaged_shards(self.target, ledgers, thoroughly=False):  # written by a node that joined meanwhile
+            raise ConfigError(
+                f"{self.target.uri} lacks parts of {len(bad)} shards that were written: not all nodes share it; run "
+                "again with --out on a file system that all nodes share, or an s3:// URI"
+            )
+        unknown = UnknownColumns()
+        for ledger in ledgers:
+            unknown.counts.update(ledger.unknown)
+        self._warn(unknown)
+        manifest = self._manifest(ledgers, resumed, max_text_tokens, seconds)
+        self.lease.check()
+        if not manifest.embedded:
+            raise ConfigError(
+                f"none of the {rows} items could be embedded: {manifest.failed}; the column error of {self.target.uri}/"
+                "part-*.parquet says why for each; mend them and run again with --fresh"
+            )
+        manifest.write(self.target)
+        self.target.remove(WORK)
+        if manifest.repeated_ids:
+            log.warning("%d rows have an id that an earlier row has", manifest.repeated_ids)
+        log.info("embedded %d items (%d errors, %d resumed) in %.1f s", rows, manifest.errors, resumed, seconds)
+        return manifest
 
-    def _batches(self, ranges: tuple[RowRange, ...]) -> Iterator[list[LoadedItem]]:
-        """Batches of prepared items; the next one is prepared while the caller embeds the last."""
-        limits = self.model.config.image
-        loaded = (
-            items.load_item(row, self.records, self.reader, limits, self.model.prepare)
-            for rows in ranges
-            for row in sources.read(rows, None)
+    def _manifest(
+        self, ledgers: list[ShardLedger], resumed: int, max_text_tokens: int, seconds: float
+    ) -> EmbedManifest:
+        failed: dict[str, int] = {}
+        for ledger in ledgers:
+            for reason, count in ledger.failed.items():
+                failed[reason] = failed.get(reason, 0) + count
+        rows = sum(ledger.rows for ledger in ledgers)
+        return EmbedManifest(
+            identity=self.plan.identity,
+            fingerprint=self.plan.fingerprint,
+            dim=self.plan.dim,
+            model=self.plan.model,
+            rows_in=rows,
+            rows_out=rows,
+            embedded=sum(ledger.embedded for ledger in ledgers),
+            errors=sum(failed.values()),
+            failed=dict(sorted(failed.items())),
+            resumed=resumed,
+            items_per_s=round((rows - resumed) / seconds, 1),
+            shards=len(ledgers),
+            parts=len(parts_of(ledgers)),
+            repeated_ids=repeated_ids(self.target, ledgers),
+            tokens=sum(ledger.tokens for ledger in ledgers),
+            device_s=round(sum(ledger.device_s for ledger in ledgers), 3),
+            cut=sum(ledger.cut for ledger in ledgers),
+            longest_text=max(ledger.longest_text for ledger in ledgers),
+            max_text_tokens=max_text_tokens,
         )
-        following = self.read_ahead.submit(lambda: list(islice(loaded, self.batch_size)))
-        while batch := following.result():
-            following = self.read_ahead.submit(lambda: list(islice(loaded, self.batch_size)))
-            yield batch
-
-    def _embed(self, batch: list[LoadedItem]) -> pa.Table:
-        dim = self.model.dim
-        values = np.zeros((len(batch), dim), np.float32)
-        places = [place for place, row in enumerate(batch) if row.sequence is not None]
-        sequences = [row.sequence for row in batch if row.sequence is not None]
-        values[places] = self._vectors(sequences)
-        self.cuts += CutCount.of(sequences)
-        errors = [row.error for row in batch]
-        null = pa.array([error is not None for error in errors])
-        columns = [
-            pa.array([row.id for row in batch], pa.int64()),
-            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), dim, mask=null),
-            pa.array(errors, pa.string()),
-            pa.array([row.uri for row in batch], pa.string()),
-            pa.array([row.text for row in batch], pa.string()),
-        ]
-        return pa.table(columns, schema=self.schema)
-
-    def _vectors(self, sequences: list[PreparedSequence]) -> NDArray[np.float32]:
-        try:
-            return self.model.embed_prepared(sequences, batch_size=self.batch_size)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-                raise ResourceError(
-                    f"a batch of {len(sequences)} items does not fit in memory: {error}; lower embed.batch_size"
-                ) from error
-            raise

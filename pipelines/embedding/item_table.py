@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from crem.config import ImageConfig
 from crem.data.items import ImageSource, Item
@@ -25,13 +26,16 @@ _NO_ITEM = RawItem(None, (), None)
 class LoadedItem:
     """An item prepared for the model, or the error that prevents it."""
 
-    id: int
+    id: Any
+    """The row's own, else a hash of its content."""
     sequence: PreparedSequence | None
     error: str | None
     """``None`` where ``sequence`` is there."""
     uri: str | None
     """The row's own ``uri``, else the name of its first image."""
     text: str | None
+    kept: tuple[Any, ...] = ()
+    """Values of the columns to keep."""
 
 
 def load_item(
@@ -40,10 +44,15 @@ def load_item(
     images: ImageReader,
     limits: ImageConfig,
     prepare: Callable[[Item], PreparedSequence],
+    *,
+    id_name: str = "id",
+    keep: Sequence[str] = (),
 ) -> LoadedItem:
     """Read the item of one row and prepare it for the model.
 
-    The id is the row's own if it is a whole number, else the hash of its own, else of its content.
+    Args:
+        id_name: the column that is the id; a row without it has a hash of its content.
+        keep: columns whose values go along.
     """
     item, uri, sequence, failure = _NO_ITEM, None, None, None
     try:
@@ -57,7 +66,8 @@ def load_item(
         sequence = prepare(Item(item.text, sources, item.instruction, item.image_at))
     except ItemError as error:
         failure = str(error)
-    return LoadedItem(_item_id(row, item), sequence, failure, uri or _name_of(item), item.text)
+    kept = tuple((row.record or {}).get(name) for name in keep)
+    return LoadedItem(_item_id(row, item, id_name), sequence, failure, uri or _name_of(item), item.text, kept)
 
 
 def _name_of(item: RawItem) -> str | None:
@@ -66,13 +76,11 @@ def _name_of(item: RawItem) -> str | None:
     return first if isinstance(first, str) and len(first) < 2048 and not first.startswith("data:") else None
 
 
-def _item_id(row: SourceRow, item: RawItem) -> int:
+def _item_id(row: SourceRow, item: RawItem, id_name: str) -> Any:
     record: RawRecord = row.record or {}
-    given = record.get("id")
-    if isinstance(given, int) and not isinstance(given, bool) and -(2**63) <= given < 2**63:
-        return given
+    given = record.get(id_name)
     if given is not None:
-        return schema.content_id(str(given).encode(errors="surrogatepass"))
+        return given
     named = [c for c in ("text", "images", "image", "bytes", "uri") if record.get(c)]
     content: list[object] = [record[c] for c in named]
     if not set(named) - {"text"}:

@@ -1,44 +1,42 @@
-"""What ``crem embed`` leaves in its output folder: the plan, a part per shard, and the manifest.
+"""What ``crem embed`` leaves in its output folder: parts, a ledger of each shard, the plan, and the manifest.
 
-``plan.json`` is written first and says what the parts are of: the model and the input. A run into a folder with another
-plan is refused. A part is written in one piece and carries the stamp of its model, so the parts themselves tell what an
-interrupted run has finished. ``manifest.json`` is written last.
+``plan.json`` is written first and says what the parts are of: the model, the input and the settings that decide
+vectors. A run into a folder with another plan is refused. A *shard* is a group of pieces of the plan, up to a million
+rows. Its vectors are staged in ``_work``, window by window, and become parts when all are there; then its ledger is
+written, in one piece: the parts that a ledger lists belong to the output, and no others do. ``manifest.json`` is
+written last.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from dataclasses import asdict, dataclass, field
-from typing import IO, ClassVar, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from crem.data.sequence import CutCount
 from crem.errors import ConfigError
-from pipelines.formats.unknown_columns import UnknownColumns
-from pipelines.sources.records import FileStamp, RowRange
 from pipelines.tables.json_file import JsonFile
-from pipelines.tables.schema import EmbeddingStamp
+from pipelines.tables.manifest import PartFile
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = [
+    "LEDGER",
     "EmbedManifest",
     "EmbedPlan",
-    "EmbedShard",
-    "ShardCounts",
-    "finished_part",
-    "first_error",
+    "ShardLedger",
+    "check_plan",
+    "ledger_file",
     "part_name",
-    "start_or_resume",
-    "write_part",
+    "parts_of",
+    "read_ledgers",
+    "write_ledger",
 ]
 
-log = logging.getLogger(__name__)
-
-_CUTS_KEY = b"crem_cuts"
+LEDGER = "ledger"
+"""Folder of the ledgers."""
 
 
 class EmbedPlan(JsonFile):
@@ -46,17 +44,49 @@ class EmbedPlan(JsonFile):
 
     FILE: ClassVar[str] = "plan.json"
 
+    identity: str
+    """Hash of the input and of the settings that decide the output."""
     fingerprint: str
     dim: int
     chorus_tokens: int | None = None
     model: str
     """Folder, URI or name of the checkpoint."""
-    files: tuple[FileStamp, ...]
-    """The input."""
-    shards: tuple[int, ...]
-    """Rows of each shard."""
-    reading: dict[str, JsonValue] | None = None
-    """How the input is read (``Detection.reading``); ``None`` in plans from before formats."""
+    source: str
+    files: int
+    bytes: int
+    """Of the input."""
+    settings: dict[str, JsonValue]
+    """How the input is read, and the columns of the output."""
+
+    @property
+    def input(self) -> str:
+        return f"{self.source} ({self.files} files, {self.bytes} bytes)"
+
+
+class ShardLedger(BaseModel):
+    """A shard that is done: ``rows == embedded + sum(failed)``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shard: int
+    first_piece: int
+    pieces: int
+    rows: int
+    embedded: int
+    failed: dict[str, int]
+    """Rows with an error in place of an embedding, by its reason."""
+    cut: int
+    """Embedded items of which a text lost its end."""
+    longest_text: int
+    tokens: int
+    device_s: float
+    """Seconds that models took for it."""
+    unknown: dict[str, int]
+    """Rows that have a column which is not read."""
+    fingerprint: str
+    parts: tuple[PartFile, ...]
+    committed: str
+    """Time, UTC."""
 
 
 class EmbedManifest(JsonFile):
@@ -65,6 +95,8 @@ class EmbedManifest(JsonFile):
     FILE: ClassVar[str] = "manifest.json"
 
     kind: Literal[JobKind.EMBED] = JobKind.EMBED
+    identity: str = ""
+    """Of the plan."""
     fingerprint: str
     dim: int
     model: str
@@ -73,10 +105,20 @@ class EmbedManifest(JsonFile):
     embedded: int
     errors: int
     """Rows with an error in place of an embedding."""
+    failed: dict[str, int] = Field(default_factory=dict)
+    """The same by reason."""
     resumed: int
     """Rows that an earlier run had finished."""
     items_per_s: float
     """Of the rows that this run embedded."""
+    shards: int = 0
+    parts: int = 0
+    repeated_ids: int | None = None
+    """Rows whose id an earlier row has; ``None`` where nobody counted."""
+    tokens: int = 0
+    """That the model read."""
+    device_s: float = 0.0
+    """Seconds that models took."""
     cut: int = 0
     """Embedded items of which a text was longer than the model reads, and lost its end."""
     longest_text: int = 0
@@ -90,123 +132,73 @@ class EmbedManifest(JsonFile):
         return CutCount(self.embedded, self.cut, self.longest_text).sentence("items", self.max_text_tokens)
 
 
-@dataclass(frozen=True)
-class EmbedShard:
-    """The rows that become one part."""
-
-    number: int
-    ranges: tuple[RowRange, ...]
-
-
-@dataclass(frozen=True)
-class ShardCounts:
-    """Rows of one part."""
-
-    embedded: int
-    errors: int
-    cuts: CutCount = field(default_factory=CutCount)
-    unknown: UnknownColumns = field(default_factory=UnknownColumns)
-    """Of the rows that this run embedded."""
-
-
-def write_part(target: Folder, shard: int, table: pa.Table, cuts: CutCount) -> ShardCounts:
-    """Write a shard's part, in one piece, with its count of cut texts in the metadata of its schema."""
-    metadata = {**(table.schema.metadata or {}), _CUTS_KEY: json.dumps(asdict(cuts))}
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
-    target.write_bytes(sink.getvalue().to_pybytes(), part_name(shard))
-    embedded = table["error"].null_count
-    return ShardCounts(embedded=embedded, errors=table.num_rows - embedded, cuts=cuts)
-
-
-def part_name(shard: int) -> str:
-    """File name of a shard's part."""
-    return f"part-{shard:06d}.parquet"
-
-
-def start_or_resume(target: Folder, plan: EmbedPlan, *, fresh: bool) -> None:
-    """Write the plan into an output folder that is new or has the same plan.
-
-    Args:
-        fresh: remove what an earlier run left, whatever its plan.
+def check_plan(target: Folder, plan: EmbedPlan) -> bool:
+    """Whether an output folder has this plan already.
 
     Raises:
         ConfigError: the parts there are of another model or other input, or the plan there is damaged.
     """
-    earlier = None if fresh else EmbedPlan.read(target)
+    earlier = EmbedPlan.read(target)
     if earlier is None:
-        if not fresh and target.exists(EmbedPlan.FILE):
+        if target.exists(EmbedPlan.FILE):
             raise ConfigError(
-                f"{target.uri}/{EmbedPlan.FILE} is damaged; give --fresh to embed all anew, or choose another --out"
+                f"{target.uri}/{EmbedPlan.FILE} is damaged, or of an older crem; give --fresh to embed all anew, or "
+                "choose another --out"
             )
-        target.remove(EmbedManifest.FILE)
-        for name in target.files(".parquet"):
-            target.remove(name)
-    elif earlier.fingerprint != plan.fingerprint:
+        return False
+    if earlier.fingerprint != plan.fingerprint:
         raise ConfigError(
             f"{target.uri} holds embeddings of model {earlier.fingerprint} ({earlier.model}), and this model is "
             f"{plan.fingerprint} ({plan.model}); choose another --out, or remove that folder"
         )
-    elif (earlier.files, earlier.shards) != (plan.files, plan.shards):
+    if earlier.identity != plan.identity:
         raise ConfigError(
-            f"{target.uri} was begun from other input: {_difference(earlier.files, plan.files)}; "
-            "choose another --out, or remove that folder"
+            f"{target.uri} was begun from other input: {earlier.input}, and now it is {plan.input}; "
+            "choose another --out, or give --fresh"
         )
-    elif earlier.reading is not None and earlier.reading != plan.reading:
-        changed = [k for k in plan.reading or {} if earlier.reading.get(k) != (plan.reading or {})[k]]
+    changed = [name for name in plan.settings if earlier.settings.get(name) != plan.settings[name]]
+    if changed:
         raise ConfigError(
-            f"{target.uri} was begun with another reading of the input: "
-            + ", ".join(f"{k} was {earlier.reading.get(k)!r} and is {(plan.reading or {})[k]!r}" for k in changed)
+            f"{target.uri} was begun with other settings: "
+            + ", ".join(f"{k} was {earlier.settings.get(k)!r} and is {plan.settings[k]!r}" for k in changed)
             + "; choose another --out, or give --fresh"
         )
-    plan.write(target)
+    return True
 
 
-def first_error(target: Folder) -> str:
-    """The first error in the parts of an output folder."""
-    for name in target.files(".parquet"):
-        with target.open(name) as file:
-            errors = pq.read_table(file, columns=["error"])["error"].drop_null()
-        if len(errors):
-            return str(errors[0].as_py())[:300]
-    return "no part has an error"
+def part_name(shard: int, number: int) -> str:
+    """File name of a part of a shard."""
+    return f"part-{shard:06d}-{number:04d}.parquet"
 
 
-def _difference(before: tuple[FileStamp, ...], now: tuple[FileStamp, ...]) -> str:
-    changed = [f for f in now if f not in before] or [f for f in before if f not in now]
-    return ", ".join(f"{f.file} ({f.size} bytes)" for f in changed[:3]) or "split into other shards"
+def ledger_file(shard: int) -> str:
+    """Path of a shard's ledger."""
+    return f"{LEDGER}/shard-{shard:06d}.json"
 
 
-def finished_part(target: Folder, shard: int, plan: EmbedPlan) -> ShardCounts | None:
-    """Counts of a part that an earlier run wrote, or ``None`` where the shard has to be embedded."""
-    name = part_name(shard)
-    if not target.exists(name):
-        return None
-    try:
-        with target.open(name) as file:
-            part = _checked(file)
-    except (pa.ArrowException, OSError):
-        data = target.read_bytes(name)  # raises again if the storage failed, so that below only the file is to blame
+def write_ledger(target: Folder, ledger: ShardLedger) -> None:
+    """Commit a shard."""
+    target.write_bytes(ledger.model_dump_json(indent=1).encode(), ledger_file(ledger.shard))
+
+
+def read_ledgers(target: Folder) -> list[ShardLedger]:
+    """Of all shards that are done, in their order.
+
+    Raises:
+        ConfigError: one is damaged.
+    """
+
+    def read(name: str) -> ShardLedger:
         try:
-            part = _checked(pa.BufferReader(data))
-        except (pa.ArrowException, OSError) as error:
-            log.warning("%s is damaged (%s) and is embedded again", target.path(name), error)
-            return None
-    if part.stamp is None or part.stamp.fingerprint != plan.fingerprint or len(part.errors) != plan.shards[shard]:
-        return None
-    embedded = part.errors.null_count
-    return ShardCounts(embedded=embedded, errors=len(part.errors) - embedded, cuts=part.cuts)
+            return ShardLedger.model_validate(json.loads(target.read_bytes(LEDGER, name)))
+        except (ValueError, ValidationError) as error:
+            raise ConfigError(
+                f"{target.uri}/{LEDGER}/{name} is damaged; run crem embed into that folder again with --repair"
+            ) from error
+
+    return in_threads(read, target.child(LEDGER).files(".json"))
 
 
-class _Part(NamedTuple):
-    stamp: EmbeddingStamp | None
-    errors: pa.ChunkedArray
-    cuts: CutCount
-
-
-def _checked(file: IO[bytes] | pa.BufferReader) -> _Part:
-    """What a part says of itself; reads the whole part, to verify the checksums of its pages."""
-    part = pq.ParquetFile(file, page_checksum_verification=True)
-    metadata = part.schema_arrow.metadata or {}
-    cuts = CutCount(**json.loads(metadata[_CUTS_KEY])) if _CUTS_KEY in metadata else CutCount()
-    return _Part(EmbeddingStamp.of(part.schema_arrow), part.read()["error"], cuts)
+def parts_of(ledgers: Iterable[ShardLedger]) -> list[PartFile]:
+    """The parts of some shards, in order."""
+    return [part for ledger in ledgers for part in ledger.parts]

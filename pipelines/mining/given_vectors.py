@@ -30,8 +30,6 @@ from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["GivenVectors", "VectorPiece", "ids_of_part", "open_vectors", "read_piece"]
 
-_FILES_PER_PIECE = 16
-"""Files of ``crem embed`` hold about 512 vectors."""
 _INDEX_PIECE = 32_768
 """Vectors of an index in one piece: 200 MB at 1,536 dimensions."""
 
@@ -112,10 +110,8 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
             continue
         names, stamp, _ = survey(folder)
         stamps.append(stamp)
-        groups = [tuple(names[at : at + _FILES_PER_PIECE]) for at in range(0, len(names), _FILES_PER_PIECE)]
-        pieces += [VectorPiece(folder, group) for group in groups]
-        of_files = dict(zip(names, ray_tasks.on_nodes(partial(_ids, folder), names), strict=True))
-        ids += [np.concatenate([of_files[name] for name in group]) for group in groups]
+        pieces += [VectorPiece(folder, (name,)) for name in names]
+        ids += ray_tasks.on_nodes(partial(_ids, folder), names)
     first = stamps[0]
     for place, stamp in zip(places, stamps, strict=True):
         if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):

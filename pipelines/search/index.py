@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from crem.config import IndexConfig, RunConfig
 from crem.errors import ConfigError
-from pipelines.embedding.output import EmbedManifest, EmbedPlan
+from pipelines.embedding.output import EmbedManifest, EmbedPlan, parts_of, read_ledgers
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.schema import EmbeddingStamp
@@ -38,7 +38,7 @@ VECTORS = "vectors.faiss"
 ITEMS = "items.parquet"
 """One row per vector, in their order."""
 
-_ITEMS = pa.schema([("id", pa.int64()), ("uri", pa.string()), ("text", pa.string())])
+_ITEMS = ("id", "uri", "text")
 _ITEM_GROUP = 4096
 """Rows per group of the item table; a hit reads one group."""
 _TRAIN_PER_CELL = 64
@@ -101,10 +101,12 @@ def survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
         ConfigError: there are no embeddings, their run did not finish, parts are missing or damaged, or several models
             made them.
     """
-    names = source.files(".parquet")
-    if not names:
-        raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
     manifest = EmbedManifest.read(source)
+    names = source.files(".parquet")
+    if manifest is not None and manifest.shards:  # what is not listed is somebody's
+        names = [part.name for part in parts_of(read_ledgers(source))]
+    if not names and not source.exists(EmbedPlan.FILE):
+        raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
     if manifest is None and source.exists(EmbedPlan.FILE):
         state = (
             f"whose {EmbedManifest.FILE} is damaged" if source.exists(EmbedManifest.FILE) else "that was not finished"
@@ -140,8 +142,8 @@ def _footer(source: Folder, name: str) -> tuple[EmbeddingStamp | None, int]:
 
 def _unreadable(source: Folder, name: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{source.uri}/{name} cannot be read ({error}); if the file is damaged, run crem embed into that folder again: "
-        "it replaces what is damaged"
+        f"{source.uri}/{name} cannot be read ({error}); if the file is missing or damaged, run crem embed into that "
+        "folder again with --repair"
     )
 
 
@@ -151,10 +153,12 @@ def _build(
     """Write ``VECTORS`` and ``ITEMS`` into the local folder ``scratch``."""
     index, label = _empty_index(source, names, stamp.dim, rows, config)
     count = 0
-    with pq.ParquetWriter(scratch / ITEMS, _ITEMS, compression="zstd") as items:
+    with source.open(names[0]) as file:
+        of_items = pa.schema([pq.read_schema(file).field(name) for name in _ITEMS])  # ids are of any type
+    with pq.ParquetWriter(scratch / ITEMS, of_items, compression="zstd") as items:
         for table in _embedded_rows(source, names):
             index.add(_matrix(table, stamp.dim))
-            items.write_table(table.select(_ITEMS.names).cast(_ITEMS), row_group_size=_ITEM_GROUP)
+            items.write_table(table.select(_ITEMS).cast(of_items), row_group_size=_ITEM_GROUP)
             count += table.num_rows
     if not count:
         raise ConfigError(f"none of the {rows} rows of {source.uri} has an embedding; its column error says why")

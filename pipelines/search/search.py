@@ -30,7 +30,8 @@ __all__ = ["Hit", "VectorIndex", "search"]
 class Hit:
     """One result, best first; ``score`` is the cosine."""
 
-    id: int
+    id: Any
+    """As the items have it."""
     score: float
     uri: str | None
     text: str | None

@@ -175,8 +175,9 @@ def test_search_prints_json_lines(tiny_model_dir: str, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("job", ["prepare", "serve", "doctor"])
 def test_a_ray_client_address_is_refused_with_the_remedy(job: str, tmp_path: Path, tiny_model_dir: str) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"query_text": "a", "target_text": "b"}\n')
-    words = {"prepare": [str(tmp_path), "--out", str(tmp_path / "out")], "serve": [tiny_model_dir], "doctor": []}
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text('{"query_text": "a", "target_text": "b"}\n')
+    words = {"prepare": [str(corpus), "--out", str(tmp_path / "out")], "serve": [tiny_model_dir], "doctor": []}
     done = subprocess.run(
         [sys.executable, "-m", "crem.cli", job, *words[job]],
         env=os.environ | {"RAY_ADDRESS": "ray://head:10001"},

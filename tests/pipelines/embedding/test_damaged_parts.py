@@ -39,13 +39,14 @@ def test_a_damaged_part_is_named_and_embedded_again(tmp_path: Path, tiny_model_d
     code, output = crem(*embed)
     assert code == 0, output
     before = table(tmp_path / "vectors")
-    part = tmp_path / "vectors" / "part-000001.parquet"
+    part = tmp_path / "vectors" / "part-000000-0000.parquet"
     part.write_bytes(damage(part.read_bytes()))
     code, output = crem("index", str(tmp_path / "vectors"), "--out", str(tmp_path / "index"))
-    assert code == 2 and "part-000001.parquet cannot be read" in output and "crem embed" in output, output
+    assert code == 2 and "part-000000-0000.parquet cannot be read" in output and "--repair" in output, output
     assert "bug in crem" not in output
-    code, output = crem(*embed)
-    assert code == 0 and "part-000001.parquet is damaged" in output and "rows in 600 = embedded 600" in output, output
+    assert crem("verify", str(tmp_path / "vectors"))[0] == 1
+    code, output = crem(*embed, "--repair")
+    assert code == 0 and "part-000000-0000.parquet has" in output and "rows in 600 = embedded 600" in output, output
     assert table(tmp_path / "vectors") == before
 
 
@@ -67,8 +68,10 @@ def test_a_damaged_index_or_plan_is_named_and_a_missing_part_is_missed(tmp_path:
         refused(search, f"the index {str(index)!r} is damaged: ")
     items.write_bytes(whole)
     assert crem(*search)[0] == 0
-    (vectors / "part-000001.parquet").unlink()
-    refused(indexing, f"{vectors} has 512 rows and its manifest.json says 600")
+    part = vectors / "part-000000-0000.parquet"
+    part.rename(tmp_path / "part")
+    refused(indexing, f"{part} cannot be read")
+    (tmp_path / "part").rename(part)
     (vectors / "plan.json").write_text("{")
-    refused(embed, f"{vectors}/plan.json is damaged; give --fresh")
-    assert (vectors / "part-000000.parquet").exists(), "the refusal costs no part"
+    refused(embed, f"{vectors}/plan.json is damaged, or of an older crem; give --fresh")
+    assert part.exists(), "the refusal costs no part"

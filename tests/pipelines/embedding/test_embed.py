@@ -15,8 +15,8 @@ import pytest
 import crem
 from crem.config import RunConfig, load_config
 from crem.errors import CheckpointError, ConfigError, ResourceError
+from pipelines.corpus import work_plan
 from pipelines.corpus.prepare import prepare
-from pipelines.embedding import embed as job
 from pipelines.embedding.embed import embed
 from pipelines.embedding.output import EmbedManifest
 from tests.pipelines.conftest import bomb, encoded, random_image, table, write_nasty_corpus, write_rows
@@ -90,7 +90,9 @@ def test_bad_items_are_rows_with_an_error_and_all_are_counted(embedded: tuple[Pa
         "bad_row",
     ]
     assert [row["embedding"] is None for row in rows] == [False] * 5 + [True] * 6
-    assert [row["id"] for row in rows[:3] + rows[5:10]] == [1, 2, 3, 11, 12, 13, 14, 15]
+    ids = [row["id"] for row in rows]
+    assert ids[:4] + ids[5:10] == ["1", "2", "3", "word", "11", "12", "13", "14", "15"], "of several types: as text"
+    assert (counts.failed["image_corrupt"], sum(counts.failed.values()), counts.repeated_ids) == (1, 6, 0)
     assert (rows[0]["text"], rows[1]["uri"], rows[6]["uri"]) == ("a red apple", "shop/a", "kept")
     assert json.loads((out / "manifest.json").read_text()) == counts.model_dump(mode="json")
 
@@ -102,15 +104,18 @@ def test_cut_texts_are_counted_also_of_parts_that_an_earlier_run_wrote(
     tokens = len(crem.load(tiny_model_dir).collator.prompts.tokenizer(long).input_ids)
     rows = [{"id": i, "text": long if i == 2 else "q z x j " * 50 if i == 5 else "short"} for i in range(8)]
     write_rows(tmp_path / "items.jsonl", rows)
-    monkeypatch.setattr(job, "_SHARD_ROWS", 4)
-    for _ in range(2):  # the second run finds the first part finished, and the third row in it
-        made = embed(tiny_model_dir, str(tmp_path / "items.jsonl"), str(tmp_path / "out"), config())
+    monkeypatch.setattr(work_plan, "GROUP_PIECES", 1)
+    for resumed in (0, 4):  # the second run finds the first part finished, and the third row in it
+        made = embed(
+            tiny_model_dir, str(tmp_path / "items.jsonl"), str(tmp_path / "out"), config("embed.rows_per_task=4")
+        )
+        assert (made.resumed, made.shards) == (resumed, 2)
         assert (made.embedded, made.cut, made.longest_text, made.max_text_tokens) == (8, 2, tokens, 64)
         assert made.cut_sentence == (
             "2 of 8 items lost the end of a text, which is cut to 64 tokens (model.prompt.max_text_tokens); "
             f"the longest had {tokens:,}"
         )
-        (tmp_path / "out" / "part-000001.parquet").unlink()
+        (tmp_path / "out" / "part-000001-0000.parquet").unlink()
 
 
 def test_vectors_are_those_of_the_model_itself(
@@ -153,37 +158,40 @@ def test_files_carry_the_fingerprint_and_plain_vectors(
 def test_images_of_prepared_tables_and_resuming(
     tmp_path: Path, tiny_model_dir: str, other_model_dir: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_SHARD_ROWS", 3)
     prepared, out = tmp_path / "prepared", tmp_path / "out"
     manifest = prepare(str(write_nasty_corpus(tmp_path / "nasty")), str(prepared), config("prepare.rows_per_task=8"))
     images = {row["id"]: row["uri"] for row in table(prepared / "images")}
     part = next((prepared / "images").iterdir())
     shutil.copy(part, prepared / "images" / "part-of-another-version.parquet")  # not in the manifest's list
-    first = embed(tiny_model_dir, str(prepared), str(out), config())
+    monkeypatch.setattr(work_plan, "GROUP_PIECES", 1)
+    small = config("embed.rows_per_task=3")
+    first = embed(tiny_model_dir, str(prepared), str(out), small)
     assert (first.rows_in, first.embedded, first.errors, first.resumed) == (manifest.images, 8, 0, 0)
     assert {row["id"]: row["uri"] for row in table(out)} == images
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert len(before) >= 3
     complete = table(out)
 
-    (out / "part-000001.parquet").unlink()  # as if the run had been killed there
-    (out / "part-000000.parquet").write_bytes((out / "part-000000.parquet").read_bytes())
+    assert embed(tiny_model_dir, str(prepared), str(out), small).resumed == 8
+    lost = out / "part-000001-0000.parquet"
+    lost.unlink()  # as if the run had been killed there
     (out / "manifest.json").unlink()
-    again = embed(tiny_model_dir, str(prepared), str(out), config())
+    again = embed(tiny_model_dir, str(prepared), str(out), small)
     after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
-    assert {n for n in before if before[n] == after[n]} == set(before) - {"part-000000.parquet", "part-000001.parquet"}
-    assert (again.rows_out, again.resumed) == (8, 8 - pq.read_metadata(out / "part-000001.parquet").num_rows)
+    assert {n for n in before if before[n] == after[n]} == set(before) - {lost.name}
+    assert (again.rows_out, again.resumed) == (8, 8 - pq.read_metadata(lost).num_rows)
     assert [row["id"] for row in table(out)] == [row["id"] for row in complete]
     assert np.allclose(vectors(table(out)), vectors(complete), atol=1e-5)
-    assert embed(tiny_model_dir, str(prepared), str(out), config()).resumed == 8
+    assert embed(tiny_model_dir, str(prepared), str(out), small).resumed == 8
+    assert not (out / "_work").exists()
 
     mine, theirs = crem.load(tiny_model_dir).fingerprint, crem.load(other_model_dir).fingerprint
     assert mine != theirs
     with pytest.raises(ConfigError, match=f"embeddings of model {mine}.*this model is {theirs}"):
-        embed(other_model_dir, str(prepared), str(out), config())
+        embed(other_model_dir, str(prepared), str(out), small)
     write_rows(tmp_path / "else.jsonl", [{"text": "t"}])
-    with pytest.raises(ConfigError, match=r"begun from other input: else\.jsonl"):
-        embed(tiny_model_dir, str(tmp_path / "else.jsonl"), str(out), config())
+    with pytest.raises(ConfigError, match=r"begun from other input: .*prepared \(.*now it is .*else\.jsonl"):
+        embed(tiny_model_dir, str(tmp_path / "else.jsonl"), str(out), small)
     assert [row["id"] for row in table(out)] == [row["id"] for row in complete]  # the refusals changed nothing
     fresh = embed(other_model_dir, str(tmp_path / "else.jsonl"), str(out), config(), fresh=True)
     assert (fresh.rows_out, fresh.fingerprint) == (1, theirs)
@@ -224,14 +232,14 @@ def test_an_image_folder_gives_a_vector_for_each_picture(tmp_path: Path, tiny_mo
     first = crem.Item(text="a box", images=[encoded(random_image(0))])
     assert np.allclose(vectors(found)[0], crem.load(tiny_model_dir).embed([first])[0], atol=1e-5)
     assert len({tuple(row["embedding"]) for row in found}) == 4
-    with pytest.raises(ConfigError, match=r"another reading of the input: side was None and is 'query'.*--fresh"):
+    with pytest.raises(ConfigError, match=r"begun with other settings: side was None and is 'query'.*--fresh"):
         embed(tiny_model_dir, str(folder / "train"), str(out), config("embed.side=query"))
 
 
 def test_a_table_of_nothing_but_errors_is_no_success(tmp_path: Path, tiny_model_dir: str, local_ray: None) -> None:
     source = write_rows(tmp_path / "i.jsonl", [{"image": "gone.png"}, {"image": "away.png"}])
     with pytest.raises(
-        ConfigError, match=r"none of the 2 items could be embedded: image_missing.*run again with --fresh"
+        ConfigError, match=r"none of the 2 items could be embedded: \{'image_missing': 2\}.*run again with --fresh"
     ):
         embed(tiny_model_dir, str(source), str(tmp_path / "out"), config())
     assert [row["error"].partition(":")[0] for row in table(tmp_path / "out")] == ["image_missing"] * 2

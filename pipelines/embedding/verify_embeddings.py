@@ -1,0 +1,180 @@
+"""Whether the output of ``crem embed`` is what its ledgers say, from what is stored alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from crem.errors import ConfigError
+from pipelines.corpus.work_plan import WORK
+from pipelines.embedding.output import (
+    LEDGER,
+    EmbedManifest,
+    EmbedPlan,
+    ShardLedger,
+    ledger_file,
+    parts_of,
+    read_ledgers,
+)
+from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables.manifest import PartFile
+from pipelines.tables.part_reads import in_threads
+from pipelines.tables.schema import EmbeddingStamp
+from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import require_storage
+
+__all__ = ["EmbedVerification", "damaged_shards", "remove_output", "repeated_ids", "verify_embeddings"]
+
+_HERE_IDS = 2_000_000
+"""Ids that the driver compares; above that they are not counted."""
+_PIECE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class EmbedVerification:
+    """What was found."""
+
+    shards: int
+    parts: int
+    rows: int
+    embedded: int
+    repeated_ids: int | None
+    """Rows whose id an earlier row has; ``None`` where there are too many to count here."""
+    faults: tuple[str, ...]
+    """A line each; empty where all is well."""
+
+
+def verify_embeddings(place: str) -> EmbedVerification:
+    """Read every part of an output and compare it with the ledgers and the manifest.
+
+    Raises:
+        ConfigError: there is no complete output of ``crem embed``, or a ledger is damaged.
+    """
+    folder = Folder.at(place)
+    manifest, plan = EmbedManifest.read(folder), EmbedPlan.read(folder)
+    if manifest is None or plan is None:
+        raise ConfigError(f"{folder.uri} holds no complete output of crem embed; run crem embed into it")
+    session.connect()
+    with ray_tasks.remote_errors():
+        ledgers = read_ledgers(folder)
+        faults = _part_faults(folder, ledgers, plan.fingerprint)
+        listed = {part.name for part in parts_of(ledgers)}
+        faults += [f"{name} belongs to no shard" for name in folder.files(".parquet") if name not in listed]
+        shards = {ledger.shard for ledger in ledgers}
+        faults += [f"shard {n} is missing" for n in range(manifest.shards) if n not in shards]
+        faults += [
+            f"shard {ledger.shard} is of model {ledger.fingerprint}"
+            for ledger in ledgers
+            if ledger.fingerprint != plan.fingerprint
+        ]
+        sums = {
+            "rows_out": sum(ledger.rows for ledger in ledgers),
+            "embedded": sum(ledger.embedded for ledger in ledgers),
+            "errors": sum(sum(ledger.failed.values()) for ledger in ledgers),
+        }
+        faults += [
+            f"{manifest.FILE} says {name} = {getattr(manifest, name)} and the shards have {value}"
+            for name, value in sums.items()
+            if getattr(manifest, name) != value
+        ]
+        repeated = None if faults else repeated_ids(folder, ledgers)
+    return EmbedVerification(len(ledgers), len(listed), sums["rows_out"], sums["embedded"], repeated, tuple(faults))
+
+
+def damaged_shards(target: Folder, ledgers: list[ShardLedger], *, thoroughly: bool) -> set[int]:
+    """The shards of which a part is missing or damaged; their ledgers are removed, so that they are embedded again.
+
+    Args:
+        thoroughly: compare the checksum of every part, by reading it; else only its size.
+    """
+    if thoroughly:
+        faults = dict(_faults_by_part(target, ledgers))
+    else:
+        sizes = target.sizes()
+        faults = {
+            part.name: f"{part.name} has {sizes.get(part.name, 'no')} bytes and was written with {part.bytes}"
+            for part in parts_of(ledgers)
+            if sizes.get(part.name) != part.bytes
+        }
+    bad = {ledger.shard: faults[part.name] for ledger in ledgers for part in ledger.parts if part.name in faults}
+    for shard, fault in sorted(bad.items()):
+        ray_tasks.log.warning("%s: %s; shard %d is embedded again", target.uri, fault, shard)
+        target.remove(ledger_file(shard))
+    return set(bad)
+
+
+def remove_output(target: Folder) -> None:
+    """Remove what an earlier embedding run left."""
+    for name in (EmbedManifest.FILE, LEDGER, WORK, EmbedPlan.FILE):
+        target.remove(name)
+    in_threads(target.remove, target.files(".parquet"))
+
+
+def repeated_ids(folder: Folder, ledgers: list[ShardLedger]) -> int | None:
+    """Rows whose id an earlier row has; ``None`` where there are more rows than the driver compares."""
+    if sum(ledger.rows for ledger in ledgers) > _HERE_IDS:
+        return None
+    hashes = list(ray_tasks.stream(partial(_ids, folder=folder), [part.name for part in parts_of(ledgers)], together=4))
+    ids = np.concatenate([np.empty(0, np.int64), *hashes])
+    return len(ids) - len(np.unique(ids))
+
+
+def _ids(name: str, *, folder: Folder) -> NDArray[np.int64]:
+    """In a worker: the ids of a part; of other types than whole numbers a hash of each."""
+
+    def read() -> pa.ChunkedArray:
+        with folder.open(name) as file:
+            return pq.ParquetFile(file).read(columns=["id"])["id"]
+
+    ids = require_storage(f"reading {folder.uri}/{name}", read)
+    if pa.types.is_integer(ids.type):
+        return np.asarray(ids.combine_chunks().cast(pa.uint64() if ids.type == pa.uint64() else pa.int64())).view(
+            np.int64
+        )
+    values = [schema.content_id(repr(value).encode(errors="surrogatepass")) for value in ids.to_pylist()]
+    return np.array(values, np.int64)
+
+
+def _part_faults(folder: Folder, ledgers: list[ShardLedger], fingerprint: str) -> list[str]:
+    return [fault for _, fault in sorted(_faults_by_part(folder, ledgers, fingerprint))]
+
+
+def _faults_by_part(
+    folder: Folder, ledgers: list[ShardLedger], fingerprint: str | None = None
+) -> list[tuple[str, str]]:
+    check = partial(_fault, folder=folder, fingerprint=fingerprint)
+    found = ray_tasks.stream(check, parts_of(ledgers))
+    return [fault for fault in found if fault is not None]
+
+
+def _fault(part: PartFile, *, folder: Folder, fingerprint: str | None) -> tuple[str, str] | None:
+    """In a worker: what is wrong with a part, if anything is."""
+
+    def checksum() -> tuple[str, int]:
+        digest, size = hashlib.blake2b(digest_size=16), 0
+        with folder.open(part.name) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                size += len(piece)
+        return digest.hexdigest(), size
+
+    try:
+        found, size = require_storage(f"reading {folder.uri}/{part.name}", checksum)
+    except FileNotFoundError:
+        return part.name, f"{part.name} is missing"
+    if found != part.checksum:
+        return part.name, f"{part.name} has other bytes than were written ({size}, and {part.bytes} were)"
+    with folder.open(part.name) as file:
+        parquet = pq.ParquetFile(file)
+        stamp, rows = EmbeddingStamp.of(parquet.schema_arrow), parquet.metadata.num_rows
+    if fingerprint is not None and (stamp is None or stamp.fingerprint != fingerprint):
+        return part.name, f"{part.name} is of model {stamp and stamp.fingerprint}, and the output of {fingerprint}"
+    if rows != part.rows:
+        return part.name, f"{part.name} has {rows} rows, and its ledger says {part.rows}"
+    return None

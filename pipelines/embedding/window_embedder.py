@@ -1,0 +1,152 @@
+"""The actor that has the model: a window of prepared items becomes a staged file with their vectors.
+
+Two windows are at work in an actor: while the model computes one, the other is unpickled, or its vectors are written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from crem.config import EmbedConfig
+from crem.data.sequence import CutCount, PreparedSequence
+from crem.errors import CheckpointError, ResourceError
+from pipelines.embedding.output import EmbedPlan
+from pipelines.embedding.windows import ERROR, WINDOW, Window
+from pipelines.tables import ray_tasks
+from pipelines.tables.models import load_model
+from pipelines.tables.storage import Folder
+
+__all__ = ["WindowCounts", "WindowEmbedder", "counts_of", "staged_file", "staged_place"]
+
+log = logging.getLogger(__name__)
+
+_COUNTS = b"crem_window"
+_LAST = ".last"
+
+
+@dataclass(frozen=True)
+class WindowCounts:
+    """What the driver hears of a window, and what its staged file says."""
+
+    piece: int
+    number: int
+    last: bool
+    embedded: int
+    failed: dict[str, int] = field(default_factory=dict)
+    """Rows with an error, by its reason."""
+    cut: int = 0
+    longest_text: int = 0
+    tokens: int = 0
+    device_s: float = 0.0
+    """Seconds that the model took."""
+    unknown: dict[str, int] = field(default_factory=dict)
+    """Rows that have a column which is not read."""
+    actor: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.embedded + sum(self.failed.values())
+
+
+class WindowEmbedder:
+    """One model; embeds a window per call."""
+
+    def __init__(self, work: Folder, plan: EmbedPlan, schema: pa.Schema, group_pieces: int, config: EmbedConfig):
+        self.model = load_model(plan.model, config.threads_per_actor, config.chorus_tokens)
+        self.work, self.plan, self.schema, self.group_pieces = work, plan, schema, group_pieces
+        self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
+        self.actor = ray.get_runtime_context().get_actor_id() or ""
+        self.turn = threading.Lock()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        results = [
+            {"value": b"", "error": row[ERROR]} if row[ERROR] else ray_tasks.attempt(self.embed, row[WINDOW])
+            for row in batch.to_pylist()
+        ]
+        return pa.Table.from_pylist(results)
+
+    def embed(self, window: Window) -> WindowCounts:
+        """Embed a window and write its staged file."""
+        if self.model.fingerprint != self.plan.fingerprint:
+            raise CheckpointError(
+                f"{self.plan.model} changed during the run: it was {self.plan.fingerprint} and is "
+                f"{self.model.fingerprint}; run again once nothing writes to it"
+            )
+        with self.turn:
+            began = time.perf_counter()
+            vectors = self._vectors(window.sequences)
+            device_s = time.perf_counter() - began
+        cuts, errors = CutCount.of(window.sequences), window.columns["error"]
+        reasons = Counter(error.partition(":")[0] for error in errors.drop_null().to_pylist())
+        counts = WindowCounts(
+            window.piece,
+            window.number,
+            window.last,
+            errors.null_count,
+            dict(sorted(reasons.items())),
+            cuts.cut,
+            cuts.longest,
+            sum(sequence.tokens for sequence in window.sequences),
+            round(device_s, 4),
+            dict(sorted(window.unknown.counts.items())),
+            self.actor,
+        )
+        self._write(window, vectors, counts)
+        return counts
+
+    def _vectors(self, sequences: list[PreparedSequence]) -> NDArray[np.float32]:
+        while True:
+            try:
+                return self.model.embed_prepared(sequences, batch_size=self.batch_size, batch_tokens=self.batch_tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+                    raise
+                if self.batch_tokens < max(sequence.tokens for sequence in sequences):
+                    raise ResourceError(
+                        f"an item of {max(sequence.tokens for sequence in sequences)} tokens does not fit in memory "
+                        f"alone: {error}; lower model.image.max_pixels"
+                    ) from error
+            self.batch_tokens //= 2  # for all windows to come: the first one found the limit
+            log.warning("a batch did not fit in memory; from now on batches have %d tokens", self.batch_tokens)
+
+    def _write(self, window: Window, vectors: NDArray[np.float32], counts: WindowCounts) -> None:
+        errors = window.columns["error"].combine_chunks()
+        values = np.zeros((len(errors), self.model.dim), np.float32)
+        values[errors.is_null().to_numpy(zero_copy_only=False)] = vectors
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), self.model.dim, mask=errors.is_valid())
+        columns = [column if name == "embedding" else window.columns[name] for name in self.schema.names]
+        metadata = {**(self.schema.metadata or {}), _COUNTS: json.dumps(asdict(counts))}
+        table = pa.table(columns, schema=self.schema.with_metadata(metadata))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        shard = window.piece // self.group_pieces
+        self.work.write_bytes(
+            sink.getvalue().to_pybytes(), staged_file(shard, window.piece, window.number, window.last)
+        )
+
+
+def staged_file(shard: int, piece: int, window: int, last: bool) -> str:
+    """Path of a window's file in the work folder."""
+    return f"staged/{shard:06d}/{piece:08d}-{window:04d}{_LAST if last else ''}.arrow"
+
+
+def staged_place(name: str) -> tuple[int, int, bool]:
+    """Piece, number and whether it is the last, by the name of a window's file."""
+    piece, _, number = name.removesuffix(".arrow").partition("-")
+    return int(piece), int(number.removesuffix(_LAST)), number.endswith(_LAST)
+
+
+def counts_of(staged: pa.Schema) -> WindowCounts:
+    """What a staged file says of its window."""
+    return WindowCounts(**json.loads(staged.metadata[_COUNTS]))

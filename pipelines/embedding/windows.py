@@ -1,0 +1,138 @@
+"""Windows of prepared items: what passes from the tasks that read and decode to the actors that have the model.
+
+A window is as many items of one piece as fit ``_WINDOW_BYTES``; the model sorts them by length. It travels as one value
+of one row, so that Ray Data neither splits nor joins it: the windows of a piece are the same whenever it is read again.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import pyarrow as pa
+
+from crem.checkpoint import read_collator
+from crem.config import ImageConfig
+from crem.data.collator import Collator
+from crem.data.items import Item
+from crem.data.sequence import PreparedSequence
+from crem.errors import CremError
+from pipelines.corpus.work_plan import Piece
+from pipelines.embedding import item_table
+from pipelines.embedding.item_table import LoadedItem
+from pipelines.embedding.output_columns import OutputColumns, typed
+from pipelines.formats.detection import Detection
+from pipelines.formats.record_reader import RecordReader
+from pipelines.formats.unknown_columns import UnknownColumns
+from pipelines.sources import sources
+from pipelines.sources.image_reader import ImageReader
+from pipelines.tables import ray_tasks
+
+__all__ = ["ERROR", "WINDOW", "Window", "WindowMaker"]
+
+WINDOW, ERROR = "window", "error"
+"""Columns of what passes: a pickled window, or the pickled error that the user should see."""
+_WINDOW_BYTES = 64 * 2**20
+_ITEM_BYTES = 1024
+"""Of an item beside its pictures, about."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some neighbouring items of a piece."""
+
+    piece: int
+    number: int
+    """From 0 on in its piece."""
+    last: bool
+    """Whether it is the last of its piece."""
+    columns: pa.Table
+    """The columns of the output beside the vectors, a row for each item."""
+    sequences: list[PreparedSequence]
+    """Of the items without an error, in their order."""
+    unknown: UnknownColumns = field(default_factory=UnknownColumns)
+
+
+@dataclass(frozen=True)
+class WindowMaker:
+    """Reads and prepares the items of pieces, in tasks that need no weights."""
+
+    model: str
+    chorus_tokens: int | None
+    reader: ImageReader
+    detection: Detection
+    columns: OutputColumns
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for task in batch[ray_tasks.TASK].to_pylist():
+            try:
+                for window in self.windows(pickle.loads(task)):
+                    yield _row(pickle.dumps(window, protocol=5), b"")
+            except CremError as error:
+                yield _row(b"", pickle.dumps(error))
+
+    def windows(self, piece: Piece) -> Iterator[Window]:
+        """The windows of a piece, at least one."""
+        collator = _collator(self.model)
+        records = RecordReader(self.detection, "items")
+        prepare = partial(_prepared, collator, self.chorus_tokens)
+        held: list[LoadedItem] = []
+        size = number = 0
+        for item in self._items(piece, records, collator.limits, prepare):
+            if held and size + _size(item) > _WINDOW_BYTES:
+                yield self._window(piece.number, number, held, last=False)
+                held, size, number = [], 0, number + 1
+            held.append(item)
+            size += _size(item)
+        yield self._window(piece.number, number, held, last=True, unknown=records.unknown)
+
+    def _items(self, piece: Piece, records: RecordReader, limits: ImageConfig, prepare: Any) -> Iterator[LoadedItem]:
+        keep = [column.name for column in self.columns.kept]
+        for rows in piece.ranges:
+            for row in sources.read(rows):
+                yield item_table.load_item(
+                    row, records, self.reader, limits, prepare, id_name=self.columns.id_name, keep=keep
+                )
+
+    def _window(
+        self, piece: int, number: int, items: list[LoadedItem], *, last: bool, unknown: UnknownColumns | None = None
+    ) -> Window:
+        ids, faults = typed([item.id for item in items], self.columns.id, self.columns.id_name)
+        kept: list[pa.Array] = []
+        for place, column in enumerate(self.columns.kept):
+            values, more = typed([item.kept[place] for item in items], column.type, column.name)
+            kept.append(values)
+            faults = more | faults
+        errors = [item.error or faults.get(place) for place, item in enumerate(items)]
+        columns = {
+            "id": ids,
+            "error": pa.array(errors, pa.string()),
+            "uri": pa.array([item.uri for item in items], pa.string()),
+            "text": pa.array([item.text for item in items], pa.string()),
+        }
+        columns |= {column.name: values for column, values in zip(self.columns.kept, kept, strict=True)}
+        sequences = [
+            item.sequence for item, error in zip(items, errors, strict=True) if item.sequence and error is None
+        ]
+        return Window(piece, number, last, pa.table(columns), sequences, unknown or UnknownColumns())
+
+
+def _prepared(collator: Collator, chorus_tokens: int | None, item: Item) -> PreparedSequence:
+    return collator.prepare(item, chorus_tokens=chorus_tokens or None)
+
+
+@lru_cache(1)
+def _collator(model: str) -> Collator:
+    return read_collator(model)
+
+
+def _size(item: LoadedItem) -> int:
+    pictures = 0 if item.sequence is None else item.sequence.patches_PCN.nbytes
+    return _ITEM_BYTES + pictures + len(item.text or "")
+
+
+def _row(window: bytes, error: bytes) -> pa.Table:
+    return pa.table({WINDOW: pa.array([window], pa.large_binary()), ERROR: pa.array([error], pa.binary())})

@@ -1,0 +1,223 @@
+"""Windows, shards and ledgers: an interrupted run continues, and what is wrong with an output is found and mended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import crem
+from crem.cli import main
+from crem.config import load_config
+from crem.errors import ConfigError
+from crem.inference import batches_by_length
+from pipelines.corpus import work_plan
+from pipelines.embedding import embed_run, shard_commit, windows
+from pipelines.embedding.embed import embed
+from pipelines.embedding.output import EmbedManifest, EmbedPlan
+from pipelines.embedding.verify_embeddings import verify_embeddings
+from pipelines.embedding.window_embedder import WindowEmbedder
+from pipelines.tables import schema
+from pipelines.tables.lease import Lease
+from pipelines.tables.storage import Folder, JobKind
+from tests.pipelines.conftest import table, write_rows
+
+ROWS = 60
+CONFIG = load_config("micro", ["embed.rows_per_task=6", "embed.batch_size=4"])
+
+
+def items(folder: Path) -> str:
+    rows = [{"id": i, "text": f"item {i} " + "and more " * (i % 7)} for i in range(ROWS)]
+    return str(write_rows(folder / "items.jsonl", rows))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: str, local_ray: None) -> Path:
+    """An output of four shards."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work_plan, "GROUP_PIECES", 3)
+        embed(tiny_model_dir, items(folder), str(folder / "out"), CONFIG)
+    return folder / "out"
+
+
+@pytest.mark.ray
+def test_parts_hold_all_rows_in_order_with_the_vectors_of_the_model(whole: Path, tiny_model_dir: str) -> None:
+    rows = table(whole)
+    assert [row["id"] for row in rows] == list(range(ROWS))
+    own = crem.load(tiny_model_dir).embed([row["text"] for row in rows])
+    assert (np.array([row["embedding"] for row in rows]) * own).sum(1).min() > 1 - 1e-5
+    manifest = EmbedManifest.read(Folder.at(whole))
+    assert manifest is not None and (manifest.shards, manifest.parts, manifest.rows_out) == (4, 4, ROWS)
+    assert sorted(path.name for path in (whole / "ledger").iterdir()) == [f"shard-{n:06d}.json" for n in range(4)]
+    assert not (whole / "_work").exists()
+
+
+@pytest.mark.ray
+def test_small_windows_and_parts_give_the_same_rows(
+    whole: Path, tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_commit, "PART_BYTES", 7 * 4 * crem.load(tiny_model_dir).dim)
+    maker = windows.WindowMaker
+    found: list[int] = []
+
+    class Small(maker):  # type: ignore[misc, valid-type]
+        def windows(self, piece: work_plan.Piece) -> Any:
+            windows._WINDOW_BYTES = 2500  # in the worker
+            return super().windows(piece)
+
+    monkeypatch.setattr("pipelines.embedding.embed.WindowMaker", Small)
+    staged = embed_run.EmbedRun._staged
+    monkeypatch.setattr(embed_run.EmbedRun, "_staged", lambda run, c: (found.append(c.number), staged(run, c)))
+    source = str(whole.parent / "items.jsonl")
+    embed(tiny_model_dir, source, str(tmp_path / "out"), CONFIG)
+    assert max(found) >= 2 and len(found) > 10
+    assert [row["id"] for row in table(tmp_path / "out")] == list(range(ROWS))
+    one, other = (np.array([row["embedding"] for row in table(place)]) for place in (whole, tmp_path / "out"))
+    assert (one * other).sum(1).min() > 1 - 1e-5
+
+
+@pytest.mark.ray
+def test_a_run_that_was_killed_embeds_only_what_is_not_staged(
+    whole: Path, tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_plan, "GROUP_PIECES", 3)
+    source, out = str(whole.parent / "items.jsonl"), tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_run.EmbedRun, "_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed(tiny_model_dir, source, str(out), CONFIG)
+    staged = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.arrow")}
+    assert len(staged) >= 3 and not (out / "manifest.json").exists()
+    with pytest.raises(ConfigError, match="is an embedding run that was not finished"):
+        crem_index(out)
+    manifest = embed(tiny_model_dir, source, str(out), CONFIG)
+    assert manifest.resumed >= 6 * 3 and manifest.rows_out == ROWS
+    assert_same(out, whole)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same rows, and vectors that differ by rounding alone."""
+    rows, expected = table(one), table(other)
+    found, wanted = (np.array([row.pop("embedding") for row in of]) for of in (rows, expected))
+    assert rows == expected and np.abs(found - wanted).max() < 1e-6
+
+
+def crem_index(out: Path) -> None:
+    from pipelines.search.index import survey
+
+    survey(Folder.at(out))
+
+
+def flipped(part: Path) -> None:
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 1
+    part.write_bytes(data)
+
+
+def shorter(part: Path) -> None:
+    table = pq.read_table(part)
+    pq.write_table(table.slice(1), part)
+
+
+def doubled(part: Path) -> None:
+    table = pq.read_table(part)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), part)
+
+
+def of_another_model(part: Path) -> None:
+    table = pq.read_table(part)
+    stamp = schema.EmbeddingStamp("f" * 16, table["embedding"].type.list_size, "elsewhere")
+    pq.write_table(table.replace_schema_metadata(schema.embeddings(stamp).metadata), part)
+
+
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in (shorter, doubled, of_another_model, Path.unlink)]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("fault", [flipped, *SLOW])
+def test_verify_finds_a_fault_and_repair_mends_it(
+    fault: Callable[[Path], None],
+    whole: Path,
+    tmp_path: Path,
+    tiny_model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(work_plan, "GROUP_PIECES", 3)
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    assert main(["verify", str(out)]) == 0
+    assert "4 shards, 4 parts: 60 rows, 60 embedded: all is well" in capsys.readouterr().out
+    fault(out / "part-000002-0000.parquet")
+    assert main(["verify", str(out)]) == 1
+    assert "part-000002-0000.parquet" in capsys.readouterr().out
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    manifest = embed(tiny_model_dir, str(whole.parent / "items.jsonl"), str(out), CONFIG, repair=True)
+    assert (manifest.rows_out, manifest.resumed) == (ROWS, ROWS - 18)
+    assert [n for n in times if (out / n).stat().st_mtime_ns != times[n]] in ([], ["part-000002-0000.parquet"])
+    assert_same(out, whole)
+    assert not verify_embeddings(str(out)).faults
+
+
+@pytest.mark.ray
+def test_what_is_not_of_the_output_is_found(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.copy(out / "part-000000-0000.parquet", out / "part-000009-0000.parquet")
+    (out / "ledger" / "shard-000001.json").unlink()
+    faults = "; ".join(verify_embeddings(str(out)).faults)
+    assert "part-000009-0000.parquet belongs to no shard" in faults and "shard 1 is missing" in faults
+    assert "manifest.json says rows_out = 60 and the shards have 42" in faults
+    (out / "ledger" / "shard-000002.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"shard-000002\.json is damaged.*--repair"):
+        verify_embeddings(str(out))
+
+
+@pytest.mark.ray
+def test_a_second_job_on_one_output_is_refused(whole: Path, tmp_path: Path, tiny_model_dir: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    Folder.at(out).claim(JobKind.EMBED)
+    with Lease.take(Folder.at(out), JobKind.EMBED), pytest.raises(ConfigError, match="is in use by"):
+        embed(tiny_model_dir, str(whole.parent / "items.jsonl"), str(out), CONFIG)
+
+
+def test_batches_by_length() -> None:
+    assert list(batches_by_length([5, 1, 3, 9, 2], 2, None)) == [[1, 4], [2, 0], [3]]
+    assert list(batches_by_length([5, 1, 3, 9, 2], 10, 10)) == [[1, 4, 2], [0], [3]]
+    assert list(batches_by_length([50], 10, 10)) == [[0]], "one item may have more"
+    assert list(batches_by_length([], 10, 10)) == []
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_model_dir: str) -> None:
+    model = crem.load(tiny_model_dir)
+    plan = EmbedPlan(
+        identity="i", fingerprint=model.fingerprint, dim=model.dim, model=tiny_model_dir, source="s", files=1, bytes=1,
+        settings={},
+    )  # fmt: skip
+    stamp = schema.EmbeddingStamp(model.fingerprint, model.dim, tiny_model_dir)
+    embedder = WindowEmbedder(Folder.at("/nowhere"), plan, schema.embeddings(stamp), 256, CONFIG.embed)
+    sequences = [model.prepare(f"item {i}") for i in range(9)]
+    expected, encode = model.embed(["item 3"])[0], embedder.model.model.encode
+    sizes: list[int] = []
+
+    def small(batch: Any) -> Any:
+        sizes.append(batch.segments.numel())
+        if batch.segments.numel() > 90:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return encode(batch)
+
+    embedder.model.model.encode = small  # type: ignore[method-assign]
+    assert np.abs(embedder._vectors(sequences)[3] - expected).max() < 1e-5
+    assert max(sizes) > 90 and embedder.batch_tokens <= 128
