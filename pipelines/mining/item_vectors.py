@@ -106,7 +106,7 @@ class ItemEmbedder:
         self.source, self.target, self.stamp = source, target, stamp
         self.images: ImageIndex = ray.get(images[0])
         self.model = load_model(stamp.model, config.threads_per_actor, config.chorus_tokens)
-        self.batch_size = config.batch_size
+        self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
@@ -131,7 +131,9 @@ class ItemEmbedder:
             places = [start + i for i, found in enumerate(prepared) if not isinstance(found, str)]
             sequences = [found for found in prepared if not isinstance(found, str)]
             if sequences:
-                vectors[places] = self.model.embed_prepared(sequences, batch_size=self.batch_size)
+                vectors[places] = self.model.embed_prepared(
+                    sequences, batch_size=self.batch_size, batch_tokens=self.batch_tokens
+                )
             errors += [found if isinstance(found, str) else None for found in prepared]
         part = _part(shard, [item["text"] for item in items], vectors, errors, self.stamp)
         self.target.write_bytes(parquet_bytes(part), shard.shard.name)
