@@ -113,8 +113,8 @@ class EmbedManifest(JsonFile):
     """Of the rows that this run embedded."""
     shards: int = 0
     parts: int = 0
-    repeated_ids: int | None = None
-    """Rows whose id an earlier row has; ``None`` where nobody counted."""
+    repeated_ids: int = 0
+    """Rows whose id an earlier row has."""
     tokens: int = 0
     """That the model read."""
     device_s: float = 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ from pipelines.tables.storage_retry import require_storage
 __all__ = ["EmbedVerification", "damaged_shards", "remove_output", "repeated_ids", "verify_embeddings"]
 
 _HERE_IDS = 2_000_000
-"""Ids that the driver compares; above that they are not counted."""
+"""Ids that the driver compares; more are brought together by shuffles."""
 _PIECE_BYTES = 8 * 2**20
 
 
@@ -45,7 +47,7 @@ class EmbedVerification:
     rows: int
     embedded: int
     repeated_ids: int | None
-    """Rows whose id an earlier row has; ``None`` where there are too many to count here."""
+    """Rows whose id an earlier row has; ``None`` where there are faults."""
     faults: tuple[str, ...]
     """A line each; empty where all is well."""
 
@@ -116,21 +118,46 @@ def remove_output(target: Folder) -> None:
     in_threads(target.remove, target.files(".parquet"))
 
 
-def repeated_ids(folder: Folder, ledgers: list[ShardLedger]) -> int | None:
-    """Rows whose id an earlier row has; ``None`` where there are more rows than the driver compares."""
-    if sum(ledger.rows for ledger in ledgers) > _HERE_IDS:
-        return None
-    hashes = list(ray_tasks.stream(partial(_ids, folder=folder), [part.name for part in parts_of(ledgers)], together=4))
-    ids = np.concatenate([np.empty(0, np.int64), *hashes])
+def repeated_ids(folder: Folder, ledgers: list[ShardLedger]) -> int:
+    """Rows whose id an earlier row has."""
+    names, rows = [part.name for part in parts_of(ledgers)], sum(ledger.rows for ledger in ledgers)
+    if rows <= _HERE_IDS:
+        return _repeats(np.concatenate([*ray_tasks.stream(partial(_ids, folder=folder), names, together=4)]))
+    rounds = ray_tasks.shuffle_rounds(rows)
+    return sum(_repeated_in_round(folder, names, number, rounds) for number in range(rounds))
+
+
+def _repeated_in_round(folder: Folder, names: list[str], number: int, rounds: int) -> int:
+    """Of the ids of one shuffle, which takes a share that fits the CPUs."""
+    buckets = ray_tasks.shuffle_buckets()
+
+    def entries(batch: dict[str, NDArray[Any]]) -> pa.Table:
+        ids = np.concatenate([_ids(pickle.loads(name), folder=folder) for name in batch[ray_tasks.TASK]])
+        ids = ids[ids % rounds == number]
+        return pa.table({"id": ids, "bucket": ids // rounds % buckets})
+
+    def repeats(bucket: pa.Table) -> pa.Table:
+        return pa.table({"repeated": pa.array([_repeats(bucket["id"].to_numpy())], pa.int64())})
+
+    counted = (
+        ray_tasks.task_dataset(names, together=4)
+        .map_batches(entries, batch_size=1)
+        .groupby("bucket", num_partitions=buckets)
+        .map_groups(repeats, batch_format="pyarrow")
+    )
+    return int(sum(row["repeated"] for row in counted.iter_rows()))
+
+
+def _repeats(ids: NDArray[np.int64]) -> int:
     return len(ids) - len(np.unique(ids))
 
 
 def _ids(name: str, *, folder: Folder) -> NDArray[np.int64]:
-    """In a worker: the ids of a part; of other types than whole numbers a hash of each."""
+    """In a worker: the ids of a part, as far as rows have one; of other types than whole numbers a hash of each."""
 
     def read() -> pa.ChunkedArray:
         with folder.open(name) as file:
-            return pq.ParquetFile(file).read(columns=["id"])["id"]
+            return pq.ParquetFile(file).read(columns=["id"])["id"].drop_null()
 
     ids = require_storage(f"reading {folder.uri}/{name}", read)
     if pa.types.is_integer(ids.type):

@@ -19,11 +19,12 @@ from crem.errors import ConfigError
 from crem.inference import batches_by_length
 from pipelines.corpus import work_plan
 from pipelines.embedding import embed_run, shard_commit, windows
+from pipelines.embedding import verify_embeddings as verifying
 from pipelines.embedding.embed import embed
-from pipelines.embedding.output import EmbedManifest, EmbedPlan
-from pipelines.embedding.verify_embeddings import verify_embeddings
+from pipelines.embedding.output import EmbedManifest, EmbedPlan, read_ledgers
+from pipelines.embedding.verify_embeddings import repeated_ids, verify_embeddings
 from pipelines.embedding.window_embedder import WindowEmbedder
-from pipelines.tables import schema
+from pipelines.tables import ray_tasks, schema
 from pipelines.tables.lease import Lease
 from pipelines.tables.storage import Folder, JobKind
 from tests.pipelines.conftest import table, write_rows
@@ -182,6 +183,19 @@ def test_what_is_not_of_the_output_is_found(whole: Path, tmp_path: Path) -> None
     (out / "ledger" / "shard-000002.json").write_text("{")
     with pytest.raises(ConfigError, match=r"shard-000002\.json is damaged.*--repair"):
         verify_embeddings(str(out))
+
+
+@pytest.mark.ray
+def test_repeated_ids_are_counted_by_shuffles_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledgers, folder = read_ledgers(Folder.at(whole)), tmp_path / "out"
+    shutil.copytree(whole, folder)
+    part = pq.read_table(folder / "part-000001-0000.parquet")
+    again = pa.concat_tables([part, part.slice(0, 5)])
+    pq.write_table(again, folder / "part-000001-0000.parquet")
+    assert repeated_ids(Folder.at(folder), ledgers) == 5
+    monkeypatch.setattr(verifying, "_HERE_IDS", 0)
+    monkeypatch.setattr(ray_tasks, "_IDS_PER_CPU", 10)
+    assert repeated_ids(Folder.at(folder), ledgers) == 5
 
 
 @pytest.mark.ray
