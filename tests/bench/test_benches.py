@@ -39,6 +39,7 @@ def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(contrastive[5]) == float(equal[6]) == float(separate[7]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_bench_compile(capsys: pytest.CaptureFixture[str]) -> None:
     bench_compile.main(["--rows", "4", "--repeats", "1", "--width", "48"])

@@ -26,6 +26,7 @@ from crem.train.step import train_step
 from tests.crem.train.runs import PlainEngine, run_config, share, spawn, started, stock_backbone
 from tests.crem.train.test_zero import LORA
 
+pytestmark = pytest.mark.slow
 DECAY = "optim.weight_decay=0.1"
 RUNS = {
     "zero 0": ["train.zero_stage=0", DECAY],
@@ -103,7 +104,6 @@ def uninterrupted(folder: Path, name: str, out: Path) -> tuple[list[float], dict
     return losses, load_file(out / "before" / "model.safetensors"), after
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_continues_with_another_number_of_ranks(legs: Path, tmp_path: Path, name: str) -> None:
     expected, before, weights = uninterrupted(legs, name, tmp_path)
@@ -119,7 +119,6 @@ def test_a_run_continues_with_another_number_of_ranks(legs: Path, tmp_path: Path
     assert losses == pytest.approx(expected, rel=2e-5)
 
 
-@pytest.mark.slow
 def test_nothing_is_compiled(legs: Path) -> None:
     """A process killed while it compiles would leave a lock that every later one waits for."""
     assert not (legs / "extensions").exists()

@@ -269,9 +269,9 @@ def test_a_range_of_a_folder_of_images_on_s3_lists_its_pages_only(
     names = sorted([f"{i:03d}.jpg" for i in range(40)] + ["é.jpg", "z b.png", "日本.webp", "Z.gif"])
     others = {f"train/{i:03d}.txt": b"" for i in range(0, 40, 3)} | {"train/011.d/1.jpg": b"1"}
     write(tmp_path / "a", {**{f"train/{name}": name.encode() for name in names}, **others})
-    s3fs.S3FileSystem().put(f"{tmp_path}/a/", f"{s3_env.bucket}/many/", recursive=True)
+    s3fs.S3FileSystem().put(f"{tmp_path}/a/", f"{s3_env.bucket}/a-folder-of-images/", recursive=True)
     monkeypatch.setattr(listing, "_BATCH", 5)
-    ranges = [part for part in ranges_of(f"s3://{s3_env.bucket}/many", 6) if part.file == "train/*"]
+    ranges = [part for part in ranges_of(f"s3://{s3_env.bucket}/a-folder-of-images", 6) if part.file == "train/*"]
     image_rows._listed.cache_clear()
     pages: list[str] = []
     call = s3fs.S3FileSystem.call_s3

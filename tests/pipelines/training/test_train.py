@@ -184,6 +184,7 @@ def test_too_few_devices_is_said_at_once_and_begins_nothing(prepared: str, tmp_p
     assert not (out / "config.yaml").exists()  # the next start needs no --fresh
 
 
+@pytest.mark.slow
 def test_a_refused_fresh_start_leaves_the_run_that_is_there(prepared: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     short = load_config("micro", [*RUN, "train.workers=1", "train.steps=1"])
