@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 _LOG_EVERY_S = 10.0
 _PIECES_AT_ONCE = 8192
 """Pieces of one Ray Data execution, up to 33 million rows: its driver keeps some 10 KB for each."""
-_WAITING = 4096
+_CALLS_PER_ACTOR = 2
+"""The model computes one window while another is unpickled or written."""
 
 
 class EmbedRun:
@@ -100,11 +101,12 @@ class EmbedRun:
                 WindowEmbedder,
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=fewest, max_size=most, max_concurrent_calls_per_actor=_CALLS_PER_ACTOR
+                ),
                 num_cpus=config.cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
                 fn_constructor_args=(self.work, self.plan, self.schema, work_plan.GROUP_PIECES, config),
-                max_concurrency=2,
             )
         )
 
