@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["EmbedVerification", "damaged_shards", "remove_output", "repeated_ids", "verify_embeddings"]
+
+log = logging.getLogger(__name__)
 
 _HERE_IDS = 2_000_000
 """Ids that the driver compares; more are brought together by shuffles."""
@@ -106,7 +109,7 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], *, thoroughly: bo
         }
     bad = {ledger.shard: faults[part.name] for ledger in ledgers for part in ledger.parts if part.name in faults}
     for shard, fault in sorted(bad.items()):
-        ray_tasks.log.warning("%s: %s; shard %d is embedded again", target.uri, fault, shard)
+        log.warning("%s: %s; shard %d is embedded again", target.uri, fault, shard)
         target.remove(ledger_file(shard))
     return set(bad)
 
