@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crem.data.prompts import Segment
 
-__all__ = ["add_chorus_tokens", "chorus_token_ids", "initialise_rows", "pool"]
+__all__ = ["add_chorus_tokens", "chorus_states", "chorus_token_ids", "embedding_of", "initialise_rows", "pool"]
 
 
 def chorus_token(index: int) -> str:
@@ -57,13 +57,19 @@ def initialise_rows(embedding_ND: Tensor, chorus_ids: list[int], *, seed: int = 
     embedding_ND[torch.tensor(chorus_ids, device=rest.device)] = rows.to(embedding_ND.dtype)
 
 
-def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
-    """The embedding: L2-normalised mean of the last-layer chorus states (method.md §4).
+def chorus_states(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
+    """The last-layer states of the chorus tokens [N, K, D], in the order of the batch's sequence numbers.
 
     Every sequence has exactly ``count`` chorus tokens, consecutive and in order of the sequences.
-
-    Returns:
-        float32 [N, D], in the order of the batch's sequence numbers.
     """
-    chorus_NKD = hidden_BTD[segments_BT == Segment.U].unflatten(0, (-1, count))
-    return F.normalize(chorus_NKD.float().mean(1), dim=-1)
+    return hidden_BTD[segments_BT == Segment.U].unflatten(0, (-1, count))
+
+
+def embedding_of(states_NKD: Tensor) -> Tensor:
+    """The embedding: L2-normalised mean of the chorus states (method.md §4); float32 [N, D]."""
+    return F.normalize(states_NKD.float().mean(1), dim=-1)
+
+
+def pool(hidden_BTD: Tensor, segments_BT: Tensor, count: int) -> Tensor:
+    """``embedding_of`` the ``chorus_states``."""
+    return embedding_of(chorus_states(hidden_BTD, segments_BT, count))

@@ -23,10 +23,10 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 
 from crem.data.collator import Batch
 from crem.data.prompts import Prompt, Segment
-from crem.model.chorus import pool
+from crem.model.chorus import chorus_states, embedding_of
 from crem.model.crem import CremModel
 
-__all__ = ["GREEDY", "Context", "Sampling", "decode", "prefill"]
+__all__ = ["GREEDY", "Context", "Prefilled", "Sampling", "decode", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Context:
     """int8 ``Segment`` of each cached key"""
     next_position_B: Tensor
     """int64: first position after the prefix, the same on the three axes"""
-    embeddings_BD: Tensor
-    """float32, unit length"""
 
     def compressed(self, *, template_visible: bool) -> Context:
         """The context with the keys and values of the chorus tokens only, at their original positions."""
-        keep_BC = self.segments_BC == Segment.U
-        if template_visible:
-            keep_BC = keep_BC | (self.segments_BC == Segment.S)
+        return self.only(Segment.S, Segment.U) if template_visible else self.only(Segment.U)
+
+    def only(self, *segments: Segment) -> Context:
+        """The context with the keys and values of some segments, of which every sequence has the same number."""
+        keep_BC = torch.isin(self.segments_BC, torch.tensor(segments, device=self.segments_BC.device))
         count = int(keep_BC[0].sum())
         index_BK = keep_BC.nonzero()[:, 1].view(-1, count)  # the same number in every row, in order
         cache = DynamicCache()
@@ -86,19 +86,31 @@ class Context:
         return [int(n) * per_token for n in own_BC.sum(1).tolist()]
 
 
+@dataclass
+class Prefilled(Context):
+    """A context fresh from ``prefill``, with what the embedding is pooled from."""
+
+    states_BKD: Tensor
+    """last-layer states of the chorus tokens"""
+
+    def embeddings(self) -> Tensor:
+        """float32 [B, D], unit length"""
+        return embedding_of(self.states_BKD)
+
+
 @torch.no_grad()
-def prefill(model: CremModel, batch: Batch) -> Context:
+def prefill(model: CremModel, batch: Batch) -> Prefilled:
     """Run the prefixes ``[S V T U]`` and keep all of their keys and values."""
     cache = DynamicCache()
     hidden_BTD, _ = model.encode(batch, cache)
     visible_BC = batch.segments != Segment.PAD
     last_B = batch.position_ids.masked_fill(~visible_BC, -1).amax(dim=(0, 2))
-    return Context(
+    return Prefilled(
         cache=cache,
         visible_BC=visible_BC,
         segments_BC=batch.segments,
         next_position_B=last_B + 1,
-        embeddings_BD=pool(hidden_BTD, batch.segments, batch.chorus_tokens),
+        states_BKD=chorus_states(hidden_BTD, batch.segments, batch.chorus_tokens),
     )
 
 

@@ -20,6 +20,8 @@ from crem.model.build import build_model
 from crem.model.chorus import pool
 from crem.model.crem import CremModel
 from crem.model.generation import decode, prefill
+from crem.model.memory import MemoryLayout
+from crem.model.recall import memories_of
 from tests.conftest import TEXTS, lively, tiny_config
 
 RED = Image.new("RGB", (80, 40), (255, 0, 0))
@@ -198,9 +200,9 @@ def test_native_generation_is_the_backbones(tiny: tuple[CremModel, Collator]) ->
 
 def test_padding_batch_and_neighbours_do_not_change_a_result(tiny: tuple[CremModel, Collator]) -> None:
     model, collator = tiny
-    alone = torch.cat([prefill(model, collator.items([item])).embeddings_BD for item in ITEMS])
-    together = prefill(model, collator.items(ITEMS)).embeddings_BD
-    crowded = prefill(model, collator.items([*ITEMS[::-1], *ITEMS * 3])).embeddings_BD[: len(ITEMS)].flip(0)
+    alone = torch.cat([prefill(model, collator.items([item])).embeddings() for item in ITEMS])
+    together = prefill(model, collator.items(ITEMS)).embeddings()
+    crowded = prefill(model, collator.items([*ITEMS[::-1], *ITEMS * 3])).embeddings()[: len(ITEMS)].flip(0)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(crowded, alone, atol=1e-5, rtol=0)
     assert (alone @ alone.T).fill_diagonal_(0).max() < 0.999, "different items have different embeddings"
@@ -382,8 +384,11 @@ def test_cache_size_of_the_paper() -> None:
             torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 20, 128, dtype=torch.bfloat16), layer
         )
     segments = torch.tensor([[0, 0] + [1] * 2 + [3] * 16])
-    context = Context(cache, segments >= 0, segments, torch.tensor([20]), torch.zeros(1, 1))
+    context = Context(cache, segments >= 0, segments, torch.tensor([20]))
     assert context.compressed(template_visible=True).item_bytes() == [448 * 1024]
+    (memory,) = memories_of(context, "", "bf16")
+    assert memory.layout == MemoryLayout("", 28, 2, 16, 128, "bf16")
+    assert memory.layout.size_bytes == len(memory.to_bytes()) == 448 * 1024 + 4
 
 
 def test_plain_transformers_class_loads_a_checkpoint(tiny_model_dir: str) -> None:

@@ -16,7 +16,7 @@ import crem
 from crem.cli import main
 from crem.config import load_config
 from crem.errors import ConfigError
-from crem.inference import batches_by_length
+from crem.model.encoding import batches_by_length
 from pipelines.corpus import work_plan
 from pipelines.embedding import embed_run, shard_commit, windows
 from pipelines.embedding import verify_embeddings as verifying
