@@ -117,6 +117,11 @@ def embed(
         f"rows in {made.rows_in} = embedded {made.embedded} + errors {made.errors}   "
         f"{made.items_per_s:.0f} items/s   fingerprint {made.fingerprint}"
     )
+    if made.rows_in > made.resumed:
+        start, middle, end = made.idle
+        print(f"  models idle {start:.0%} at the start, {middle:.0%} in the middle, {end:.0%} at the end")
+    if made.cost is not None:
+        print(f"  cost {made.cost:.2f}")
     if made.failed:
         print("  errors: " + ", ".join(f"{count:,} {reason}" for reason, count in made.failed.items()))
     if made.repeated_ids:

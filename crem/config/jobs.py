@@ -171,6 +171,8 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     cpus_per_task: float = Field(1, gt=0)
     """Of a task that reads and prepares items. Source: ours."""
     threads_per_actor: int = Field(1, ge=1)
+    price_per_hour: float | None = Field(None, ge=0)
+    """Of an actor with its accelerator, in any currency; the job then says what it costs. Source: ours."""
     chorus_tokens: int | None = Field(None, ge=0)
     """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""
 

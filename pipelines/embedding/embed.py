@@ -23,6 +23,7 @@ from crem.config import EmbedConfig, RunConfig
 from crem.errors import ConfigError
 from pipelines.corpus.corpus_place import require_outside
 from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks
+from pipelines.embedding.embed_progress import EmbedProgress
 from pipelines.embedding.embed_run import EmbedRun
 from pipelines.embedding.output import EmbedManifest, EmbedPlan, ShardLedger, check_plan, parts_of, read_ledgers
 from pipelines.embedding.output_columns import OutputColumns
@@ -162,9 +163,11 @@ class _Job:
         run = EmbedRun(self.target, work, self.plan, work_plan, self._schema(), self._maker(), self.config)
         resumed = run.start(done)
         log.info("embedding %d items with %s, %d already done", work_plan.records, self.plan.fingerprint, resumed)
-        for _ in run.steps():
-            self.lease.check()
-        return self._finish(work_plan, resumed, max_text_tokens, time.monotonic() - began)
+        progress = EmbedProgress(self.target, work_plan.records, resumed, self.config, session.cpus())
+        with progress:
+            for _ in run.steps(progress):
+                self.lease.check()
+        return self._finish(work_plan, progress, resumed, max_text_tokens, time.monotonic() - began)
 
     def _schema(self) -> pa.Schema:
         plan = self.plan
@@ -182,7 +185,9 @@ class _Job:
             if line not in said and not any(line.startswith(f"column {name!r} ") for name in kept):
                 log.warning("%s", line)
 
-    def _finish(self, work_plan: WorkPlan, resumed: int, max_text_tokens: int, seconds: float) -> EmbedManifest:
+    def _finish(
+        self, work_plan: WorkPlan, progress: EmbedProgress, resumed: int, max_text_tokens: int, seconds: float
+    ) -> EmbedManifest:
         ledgers = read_ledgers(self.target)
         rows = sum(ledger.rows for ledger in ledgers)
         if len(ledgers) != work_plan.groups or rows != work_plan.records:
@@ -198,7 +203,7 @@ class _Job:
         for ledger in ledgers:
             unknown.counts.update(ledger.unknown)
         self._warn(unknown)
-        manifest = self._manifest(ledgers, resumed, max_text_tokens, seconds)
+        manifest = self._manifest(ledgers, progress, resumed, max_text_tokens, seconds)
         self.lease.check()
         if not manifest.embedded:
             raise ConfigError(
@@ -213,7 +218,12 @@ class _Job:
         return manifest
 
     def _manifest(
-        self, ledgers: list[ShardLedger], resumed: int, max_text_tokens: int, seconds: float
+        self,
+        ledgers: list[ShardLedger],
+        progress: EmbedProgress,
+        resumed: int,
+        max_text_tokens: int,
+        seconds: float,
     ) -> EmbedManifest:
         failed: dict[str, int] = {}
         for ledger in ledgers:
@@ -232,6 +242,9 @@ class _Job:
             failed=dict(sorted(failed.items())),
             resumed=resumed,
             items_per_s=round((rows - resumed) / seconds, 1),
+            seconds=round(seconds, 1),
+            idle=progress.idle(),
+            cost=progress.entry().cost,
             shards=len(ledgers),
             parts=len(parts_of(ledgers)),
             repeated_ids=repeated_ids(self.target, ledgers),

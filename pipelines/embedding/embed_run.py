@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -14,6 +13,7 @@ import ray.data
 from crem.config import EmbedConfig
 from pipelines.corpus import work_plan
 from pipelines.corpus.work_plan import Piece, WorkPlan, read_pieces
+from pipelines.embedding.embed_progress import EmbedProgress
 from pipelines.embedding.output import EmbedPlan, ShardLedger
 from pipelines.embedding.shard_commit import commit_shard, complete_pieces
 from pipelines.embedding.window_embedder import WindowCounts, WindowEmbedder
@@ -25,7 +25,6 @@ __all__ = ["EmbedRun"]
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 10.0
 _PIECES_AT_ONCE = 8192
 """Pieces of one Ray Data execution, up to 33 million rows: its driver keeps some 10 KB for each."""
 _CALLS_PER_ACTOR = 2
@@ -47,7 +46,6 @@ class EmbedRun:
     ):
         self.target, self.work, self.plan, self.pieces = target, work, plan, pieces
         self.schema, self.maker, self.config = schema, maker, config
-        self.progress = _Progress(pieces.records)
         self._missing: dict[int, set[int]] = {}
         self._windows: dict[int, tuple[set[int], int]] = {}
         self._commits: dict[ray.ObjectRef[ShardLedger], int] = {}
@@ -63,10 +61,9 @@ class EmbedRun:
                 pieces = complete_pieces(staged.child(name)) & self._missing[int(name)]
                 self._missing[int(name)] -= pieces
                 resumed += len(pieces) * self.pieces.records // self.pieces.pieces
-        self.progress.resumed = resumed = min(resumed, self.pieces.records)
-        return resumed
+        return min(resumed, self.pieces.records)
 
-    def steps(self) -> Iterator[None]:
+    def steps(self, progress: EmbedProgress) -> Iterator[None]:
         """Embed; yields often, so that the caller may look after its lease."""
         for shard, missing in list(self._missing.items()):
             if not missing:
@@ -74,7 +71,7 @@ class EmbedRun:
         waiting = (piece for piece in read_pieces(self.work, self.pieces) if self._is_missing(piece.number))
         while pieces := list(islice(waiting, _PIECES_AT_ONCE)):
             for counts in ray_tasks.results(self._dataset(pieces)):
-                self.progress.add(counts)
+                progress.add(counts)
                 self._staged(counts)
                 self._collect(wait=False)
                 yield
@@ -135,37 +132,3 @@ class EmbedRun:
             ledger = ray.get(commit)
             del self._commits[commit]
             log.debug("shard %d: %d rows in %d parts", ledger.shard, ledger.rows, len(ledger.parts))
-
-
-class _Progress:
-    """Says every few seconds how far the job is."""
-
-    def __init__(self, records: int):
-        self.records, self.resumed = records, 0
-        self._rows = self._errors = self._tokens = 0
-        self._device_s = 0.0
-        self._actors: set[str] = set()
-        self._began = self._logged = time.monotonic()
-
-    def add(self, counts: WindowCounts) -> None:
-        self._rows += counts.rows
-        self._errors += counts.rows - counts.embedded
-        self._tokens += counts.tokens
-        self._device_s += counts.device_s
-        self._actors.add(counts.actor)
-        now = time.monotonic()
-        if now - self._logged < _LOG_EVERY_S:
-            return
-        self._logged, seconds = now, now - self._began
-        rate = self._rows / seconds
-        left = max(0, self.records - self.resumed - self._rows) / rate if rate else 0
-        log.info(
-            "%d of %d items, %d errors, %.0f items/s, %.0f tokens/s, models busy %.0f %%, about %.0f min left",
-            self.resumed + self._rows,
-            self.records,
-            self._errors,
-            rate,
-            self._tokens / seconds,
-            100 * self._device_s / (seconds * len(self._actors)),
-            left / 60,
-        )

@@ -24,6 +24,7 @@ from pipelines.tables.storage import Folder, JobKind
 
 __all__ = [
     "LEDGER",
+    "PROGRESS",
     "EmbedManifest",
     "EmbedPlan",
     "ShardLedger",
@@ -37,6 +38,8 @@ __all__ = [
 
 LEDGER = "ledger"
 """Folder of the ledgers."""
+PROGRESS = "progress.jsonl"
+"""What the jobs said while they ran (``embed_progress``)."""
 
 
 class EmbedPlan(JsonFile):
@@ -81,6 +84,10 @@ class ShardLedger(BaseModel):
     tokens: int
     device_s: float
     """Seconds that models took for it."""
+    prepare_s: float = 0.0
+    """Seconds in which its items were read and prepared."""
+    seconds: float = 0.0
+    """From the model's first window of it to the last."""
     unknown: dict[str, int]
     """Rows that have a column which is not read."""
     fingerprint: str
@@ -111,6 +118,12 @@ class EmbedManifest(JsonFile):
     """Rows that an earlier run had finished."""
     items_per_s: float
     """Of the rows that this run embedded."""
+    seconds: float = 0.0
+    """Of this run."""
+    idle: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Share of the time in which the models waited: in the first, middle and last third of this run."""
+    cost: float | None = None
+    """Of the accelerators in this run, where ``embed.price_per_hour`` is set."""
     shards: int = 0
     parts: int = 0
     repeated_ids: int = 0

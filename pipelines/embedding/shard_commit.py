@@ -157,6 +157,8 @@ def _ledger(
         longest_text=max((window.longest_text for window in windows), default=0),
         tokens=sum(window.tokens for window in windows),
         device_s=round(sum(window.device_s for window in windows), 3),
+        prepare_s=round(sum(window.prepare_s for window in windows), 3),
+        seconds=round(max(w.ended for w in windows) - min(w.ended - w.device_s for w in windows), 3),
         unknown=dict(sorted(unknown.items())),
         fingerprint=plan.fingerprint,
         parts=tuple(parts),

@@ -18,6 +18,7 @@ from crem.errors import ConfigError
 from pipelines.corpus.work_plan import WORK
 from pipelines.embedding.output import (
     LEDGER,
+    PROGRESS,
     EmbedManifest,
     EmbedPlan,
     ShardLedger,
@@ -116,7 +117,7 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], *, thoroughly: bo
 
 def remove_output(target: Folder) -> None:
     """Remove what an earlier embedding run left."""
-    for name in (EmbedManifest.FILE, LEDGER, WORK, EmbedPlan.FILE):
+    for name in (EmbedManifest.FILE, LEDGER, WORK, PROGRESS, EmbedPlan.FILE):
         target.remove(name)
     in_threads(target.remove, target.files(".parquet"))
 

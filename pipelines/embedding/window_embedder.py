@@ -49,6 +49,10 @@ class WindowCounts:
     tokens: int = 0
     device_s: float = 0.0
     """Seconds that the model took."""
+    prepare_s: float = 0.0
+    """Seconds in which its items were read and prepared."""
+    ended: float = 0.0
+    """When the model was done: seconds since 1970."""
     unknown: dict[str, int] = field(default_factory=dict)
     """Rows that have a column which is not read."""
     actor: str = ""
@@ -98,6 +102,8 @@ class WindowEmbedder:
             cuts.longest,
             sum(sequence.tokens for sequence in window.sequences),
             round(device_s, 4),
+            window.prepare_s,
+            round(time.time(), 3),
             dict(sorted(window.unknown.counts.items())),
             self.actor,
         )

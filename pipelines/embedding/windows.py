@@ -7,6 +7,7 @@ of one row, so that Ray Data neither splits nor joins it: the windows of a piece
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -54,6 +55,8 @@ class Window:
     sequences: list[PreparedSequence]
     """Of the items without an error, in their order."""
     unknown: UnknownColumns = field(default_factory=UnknownColumns)
+    prepare_s: float = 0.0
+    """Seconds in which its items were read and prepared."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,14 @@ class WindowMaker:
         prepare = partial(_prepared, collator, self.chorus_tokens)
         held: list[LoadedItem] = []
         size = number = 0
+        began = time.perf_counter()
         for item in self._items(piece, records, collator.limits, prepare):
             if held and size + _size(item) > _WINDOW_BYTES:
-                yield self._window(piece.number, number, held, last=False)
-                held, size, number = [], 0, number + 1
+                yield self._window(piece.number, number, held, time.perf_counter() - began)
+                held, size, number, began = [], 0, number + 1, time.perf_counter()
             held.append(item)
             size += _size(item)
-        yield self._window(piece.number, number, held, last=True, unknown=records.unknown)
+        yield self._window(piece.number, number, held, time.perf_counter() - began, records.unknown)
 
     def _items(self, piece: Piece, records: RecordReader, limits: ImageConfig, prepare: Any) -> Iterator[LoadedItem]:
         keep = [column.name for column in self.columns.kept]
@@ -98,8 +102,9 @@ class WindowMaker:
                 )
 
     def _window(
-        self, piece: int, number: int, items: list[LoadedItem], *, last: bool, unknown: UnknownColumns | None = None
+        self, piece: int, number: int, items: list[LoadedItem], prepare_s: float, unknown: UnknownColumns | None = None
     ) -> Window:
+        """``unknown`` is given with the last window of the piece."""
         ids, faults = typed([item.id for item in items], self.columns.id, self.columns.id_name)
         kept: list[pa.Array] = []
         for place, column in enumerate(self.columns.kept):
@@ -117,7 +122,8 @@ class WindowMaker:
         sequences = [
             item.sequence for item, error in zip(items, errors, strict=True) if item.sequence and error is None
         ]
-        return Window(piece, number, last, pa.table(columns), sequences, unknown or UnknownColumns())
+        last, unknown = unknown is not None, unknown or UnknownColumns()
+        return Window(piece, number, last, pa.table(columns), sequences, unknown, round(prepare_s, 4))
 
 
 def _prepared(collator: Collator, chorus_tokens: int | None, item: Item) -> PreparedSequence:

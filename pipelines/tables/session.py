@@ -12,7 +12,7 @@ import ray.data
 from crem.doctor import refuse_ray_client
 from crem.errors import ResourceError
 
-__all__ = ["cluster_address", "connect", "on_cluster", "require"]
+__all__ = ["cluster_address", "connect", "cpus", "on_cluster", "require"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ def cluster_address() -> str:
     """``RAY_ADDRESS`` where it names a cluster, else the empty string."""
     address = os.environ.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
+
+
+def cpus() -> float:
+    """Of the nodes that are there now."""
+    return float(ray.cluster_resources().get("CPU", 0))
 
 
 def require(job: str, *, cpus: float, gpus: float, remedy: str) -> None:

@@ -64,6 +64,7 @@ def test_what_counts_first() -> None:
     assert split_of({}, "x.json", folder="test", within="validation") == "test"
     assert split_of({}, "x.json", within="validation") == "validation"
     assert split_of({}, "x.json", within="data") == "train"
+    assert split_of({}, "val/test-00.parquet") == "test"
 
 
 @pytest.mark.parametrize("name", ["Val", "VALID", "dev", "val2017", "Test_A", "Train", "dev-clean", "restval", "eval"])

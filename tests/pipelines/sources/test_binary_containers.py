@@ -92,16 +92,17 @@ def test_numbers_of_classes_become_the_names_that_datasets_writes(tmp_path: Path
         "text": {"dtype": "string", "_type": "Value"},
     }
     inner = {"box": 1, "class": 1}
-    rows = [{"label": n, "many": [0, 1], "listed": [1], "inner": inner, "text": "x"} for n in (1, 0, -1, None, 2)]
+    rows = [{"label": n, "many": [0, 1], "listed": [1], "inner": inner, "text": "x"} for n in (1, 0, -1, None, 2, -2)]
     table = pa.Table.from_pylist(rows)
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
     found = [row for part in ranges_of(str(tmp_path)) for row in sources.read(part)]
-    assert [row.record and row.record["label"] for row in found] == ["dog", "cat", None, None, None]
+    assert [row.record and row.record["label"] for row in found] == ["dog", "cat", None, None, None, None]
     assert found[0].record == {
         "label": "dog", "many": ["cat", "dog"], "listed": ["dog"], "inner": {"box": 1, "class": "dog"}, "text": "x"
     }  # fmt: skip
-    assert [row.parse_error for row in found] == ["", "", "", "", "label is 2; the schema has 2 classes"]
+    unnamed = [f"label is {number}; the schema has 2 classes" for number in (2, -2)]
+    assert [row.parse_error for row in found] == ["", "", "", "", *unnamed]
 
 
 MEMBERS = [
