@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from crem.checkpoint import read_collator
 from crem.config import EmbedConfig, RunConfig
+from crem.data.collator import Collator
 from crem.errors import ConfigError
 from pipelines.corpus.corpus_place import require_outside
 from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks
@@ -37,7 +40,7 @@ from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
 from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import table_parts
-from pipelines.tables.models import describe_model
+from pipelines.tables.models import ModelLoader, describe_model, load_model
 from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
@@ -52,7 +55,15 @@ _LOOKED_FOR = 1000
 
 
 def embed(
-    model: str, source: str, out: str, config: RunConfig, *, fresh: bool = False, repair: bool = False
+    model: str,
+    source: str,
+    out: str,
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    repair: bool = False,
+    load: ModelLoader = load_model,
+    read: Callable[[str], Collator] = read_collator,
 ) -> EmbedManifest:
     """Embed every item of ``source`` with the checkpoint ``model``.
 
@@ -62,6 +73,8 @@ def embed(
         out: folder or URI; a run that was interrupted continues there, and one that is complete does nothing.
         fresh: first remove what an earlier embedding run left in ``out``.
         repair: read all parts that are done, and embed the shards anew of which one is missing or damaged.
+
+        load, read: make the model of an actor and the collator of a task; benchmarks of the job alone have others.
 
     Raises:
         ConfigError: there is nothing to embed, its format is not known, or not one item could be embedded; ``out``
@@ -111,7 +124,7 @@ def embed(
         Folder.at(out).claim(JobKind.EMBED)
         require_shared(target)
         with Lease.take(target, JobKind.EMBED) as lease:
-            job = _Job(target, plan, table, detection, columns, reader, settings, lease)
+            job = _Job(target, plan, table, detection, columns, reader, settings, lease, load, read)
             return job.run(draft, description.max_text_tokens, fresh=fresh, repair=repair)
 
 
@@ -140,6 +153,8 @@ class _Job:
     reader: ImageReader
     config: EmbedConfig
     lease: Lease
+    load: ModelLoader
+    read: Callable[[str], Collator]
 
     def run(self, draft: DraftPlan | None, max_text_tokens: int, *, fresh: bool, repair: bool) -> EmbedManifest:
         if fresh:
@@ -160,7 +175,7 @@ class _Job:
         work_plan = WorkPlan.read(work) or (draft.write(work) if draft is not None else None)
         work_plan = work_plan or plan_by_tasks(self.table, self.config.rows_per_task, None, work)
         self.target.remove(EmbedManifest.FILE)
-        run = EmbedRun(self.target, work, self.plan, work_plan, self._schema(), self._maker(), self.config)
+        run = EmbedRun(self.target, work, self.plan, work_plan, self._schema(), self._maker(), self.config, self.load)
         resumed = run.start(done)
         log.info("embedding %d items with %s, %d already done", work_plan.records, self.plan.fingerprint, resumed)
         progress = EmbedProgress(self.target, work_plan.records, resumed, self.config, session.cpus())
@@ -175,7 +190,9 @@ class _Job:
         return self.columns.schema(stamp)
 
     def _maker(self) -> WindowMaker:
-        return WindowMaker(self.plan.model, self.plan.chorus_tokens, self.reader, self.detection, self.columns)
+        return WindowMaker(
+            self.plan.model, self.plan.chorus_tokens, self.reader, self.detection, self.columns, self.read
+        )
 
     def _warn(self, unknown: UnknownColumns) -> None:
         """Say which columns are not read; those that are kept are not among them."""

@@ -19,6 +19,7 @@ from pipelines.embedding.shard_commit import commit_shard, complete_pieces
 from pipelines.embedding.window_embedder import WindowCounts, WindowEmbedder
 from pipelines.embedding.windows import WindowMaker
 from pipelines.tables import ray_tasks
+from pipelines.tables.models import ModelLoader, load_model
 from pipelines.tables.storage import Folder
 
 __all__ = ["EmbedRun"]
@@ -43,7 +44,9 @@ class EmbedRun:
         schema: pa.Schema,
         maker: WindowMaker,
         config: EmbedConfig,
+        load: ModelLoader = load_model,
     ):
+        self.load = load
         self.target, self.work, self.plan, self.pieces = target, work, plan, pieces
         self.schema, self.maker, self.config = schema, maker, config
         self._missing: dict[int, set[int]] = {}
@@ -103,7 +106,7 @@ class EmbedRun:
                 ),
                 num_cpus=config.cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
-                fn_constructor_args=(self.work, self.plan, self.schema, work_plan.GROUP_PIECES, config),
+                fn_constructor_args=(self.work, self.plan, self.schema, work_plan.GROUP_PIECES, config, self.load),
             )
         )
 

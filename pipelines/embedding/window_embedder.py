@@ -23,7 +23,7 @@ from crem.errors import CheckpointError, ResourceError
 from pipelines.embedding.output import EmbedPlan
 from pipelines.embedding.windows import ERROR, WINDOW, Window
 from pipelines.tables import ray_tasks
-from pipelines.tables.models import load_model
+from pipelines.tables.models import ModelLoader, load_model
 from pipelines.tables.storage import Folder
 
 __all__ = ["WindowCounts", "WindowEmbedder", "counts_of", "staged_file", "staged_place"]
@@ -65,8 +65,16 @@ class WindowCounts:
 class WindowEmbedder:
     """One model; embeds a window per call."""
 
-    def __init__(self, work: Folder, plan: EmbedPlan, schema: pa.Schema, group_pieces: int, config: EmbedConfig):
-        self.model = load_model(plan.model, config.threads_per_actor, config.chorus_tokens)
+    def __init__(
+        self,
+        work: Folder,
+        plan: EmbedPlan,
+        schema: pa.Schema,
+        group_pieces: int,
+        config: EmbedConfig,
+        load: ModelLoader = load_model,
+    ):
+        self.model = load(plan.model, config.threads_per_actor, config.chorus_tokens)
         self.work, self.plan, self.schema, self.group_pieces = work, plan, schema, group_pieces
         self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
         self.actor = ray.get_runtime_context().get_actor_id() or ""

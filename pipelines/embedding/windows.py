@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -25,6 +25,7 @@ from pipelines.corpus.work_plan import Piece
 from pipelines.embedding import item_table
 from pipelines.embedding.item_table import LoadedItem
 from pipelines.embedding.output_columns import OutputColumns, typed
+from pipelines.embedding.packed_sequences import PackedSequences
 from pipelines.formats.detection import Detection
 from pipelines.formats.record_reader import RecordReader
 from pipelines.formats.unknown_columns import UnknownColumns
@@ -58,6 +59,12 @@ class Window:
     prepare_s: float = 0.0
     """Seconds in which its items were read and prepared."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"sequences": PackedSequences.of(self.sequences)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"sequences": state["sequences"].unpack()})
+
 
 @dataclass(frozen=True)
 class WindowMaker:
@@ -68,6 +75,7 @@ class WindowMaker:
     reader: ImageReader
     detection: Detection
     columns: OutputColumns
+    read: Callable[[str], Collator] = read_collator
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for task in batch[ray_tasks.TASK].to_pylist():
@@ -79,7 +87,7 @@ class WindowMaker:
 
     def windows(self, piece: Piece) -> Iterator[Window]:
         """The windows of a piece, at least one."""
-        collator = _collator(self.model)
+        collator = _collator(self.read, self.model)
         records = RecordReader(self.detection, "items")
         prepare = partial(_prepared, collator, self.chorus_tokens)
         held: list[LoadedItem] = []
@@ -131,8 +139,8 @@ def _prepared(collator: Collator, chorus_tokens: int | None, item: Item) -> Prep
 
 
 @lru_cache(1)
-def _collator(model: str) -> Collator:
-    return read_collator(model)
+def _collator(read: Callable[[str], Collator], model: str) -> Collator:
+    return read(model)
 
 
 def _size(item: LoadedItem) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 
@@ -10,7 +11,10 @@ if TYPE_CHECKING:
     import crem
     from crem.checkpoint import CheckpointInfo
 
-__all__ = ["describe_model", "load_model"]
+__all__ = ["ModelLoader", "describe_model", "load_model"]
+
+ModelLoader: TypeAlias = Callable[[str, int, int | None], Any]
+"""As ``load_model``. What it makes has a ``fingerprint``, a ``dim`` and ``embed_prepared``."""
 
 
 def describe_model(model: str, *, cpus: float, gpus: float, chorus_tokens: int | None) -> CheckpointInfo:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -42,6 +41,7 @@ from pipelines.corpus.work_plan import WorkPlan
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder, JobKind
+from tests.bench.process_memory import Peaks
 from tests.bench.sampling import sampled
 from tests.bench.timing import table
 
@@ -136,43 +136,13 @@ def _verified(out: str) -> None:
 
 def _measured(rows: int, step: str, run: Callable[[], object]) -> list[str]:
     start = time.perf_counter()
-    peaks = _Peaks()
+    peaks = Peaks()
     with sampled(peaks.sample):
         run()
     seconds = time.perf_counter() - start
     found = [f"{rows:,}", step, f"{seconds:.1f}", f"{seconds / rows * 1e6:.1f}", *(f"{mb:.0f}" for mb in peaks.mb)]
     print(" ".join(found), flush=True)
     return found
-
-
-class _Peaks:
-    """The most that this process, any worker, all workers and the object store held, in MB."""
-
-    def __init__(self) -> None:
-        self.mb = [0.0] * 4
-        self._store = ray.cluster_resources()["object_store_memory"]
-
-    def sample(self) -> None:
-        me = psutil.Process()
-        workers = [_private(child) for child in me.children(recursive=True) if _is_worker(child)]
-        store = (self._store - ray.available_resources().get("object_store_memory", 0)) / 1e6
-        now = [_private(me), max(workers, default=0.0), sum(workers), store]
-        self.mb = [max(before, value) for before, value in zip(self.mb, now, strict=True)]
-
-
-def _private(process: psutil.Process) -> float:
-    try:
-        memory = process.memory_info()
-    except psutil.Error:
-        return 0.0
-    return float(memory.rss - memory.shared) / 1e6
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    try:
-        return any("ray::" in part for part in process.cmdline()[:1])
-    except psutil.Error:
-        return False
 
 
 def _write_texts(folder: Path, rows: int) -> None:
