@@ -3,9 +3,10 @@
     python -m tests.bench.bench_embed_scale --rows 10000 100000 1000000 10000000 --folder /scratch --plot scale.svg
 
 All of the job is real but the model (``null_model``): plan, reading, windows, staged files, commits, ledgers, repeated
-ids, manifest; then ``crem verify``. With ``--tokenize`` the tokenizer is real too. Texts of six words in Parquet files of 100,000 rows. A line of
-JSON for each size goes to ``--log``, from which ``--plot`` draws later: the largest sizes run on their own for hours.
-Memory is what a process does not share, and the most of any at a time.
+ids, manifest; then ``crem verify``. With ``--tokenize`` the tokenizer is real too. Texts of six words in Parquet files
+of 100,000 rows. A line of JSON for each size goes to ``--log``, from which ``--plot`` draws later: the largest sizes run
+on their own for hours. Memory is what a process does not share, and the most of any at a time; "steady" is between the
+first and the last window, without the start of the workers.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def measured(folder: Path, rows: int, *, tokenize: bool) -> dict[str, Any]:
     source, out = folder / "items", str(folder / "out")
     write_texts(source, rows)
     peaks = Peaks()
-    load = os.getloadavg()[0]
+    loads: list[float] = []
     read: Any = read_collator if tokenize else NullCollator
     config = load_config("micro", ["embed.cpus_per_actor=0.5", "embed.max_actors=1"])
     windows: list[tuple[float, float, int]] = []
     began = time.perf_counter()
-    with sampled(peaks.sample, 0.5), each_window(windows, peaks):
+    with sampled(peaks.sample, 0.5), sampled(lambda: loads.append(os.getloadavg()[0]), 5), each_window(windows, peaks):
         made = embed(MODEL, str(source), out, config, load=load_null_model, read=read)
     seconds = time.perf_counter() - began
     assert (made.rows_in, made.embedded, made.repeated_ids) == (rows, rows, 0), made
@@ -108,7 +109,7 @@ def measured(folder: Path, rows: int, *, tokenize: bool) -> dict[str, Any]:
         "objects MB": round(objects),
         "verify s": round(time.perf_counter() - began, 1),
         "shards": made.shards,
-        "load before": round(load, 1),
+        "load": round(float(np.mean(loads or [0])), 1),
     }
 
 
@@ -153,9 +154,13 @@ def plot(runs: list[dict[str, Any]]) -> str:
     charts.line(
         cost, list(zip(x, [run["steady CPU µs/row"] for run in runs], strict=True)), charts.BLUE, "processor time"
     )
-    charts.line(cost, list(zip(x, [run["steady µs/row"] for run in runs], strict=True)), charts.ORANGE, "time")
-    charts.line(memory, list(zip(x, [run["driver MB"] for run in runs], strict=True)), charts.BLUE, "driver")
-    charts.line(memory, list(zip(x, [run["worker MB"] for run in runs], strict=True)), charts.ORANGE, "largest worker")
+    for axis, name, colour, label in (
+        (cost, "steady CPU µs/row", charts.BLUE, "processor time"),
+        (cost, "steady µs/row", charts.ORANGE, "time"),
+        (memory, "driver MB", charts.BLUE, "driver"),
+        (memory, "worker MB", charts.ORANGE, "largest worker"),
+    ):
+        charts.line(axis, list(zip(x, [run[name] for run in runs], strict=True)), colour, label)
     for axis, title in ((cost, "µs a row"), (memory, "MB")):
         axis.set_xscale("log")
         axis.set_ylim(bottom=0)
