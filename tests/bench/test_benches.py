@@ -19,6 +19,7 @@ from tests.bench import (
     bench_cache,
     bench_compile,
     bench_decode,
+    bench_embed_scale,
     bench_images,
     bench_reads,
     bench_step,
@@ -156,6 +157,16 @@ def test_bench_reads_footers(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [float(line.split(" | ")[2].rstrip(" |")) for line in capsys.readouterr().out.splitlines()[2:]]
     assert all(stored < default for stored, default in zip(sizes[::2], sizes[1::2], strict=True))
     assert sizes[::2] == sorted(sizes[::2], reverse=True), "larger row groups have smaller footers"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_embed_scale(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The whole job with the null model; ``measured`` itself asserts that every row came out and verifies."""
+    log, plot = tmp_path / "log.jsonl", tmp_path / "plot.svg"
+    bench_embed_scale.main(["--rows", "600", "--folder", str(tmp_path), "--log", str(log), "--plot", str(plot)])
+    ((rows, *_),) = cells(capsys.readouterr().out)
+    assert rows == "600" and json.loads(log.read_text())["driver MB"] > 50 and "<svg" in plot.read_text()
 
 
 @pytest.mark.ray
