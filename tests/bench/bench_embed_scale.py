@@ -4,9 +4,9 @@
 
 All of the job is real but the model (``null_model``): plan, reading, windows, staged files, commits, ledgers, repeated
 ids, manifest; then ``crem verify``. With ``--tokenize`` the tokenizer is real too. Texts of six words in Parquet files
-of 100,000 rows. A line of JSON for each size goes to ``--log``, from which ``--plot`` draws later: the largest take hours.
-Memory is what a process does not share, and the most of any at a time; "steady" is between the
-first and the last window, without the start of the workers.
+of 100,000 rows. A line of JSON for each size goes to ``--log``, from which ``--plot`` draws later. Memory is what a
+process does not share, the most of any at a time; "steady" is from the first to the last window, without the start of
+the workers.
 """
 
 from __future__ import annotations
