@@ -67,6 +67,7 @@ class LocalCluster:
         self,
         nodes: int = 2,
         *,
+        host: str = "127.0.0.1",
         cpus_per_node: int = 2,
         object_store_bytes: int = 100 << 20,
         resources: Sequence[dict[str, float]] = (),
@@ -76,6 +77,7 @@ class LocalCluster:
 
         Args:
             nodes: number of nodes, including the head.
+            host: address of the head, for nodes in network namespaces of their own.
             cpus_per_node: logical CPUs of each node; they may exceed the machine's.
             object_store_bytes: size of each node's object store in shared memory.
             resources: custom resources by node, for tests of placement; further nodes have none.
@@ -84,7 +86,7 @@ class LocalCluster:
         Raises:
             RuntimeError: a node died at start, with the end of its output, or not all were alive in time.
         """
-        self._cpus = cpus_per_node
+        self._cpus, self._start_timeout_s = cpus_per_node, start_timeout_s
         self._store_bytes = object_store_bytes
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._folder = Path(tempfile.mkdtemp(prefix="crem-ray-"))
@@ -93,7 +95,7 @@ class LocalCluster:
         token_file.touch(mode=0o600)
         token_file.write_text(self._token)
         gcs_port, dashboard_port, client_port = free_ports(3)
-        self.address = f"127.0.0.1:{gcs_port}"
+        self.address = f"{host}:{gcs_port}"
         self.job_server = f"http://127.0.0.1:{dashboard_port}"
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
@@ -107,7 +109,7 @@ class LocalCluster:
         try:
             head = ["--head", f"--port={gcs_port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
             head += [f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
-            self._start(head, resources[0] if resources else {})
+            self._start(head, resources[0] if resources else {}, host=host)
             self._wait(1, start_timeout_s)
             for number in range(1, nodes):
                 self.add_node(resources[number] if number < len(resources) else {}, wait=False)
@@ -117,16 +119,22 @@ class LocalCluster:
             raise
 
     def add_node(
-        self, resources: dict[str, float] | None = None, *, wait: bool = True, prefix: Sequence[str] = ()
+        self,
+        resources: dict[str, float] | None = None,
+        *,
+        wait: bool = True,
+        prefix: Sequence[str] = (),
+        host: str = "127.0.0.1",
     ) -> int:
         """Start one more worker node; returns its number (the head is 0).
 
         Args:
             prefix: words before the node's command line, such as ``unshare`` for its own mount namespace.
+            host: its address.
         """
-        self._start([f"--address={self.address}", "--include-log-monitor=false"], resources or {}, prefix)
+        self._start([f"--address={self.address}", "--include-log-monitor=false"], resources or {}, prefix, host=host)
         if wait:
-            self._wait(sum(node is not None for node in self._nodes), 60)
+            self._wait(sum(node is not None for node in self._nodes), self._start_timeout_s)
         return len(self._nodes) - 1
 
     def kill_node(self, number: int) -> None:
@@ -179,7 +187,9 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
-    def _start(self, arguments: list[str], resources: dict[str, float], prefix: Sequence[str] = ()) -> None:
+    def _start(
+        self, arguments: list[str], resources: dict[str, float], prefix: Sequence[str] = (), *, host: str
+    ) -> None:
         number = len(self._nodes)
         metrics, agent, agent_grpc, runtime_env = free_ports(4)
         command = [
@@ -189,7 +199,7 @@ class LocalCluster:
             "ray.scripts.scripts",
             "start",
             "--block",
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={host}",
         ]
         command += [f"--num-cpus={self._cpus}", "--num-gpus=0", f"--object-store-memory={self._store_bytes}"]
         command += [f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"]

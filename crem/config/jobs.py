@@ -173,6 +173,12 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     threads_per_actor: int = Field(1, ge=1)
     price_per_hour: float | None = Field(None, ge=0)
     """Of an actor with its accelerator, in any currency; the job then says what it costs. Source: ours."""
+    item_timeout_s: float = Field(300, gt=0)
+    """Longest time to decode and tokenise an item, or for a forward (on a CPU, for each item of it); then its process
+    ends, and a new one tries again. Source: ours; four such attempts end before Ray Data's 30 minutes without progress.
+    """
+    item_attempts: int = Field(2, ge=1)
+    """After so many deaths of a process its items go one by one, and one that so many processes die of is failed."""
     chorus_tokens: int | None = Field(None, ge=0)
     """K' of a nested model (``model.nested_chorus``); ``null`` means the model's K."""
 

@@ -5,7 +5,7 @@ Sequences of similar length share a forward, so that there is little padding amo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ def encode(
     batch_tokens: int | None,
     states: bool,
     memory: MemoryType | None,
+    before_batch: Callable[[int], None] | None,
 ) -> Encoded:
     """Run the model on sequences; arguments as of ``crem.Crem.encode_prepared``."""
     if memory is not None and not model.config.chorus_tokens:
@@ -57,6 +58,8 @@ def encode(
     states_NKD = np.zeros((len(sequences), count, dim), dtype=np.float16) if states else None
     memories: dict[int, ChorusMemory] = {}
     for rows in batches_by_length([sequence.tokens for sequence in sequences], batch_size, batch_tokens):
+        if before_batch is not None:
+            before_batch(len(rows))
         batch = collator.pad([sequences[i] for i in rows]).to(model.device)
         if memory is None:
             hidden_BTD, _ = model.encode(batch)

@@ -5,7 +5,7 @@ Nothing here decodes or tokenises an item; a server or a pipeline does that else
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +52,12 @@ class Forwards:
 
     @torch.inference_mode()
     def embed_prepared(
-        self, sequences: Sequence[PreparedSequence], *, batch_size: int = 64, batch_tokens: int | None = None
+        self,
+        sequences: Sequence[PreparedSequence],
+        *,
+        batch_size: int = 64,
+        batch_tokens: int | None = None,
+        before_batch: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Embeddings of prepared sequences, float32 [N, D], each of unit length, in the order given.
 
@@ -61,8 +66,11 @@ class Forwards:
         Args:
             batch_size: most items of a forward.
             batch_tokens: most tokens of a forward, padding included; one item may have more.
+            before_batch: called before every forward with the number of its items.
         """
-        return self.encode_prepared(sequences, batch_size=batch_size, batch_tokens=batch_tokens).vectors
+        return self.encode_prepared(
+            sequences, batch_size=batch_size, batch_tokens=batch_tokens, before_batch=before_batch
+        ).vectors
 
     @torch.inference_mode()
     def encode_prepared(
@@ -73,6 +81,7 @@ class Forwards:
         batch_tokens: int | None = None,
         states: bool = False,
         memory: MemoryType | None = None,
+        before_batch: Callable[[int], None] | None = None,
     ) -> Encoded:
         """``embed_prepared``, with the chorus states and the memories of the same forwards.
 
@@ -88,6 +97,7 @@ class Forwards:
             batch_tokens=batch_tokens,
             states=states,
             memory=memory,
+            before_batch=before_batch,
         )
 
     @torch.inference_mode()

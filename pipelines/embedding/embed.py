@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,23 +25,41 @@ from crem.checkpoint import read_collator
 from crem.config import EmbedConfig, RunConfig
 from crem.data.collator import Collator
 from crem.errors import ConfigError
+from pipelines.corpus import work_plan as plans
 from pipelines.corpus.corpus_place import require_outside
-from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks
+from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks, read_pieces
 from pipelines.embedding.embed_progress import EmbedProgress
 from pipelines.embedding.embed_run import EmbedRun
-from pipelines.embedding.output import EmbedManifest, EmbedPlan, ShardLedger, check_plan, parts_of, read_ledgers
+from pipelines.embedding.item_loading import LoaderSettings
+from pipelines.embedding.output import (
+    EmbedManifest,
+    EmbedPlan,
+    ShardLedger,
+    check_plan,
+    ledger_file,
+    parts_of,
+    read_ledgers,
+)
 from pipelines.embedding.output_columns import OutputColumns
-from pipelines.embedding.verify_embeddings import damaged_shards, remove_output, repeated_ids
-from pipelines.embedding.windows import WindowMaker
+from pipelines.embedding.verify_embeddings import (
+    damaged_shards,
+    remove_output,
+    remove_shard,
+    remove_strangers,
+    repeated_ids,
+    stray_parts,
+)
 from pipelines.formats.detection import Detection, detect_source
 from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
+from pipelines.tables.cluster_resources import Need, ResourceWatch, wait_for_resources
 from pipelines.tables.lease import Lease
 from pipelines.tables.manifest import table_parts
 from pipelines.tables.models import ModelLoader, describe_model, load_model
+from pipelines.tables.part_reads import in_threads
 from pipelines.tables.richness import warn_of_small_images
 from pipelines.tables.shared_folders import require_readable, require_readable_model, require_shared
 from pipelines.tables.storage import Folder, JobKind
@@ -92,10 +111,9 @@ def embed(
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
     reader = ImageReader.of(table.root, config.model.image, settings, table.archives)
     session.connect()
-    session.require(
-        f"embedding with {settings.min_actors} actors",
-        cpus=settings.min_actors * settings.cpus_per_actor + settings.cpus_per_task,
-        gpus=settings.min_actors * settings.gpus_per_actor,
+    wait_for_resources(
+        "embedding",
+        _needs(settings, settings.min_actors),
         remedy="lower embed.min_actors, embed.cpus_per_actor, embed.cpus_per_task or embed.gpus_per_actor",
     )
     require_readable(table.folder, *table.some_names(_LOOKED_FOR))
@@ -126,6 +144,13 @@ def embed(
         with Lease.take(target, JobKind.EMBED) as lease:
             job = _Job(target, plan, table, detection, columns, reader, settings, lease, load, read)
             return job.run(draft, description.max_text_tokens, fresh=fresh, repair=repair)
+
+
+def _needs(settings: EmbedConfig, actors: int) -> list[Need]:
+    return [
+        Need("actor", settings.cpus_per_actor, settings.gpus_per_actor, actors),
+        Need("task", settings.cpus_per_task, 0),
+    ]
 
 
 def _item_table(source: str) -> SourceFiles:
@@ -162,10 +187,13 @@ class _Job:
         began, is_new = time.monotonic(), not check_plan(self.target, self.plan)
         earlier = EmbedManifest.read(self.target)
         self.plan.write(self.target)
-        bad = damaged_shards(self.target, read_ledgers(self.target), thoroughly=repair)
+        if repair:
+            remove_strangers(self.target, self.plan)
+        bad = damaged_shards(self.target, read_ledgers(self.target), self.plan, thoroughly=repair)
         done = [ledger for ledger in read_ledgers(self.target) if ledger.shard not in bad]
-        if earlier is not None and not is_new and not bad and sum(ledger.rows for ledger in done) == earlier.rows_in:
+        if earlier is not None and not is_new and not bad and earlier.is_of(done):
             log.info("%s holds the vectors of this input already; nothing to do", self.target.uri)
+            self.target.remove(WORK)
             return earlier.model_copy(update={"resumed": earlier.rows_in, "items_per_s": 0.0})
         self._warn(UnknownColumns())
         work = self.target.child(WORK).child(self.plan.identity)
@@ -174,24 +202,64 @@ class _Job:
                 self.target.remove(WORK, other)
         work_plan = WorkPlan.read(work) or (draft.write(work) if draft is not None else None)
         work_plan = work_plan or plan_by_tasks(self.table, self.config.rows_per_task, None, work)
+        done = self._planned(done, work_plan, work, repair=repair)
         self.target.remove(EmbedManifest.FILE)
-        run = EmbedRun(self.target, work, self.plan, work_plan, self._schema(), self._maker(), self.config, self.load)
+        run = EmbedRun(
+            self.target,
+            work,
+            self.plan,
+            work_plan,
+            self._schema(),
+            self._loader(),
+            self.config,
+            self.lease.token,
+            self.load,
+        )
         resumed = run.start(done)
         log.info("embedding %d items with %s, %d already done", work_plan.records, self.plan.fingerprint, resumed)
         progress = EmbedProgress(self.target, work_plan.records, resumed, self.config, session.cpus())
-        with progress:
+        with progress, ResourceWatch("embedding", _needs(self.config, 1)):
             for _ in run.steps(progress):
                 self.lease.check()
         return self._finish(work_plan, progress, resumed, max_text_tokens, time.monotonic() - began)
+
+    def _planned(
+        self, done: list[ShardLedger], work_plan: WorkPlan, work: Folder, *, repair: bool
+    ) -> list[ShardLedger]:
+        """The ledgers that fit the plan. A repair removes the others; their rows are counted only there."""
+        rows = [ledger.rows for ledger in done]
+        if repair:
+            counts = Counter[int]()
+            for piece in read_pieces(work, work_plan):
+                counts[piece.number // plans.GROUP_PIECES] += sum(part.rows for part in piece.ranges)
+            rows = [counts[ledger.shard] for ledger in done]
+        fit: list[ShardLedger] = []
+        for ledger, planned in zip(done, rows, strict=True):
+            if ledger.shard < work_plan.groups and ledger.rows == planned:
+                fit.append(ledger)
+                continue
+            name = f"{self.target.uri}/{ledger_file(ledger.shard)}"
+            if not repair:
+                raise ConfigError(f"the input has {work_plan.groups} shards, and {name} is of none; give --repair")
+            log.warning("%s says %d rows, and the input has %d there; it is removed", name, ledger.rows, planned)
+            remove_shard(self.target, ledger)
+        return fit
 
     def _schema(self) -> pa.Schema:
         plan = self.plan
         stamp = schema.EmbeddingStamp(plan.fingerprint, plan.dim, plan.model, plan.chorus_tokens)
         return self.columns.schema(stamp)
 
-    def _maker(self) -> WindowMaker:
-        return WindowMaker(
-            self.plan.model, self.plan.chorus_tokens, self.reader, self.detection, self.columns, self.read
+    def _loader(self) -> LoaderSettings:
+        return LoaderSettings(
+            self.plan.model,
+            self.plan.chorus_tokens,
+            self.reader,
+            self.detection,
+            self.columns,
+            self.config.item_timeout_s,
+            self.config.item_attempts,
+            self.read,
         )
 
     def _warn(self, unknown: UnknownColumns) -> None:
@@ -211,7 +279,9 @@ class _Job:
             raise RuntimeError(
                 f"{work_plan.records} items in {work_plan.groups} shards went in, and {rows} in {len(ledgers)} came out"
             )
-        if bad := damaged_shards(self.target, ledgers, thoroughly=False):  # written by a node that joined meanwhile
+        if bad := damaged_shards(
+            self.target, ledgers, self.plan, thoroughly=False
+        ):  # written by a node that joined meanwhile
             raise ConfigError(
                 f"{self.target.uri} lacks parts of {len(bad)} shards that were written: not all nodes share it; run "
                 "again with --out on a file system that all nodes share, or an s3:// URI"
@@ -221,13 +291,14 @@ class _Job:
             unknown.counts.update(ledger.unknown)
         self._warn(unknown)
         manifest = self._manifest(ledgers, progress, resumed, max_text_tokens, seconds)
-        self.lease.check()
+        self.lease.confirm()
         if not manifest.embedded:
             raise ConfigError(
                 f"none of the {rows} items could be embedded: {manifest.failed}; the column error of {self.target.uri}/"
                 "part-*.parquet says why for each; mend them and run again with --fresh"
             )
         manifest.write(self.target)
+        in_threads(self.target.remove, stray_parts(self.target, ledgers))
         self.target.remove(WORK)
         if manifest.repeated_ids:
             log.warning("%d rows have an id that an earlier row has", manifest.repeated_ids)
@@ -265,6 +336,8 @@ class _Job:
             shards=len(ledgers),
             parts=len(parts_of(ledgers)),
             repeated_ids=repeated_ids(self.target, ledgers),
+            embedded_again=sum(ledger.embedded_again for ledger in ledgers),
+            prepared_again=sum(ledger.prepared_again for ledger in ledgers),
             tokens=sum(ledger.tokens for ledger in ledgers),
             device_s=round(sum(ledger.device_s for ledger in ledgers), 3),
             cut=sum(ledger.cut for ledger in ledgers),

@@ -13,7 +13,9 @@ import ray.data
 from crem.config import EmbedConfig
 from pipelines.corpus import work_plan
 from pipelines.corpus.work_plan import Piece, WorkPlan, read_pieces
+from pipelines.embedding.attempts import Attempts
 from pipelines.embedding.embed_progress import EmbedProgress
+from pipelines.embedding.item_loading import LoaderSettings
 from pipelines.embedding.output import EmbedPlan, ShardLedger
 from pipelines.embedding.shard_commit import commit_shard, complete_pieces
 from pipelines.embedding.window_embedder import WindowCounts, WindowEmbedder
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _PIECES_AT_ONCE = 8192
 """Pieces of one Ray Data execution, up to 33 million rows: its driver keeps some 10 KB for each."""
+_COMMIT_RETRIES = 20
+"""Of a commit whose process or node died."""
 _CALLS_PER_ACTOR = 2
 """The model computes one window while another is unpickled or written."""
 
@@ -42,13 +46,16 @@ class EmbedRun:
         plan: EmbedPlan,
         pieces: WorkPlan,
         schema: pa.Schema,
-        maker: WindowMaker,
+        loader: LoaderSettings,
         config: EmbedConfig,
+        run: str,
         load: ModelLoader = load_model,
     ):
         self.load = load
         self.target, self.work, self.plan, self.pieces = target, work, plan, pieces
-        self.schema, self.maker, self.config = schema, maker, config
+        self.schema, self.config = schema, config
+        self.attempts = Attempts(work, run, config.item_attempts, work_plan.GROUP_PIECES)
+        self.maker = WindowMaker(loader, self.attempts)
         self._missing: dict[int, set[int]] = {}
         self._windows: dict[int, tuple[set[int], int]] = {}
         self._commits: dict[ray.ObjectRef[ShardLedger], int] = {}
@@ -106,7 +113,7 @@ class EmbedRun:
                 ),
                 num_cpus=config.cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
-                fn_constructor_args=(self.work, self.plan, self.schema, work_plan.GROUP_PIECES, config, self.load),
+                fn_constructor_args=(self.work, self.plan, self.schema, self.attempts, config, self.load),
             )
         )
 
@@ -125,7 +132,7 @@ class EmbedRun:
 
     def _commit(self, shard: int) -> None:
         """In a task of its own, which waits for storage most of the time, beside those that embed."""
-        in_task = ray.remote(num_cpus=0)(commit_shard)
+        in_task = ray.remote(num_cpus=0, max_retries=_COMMIT_RETRIES)(commit_shard)
         commit = in_task.remote(shard, self.pieces.group(shard), target=self.target, work=self.work, plan=self.plan)
         self._commits[commit] = shard
 

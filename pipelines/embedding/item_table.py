@@ -17,7 +17,7 @@ from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RawRecord, SourceRow
 from pipelines.tables import schema
 
-__all__ = ["LoadedItem", "load_item"]
+__all__ = ["LoadedItem", "failed_item", "load_item"]
 
 _NO_ITEM = RawItem(None, (), None)
 
@@ -68,6 +68,14 @@ def load_item(
         failure = str(error)
     kept = tuple((row.record or {}).get(name) for name in keep)
     return LoadedItem(_item_id(row, item, id_name), sequence, failure, uri or _name_of(item), item.text, kept)
+
+
+def failed_item(row: SourceRow, error: str, *, id_name: str = "id", keep: Sequence[str] = ()) -> LoadedItem:
+    """The item of a row that was given up, by what its record says without being read."""
+    record: RawRecord = row.record or {}
+    uri, text = (value if isinstance(value := record.get(name), str) else None for name in ("uri", "text"))
+    kept = tuple(record.get(name) for name in keep)
+    return LoadedItem(_item_id(row, _NO_ITEM, id_name), None, error, uri, text, kept)
 
 
 def _name_of(item: RawItem) -> str | None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from crem.data.sequence import CutCount
 from crem.errors import ConfigError
+from pipelines.tables.conditional_write import write_new
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.part_reads import in_threads
@@ -29,11 +30,12 @@ __all__ = [
     "EmbedPlan",
     "ShardLedger",
     "check_plan",
+    "create_ledger",
     "ledger_file",
     "part_name",
     "parts_of",
+    "read_ledger",
     "read_ledgers",
-    "write_ledger",
 ]
 
 LEDGER = "ledger"
@@ -90,7 +92,13 @@ class ShardLedger(BaseModel):
     """From the model's first window of it to the last."""
     unknown: dict[str, int]
     """Rows that have a column which is not read."""
+    embedded_again: int = 0
+    """Rows of windows that were begun once more, because a process died; as often as they were."""
+    prepared_again: int = 0
+    """The same of pieces that were read and prepared."""
     fingerprint: str
+    identity: str = ""
+    """Of the plan."""
     parts: tuple[PartFile, ...]
     committed: str
     """Time, UTC."""
@@ -128,6 +136,10 @@ class EmbedManifest(JsonFile):
     parts: int = 0
     repeated_ids: int = 0
     """Rows whose id an earlier row has."""
+    embedded_again: int = 0
+    """Rows of windows that were begun once more because a process died, in all runs; as often as they were."""
+    prepared_again: int = 0
+    """The same of pieces that were read and prepared."""
     tokens: int = 0
     """That the model read."""
     device_s: float = 0.0
@@ -138,6 +150,11 @@ class EmbedManifest(JsonFile):
     """Tokens of the longest text, before any was cut."""
     max_text_tokens: int = 0
     """The model's limit."""
+
+    def is_of(self, ledgers: list[ShardLedger]) -> bool:
+        """Whether these are the ledgers of all of its shards."""
+        found = [ledger.shard for ledger in ledgers]
+        return found == list(range(self.shards)) and sum(ledger.rows for ledger in ledgers) == self.rows_in
 
     @property
     def cut_sentence(self) -> str | None:
@@ -179,9 +196,9 @@ def check_plan(target: Folder, plan: EmbedPlan) -> bool:
     return True
 
 
-def part_name(shard: int, number: int) -> str:
-    """File name of a part of a shard."""
-    return f"part-{shard:06d}-{number:04d}.parquet"
+def part_name(shard: int, number: int, commit: str) -> str:
+    """File name of a part of a shard. ``commit`` names the attempt that wrote it: no other ever writes over it."""
+    return f"part-{shard:06d}-{number:04d}-{commit}.parquet"
 
 
 def ledger_file(shard: int) -> str:
@@ -189,9 +206,18 @@ def ledger_file(shard: int) -> str:
     return f"{LEDGER}/shard-{shard:06d}.json"
 
 
-def write_ledger(target: Folder, ledger: ShardLedger) -> None:
-    """Commit a shard."""
-    target.write_bytes(ledger.model_dump_json(indent=1).encode(), ledger_file(ledger.shard))
+def create_ledger(target: Folder, ledger: ShardLedger) -> bool:
+    """Commit a shard, unless another attempt has; whether it is ours. Of several at once exactly one succeeds."""
+    return write_new(target, ledger.model_dump_json(indent=1).encode(), ledger_file(ledger.shard))
+
+
+def read_ledger(target: Folder, shard: int) -> ShardLedger | None:
+    """Of one shard; ``None`` where it is not done, or its ledger is damaged."""
+    found = target.read_json(ledger_file(shard))
+    try:
+        return None if found is None else ShardLedger.model_validate(found)
+    except ValidationError:
+        return None
 
 
 def read_ledgers(target: Folder) -> list[ShardLedger]:

@@ -2,10 +2,16 @@
 
 The rows of a shard stand in its parts in the order of the input. Where a part is cut depends on the number of rows and
 the length of a vector alone, so that a shard that is embedded again has the same parts.
+
+A shard may be committed twice at once: by a job that was stopped until its lease was taken over, or by a task on a node
+that was cut off. Each attempt writes parts of names of its own, and the ledger is created only if there is none. So
+exactly one attempt has the shard, and none ever writes over what another has committed.
 """
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.embedding.output import EmbedPlan, ShardLedger, part_name, write_ledger
+from pipelines.embedding.attempts import ATTEMPTS
+from pipelines.embedding.output import EmbedPlan, ShardLedger, create_ledger, ledger_file, part_name, read_ledger
 from pipelines.embedding.window_embedder import WindowCounts, counts_of, staged_place
 from pipelines.tables.hashing_sink import HashingSink
 from pipelines.tables.manifest import PartFile
@@ -26,6 +33,8 @@ from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
 __all__ = ["PART_BYTES", "commit_shard", "complete_pieces"]
+
+log = logging.getLogger(__name__)
 
 PART_BYTES = 256 * 2**20
 """Of the vectors of a part: large enough that a billion items are some ten thousand files, small enough to be read
@@ -55,21 +64,50 @@ def complete_pieces(staged: Folder) -> set[int]:
 
 
 def commit_shard(shard: int, pieces: range, *, target: Folder, work: Folder, plan: EmbedPlan) -> ShardLedger:
-    """Write the parts and the ledger of a shard whose pieces are all staged, and remove what was staged."""
+    """Write the parts and the ledger of a shard whose pieces are all staged, and remove what was staged.
+
+    Returns the ledger of the attempt that has the shard, this one or another.
+    """
+    if (earlier := _committed(target, shard, plan)) is not None:
+        return _cleared(work, earlier)
     folder = work.child("staged").child(f"{shard:06d}")
     staged = _survey(folder)
     found = sorted({window.counts.piece for window in staged})
     if found != list(pieces):
         raise RuntimeError(f"shard {shard} has the pieces {found[:5]} … of {len(found)} and should have {pieces}")
     rows = sum(window.counts.rows for window in staged)
+    commit = uuid.uuid4().hex[:8]
     per_part = max(1, PART_BYTES // (4 * plan.dim))
     parts = [
-        _write_part(target, part_name(shard, number), folder, staged, start, min(rows, start + per_part), plan.dim)
+        _write_part(
+            target, part_name(shard, number, commit), folder, staged, start, min(rows, start + per_part), plan.dim
+        )
         for number, start in enumerate(range(0, rows, per_part))
     ]
     ledger = _ledger(shard, pieces, [window.counts for window in staged], parts, plan)
-    write_ledger(target, ledger)
-    work.remove("staged", f"{shard:06d}")
+    if create_ledger(target, ledger):
+        return _cleared(work, ledger)
+    if (earlier := _committed(target, shard, plan)) is not None:
+        log.warning("shard %d was committed meanwhile by another attempt; this one leaves nothing", shard)
+        in_threads(target.remove, [part.name for part in parts])
+        return _cleared(work, earlier)
+    log.warning("the ledger of shard %d is damaged, or of another plan; it is written anew", shard)
+    target.write_bytes(ledger.model_dump_json(indent=1).encode(), ledger_file(shard))
+    return _cleared(work, ledger)
+
+
+def _committed(target: Folder, shard: int, plan: EmbedPlan) -> ShardLedger | None:
+    """The ledger of a shard that is done: of this plan, and its parts are there."""
+    ledger = read_ledger(target, shard)
+    if ledger is None or (ledger.identity, ledger.fingerprint) != (plan.identity, plan.fingerprint):
+        return None
+    return ledger if all(in_threads(target.exists, [part.name for part in ledger.parts])) else None
+
+
+def _cleared(work: Folder, ledger: ShardLedger) -> ShardLedger:
+    """Remove what the shard has in the work folder."""
+    for folder in ("staged", ATTEMPTS):
+        work.remove(folder, f"{ledger.shard:06d}")
     return ledger
 
 
@@ -160,7 +198,10 @@ def _ledger(
         prepare_s=round(sum(window.prepare_s for window in windows), 3),
         seconds=round(max(w.ended for w in windows) - min(w.ended - w.device_s for w in windows), 3),
         unknown=dict(sorted(unknown.items())),
+        embedded_again=sum(window.rows * (window.attempt - 1) for window in windows),
+        prepared_again=sum(window.rows * (window.piece_attempt - 1) for window in windows),
         fingerprint=plan.fingerprint,
+        identity=plan.identity,
         parts=tuple(parts),
         committed=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
     )

@@ -24,6 +24,7 @@ from pipelines.embedding.output import (
     ShardLedger,
     ledger_file,
     parts_of,
+    read_ledger,
     read_ledgers,
 )
 from pipelines.tables import ray_tasks, schema, session
@@ -33,7 +34,16 @@ from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
 
-__all__ = ["EmbedVerification", "damaged_shards", "remove_output", "repeated_ids", "verify_embeddings"]
+__all__ = [
+    "EmbedVerification",
+    "damaged_shards",
+    "remove_output",
+    "remove_shard",
+    "remove_strangers",
+    "repeated_ids",
+    "stray_parts",
+    "verify_embeddings",
+]
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +81,11 @@ def verify_embeddings(place: str) -> EmbedVerification:
         ledgers = read_ledgers(folder)
         faults = _part_faults(folder, ledgers, plan.fingerprint)
         listed = {part.name for part in parts_of(ledgers)}
-        faults += [f"{name} belongs to no shard" for name in folder.files(".parquet") if name not in listed]
+        faults += [f"{name} belongs to no shard" for name in stray_parts(folder, ledgers)]
+        faults += [fault for ledger in ledgers for fault in _ledger_faults(ledger)]
         shards = {ledger.shard for ledger in ledgers}
         faults += [f"shard {n} is missing" for n in range(manifest.shards) if n not in shards]
+        faults += [f"shard {n} is none of the {manifest.shards}" for n in sorted(shards) if n >= manifest.shards]
         faults += [
             f"shard {ledger.shard} is of model {ledger.fingerprint}"
             for ledger in ledgers
@@ -90,17 +102,22 @@ def verify_embeddings(place: str) -> EmbedVerification:
             if getattr(manifest, name) != value
         ]
         repeated = None if faults else repeated_ids(folder, ledgers)
+        if repeated is not None and repeated != manifest.repeated_ids:
+            faults.append(f"{repeated} ids are repeated, and {manifest.FILE} says {manifest.repeated_ids}")
     return EmbedVerification(len(ledgers), len(listed), sums["rows_out"], sums["embedded"], repeated, tuple(faults))
 
 
-def damaged_shards(target: Folder, ledgers: list[ShardLedger], *, thoroughly: bool) -> set[int]:
+def damaged_shards(target: Folder, ledgers: list[ShardLedger], plan: EmbedPlan, *, thoroughly: bool) -> set[int]:
     """The shards of which a part is missing or damaged; their ledgers are removed, so that they are embedded again.
 
     Args:
         thoroughly: compare the checksum of every part, by reading it; else only its size.
     """
+    of_shard = {ledger.shard: ledger for ledger in ledgers}
     if thoroughly:
-        faults = dict(_faults_by_part(target, ledgers))
+        faults = dict(_faults_by_part(target, ledgers, plan.fingerprint))
+        for ledger in ledgers:
+            faults |= {part.name: fault for part in ledger.parts for fault in _ledger_faults(ledger)}
     else:
         sizes = target.sizes()
         faults = {
@@ -111,8 +128,38 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], *, thoroughly: bo
     bad = {ledger.shard: faults[part.name] for ledger in ledgers for part in ledger.parts if part.name in faults}
     for shard, fault in sorted(bad.items()):
         log.warning("%s: %s; shard %d is embedded again", target.uri, fault, shard)
-        target.remove(ledger_file(shard))
+        remove_shard(target, of_shard[shard])
     return set(bad)
+
+
+def remove_shard(target: Folder, ledger: ShardLedger) -> None:
+    """Remove a shard, so that it is embedded again."""
+    target.remove(ledger_file(ledger.shard))
+    in_threads(target.remove, [part.name for part in ledger.parts])
+
+
+def remove_strangers(target: Folder, plan: EmbedPlan) -> None:
+    """Remove ledgers that are damaged or of another plan, and the parts that no ledger lists: their shards are missing
+    then, and are embedded again."""
+    kept: list[ShardLedger] = []
+    for name in target.child(LEDGER).files():
+        number = name.removeprefix("shard-").removesuffix(".json")
+        ledger = read_ledger(target, int(number)) if number.isdecimal() else None
+        of_plan = ledger is not None and (ledger.fingerprint, ledger.identity) == (plan.fingerprint, plan.identity)
+        if ledger is not None and of_plan and ledger_file(ledger.shard) == f"{LEDGER}/{name}":
+            kept.append(ledger)
+            continue
+        log.warning("%s/%s/%s is damaged or of another plan; it is removed", target.uri, LEDGER, name)
+        target.remove(LEDGER, name)
+    for name in stray_parts(target, kept):
+        log.warning("%s/%s belongs to no shard; it is removed", target.uri, name)
+        target.remove(name)
+
+
+def stray_parts(target: Folder, ledgers: list[ShardLedger]) -> list[str]:
+    """Parts that no ledger lists: of an attempt that did not get its shard, or from elsewhere."""
+    listed = {part.name for part in parts_of(ledgers)}
+    return [name for name in target.files(".parquet") if name not in listed]
 
 
 def remove_output(target: Folder) -> None:
@@ -170,6 +217,17 @@ def _ids(name: str, *, folder: Folder) -> NDArray[np.int64]:
         )
     values = [schema.content_id(repr(value).encode(errors="surrogatepass")) for value in ids.to_pylist()]
     return np.array(values, np.int64)
+
+
+def _ledger_faults(ledger: ShardLedger) -> list[str]:
+    """What in a ledger contradicts itself."""
+    failed, parts = sum(ledger.failed.values()), sum(part.rows for part in ledger.parts)
+    faults = []
+    if ledger.rows != ledger.embedded + failed:
+        faults.append(f"shard {ledger.shard}: {ledger.rows} rows are not {ledger.embedded} embedded + {failed} failed")
+    if ledger.rows != parts:
+        faults.append(f"shard {ledger.shard} has {ledger.rows} rows, and its parts have {parts}")
+    return faults
 
 
 def _part_faults(folder: Folder, ledgers: list[ShardLedger], fingerprint: str) -> list[str]:

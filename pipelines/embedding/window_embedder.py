@@ -5,8 +5,10 @@ Two windows are at work in an actor: while the model computes one, the other is 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -15,11 +17,15 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from numpy.typing import NDArray
 
 from crem.config import EmbedConfig
 from crem.data.sequence import CutCount, PreparedSequence
-from crem.errors import CheckpointError, ResourceError
+from crem.errors import CheckpointError, CremError, ItemError, ResourceError
+from pipelines.embedding.attempts import Attempts
+from pipelines.embedding.deadlines import arm, disarm
+from pipelines.embedding.lone_items import embed_alone, lost_device
 from pipelines.embedding.output import EmbedPlan
 from pipelines.embedding.windows import ERROR, WINDOW, Window
 from pipelines.tables import ray_tasks
@@ -56,6 +62,10 @@ class WindowCounts:
     unknown: dict[str, int] = field(default_factory=dict)
     """Rows that have a column which is not read."""
     actor: str = ""
+    attempt: int = 1
+    """How often it was begun; more than once where processes died."""
+    piece_attempt: int = 1
+    """How often its piece was begun to be prepared."""
 
     @property
     def rows(self) -> int:
@@ -70,12 +80,14 @@ class WindowEmbedder:
         work: Folder,
         plan: EmbedPlan,
         schema: pa.Schema,
-        group_pieces: int,
+        attempts: Attempts,
         config: EmbedConfig,
         load: ModelLoader = load_model,
     ):
+        self.load = load
         self.model = load(plan.model, config.threads_per_actor, config.chorus_tokens)
-        self.work, self.plan, self.schema, self.group_pieces = work, plan, schema, group_pieces
+        self.fingerprint = self.model.fingerprint
+        self.work, self.plan, self.schema, self.attempts, self.config = work, plan, schema, attempts, config
         self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
         self.actor = ray.get_runtime_context().get_actor_id() or ""
         self.turn = threading.Lock()
@@ -89,14 +101,17 @@ class WindowEmbedder:
 
     def embed(self, window: Window) -> WindowCounts:
         """Embed a window and write its staged file."""
-        if self.model.fingerprint != self.plan.fingerprint:
+        if self.fingerprint != self.plan.fingerprint:
             raise CheckpointError(
                 f"{self.plan.model} changed during the run: it was {self.plan.fingerprint} and is "
-                f"{self.model.fingerprint}; run again once nothing writes to it"
+                f"{self.fingerprint}; run again once nothing writes to it"
             )
+        attempt = self.attempts.begin(window.piece, window.number)
+        if attempt > 1 and (staged := self._staged(window)) is not None:
+            return staged  # only the answer of the attempt before was lost
         with self.turn:
             began = time.perf_counter()
-            vectors = self._vectors(window.sequences)
+            window, vectors = self._embedded(window, careful=self.attempts.is_careful(attempt))
             device_s = time.perf_counter() - began
         cuts, errors = CutCount.of(window.sequences), window.columns["error"]
         reasons = Counter(error.partition(":")[0] for error in errors.drop_null().to_pylist())
@@ -114,14 +129,65 @@ class WindowEmbedder:
             round(time.time(), 3),
             dict(sorted(window.unknown.counts.items())),
             self.actor,
+            attempt,
+            window.attempt,
         )
         self._write(window, vectors, counts)
         return counts
 
+    def _staged(self, window: Window) -> WindowCounts | None:
+        """The counts of the window's file, where there is one."""
+        name = self._file(window)
+        if not self.work.exists(name):
+            return None
+        return counts_of(pa.ipc.open_file(pa.BufferReader(self.work.read_bytes(name))).schema)
+
+    def _embedded(self, window: Window, *, careful: bool) -> tuple[Window, NDArray[np.float32]]:
+        """The window with the errors of items that cannot be embedded, and the vectors of the others."""
+        if not careful:
+            try:
+                return window, self._vectors(window.sequences)
+            except (CremError, MemoryError):
+                raise
+            except Exception as error:
+                if lost_device(error):
+                    log.exception("piece %d: the device is lost to this process, which ends", window.piece)
+                    os._exit(1)
+                log.warning("piece %d: a forward failed (%s); its items go one by one", window.piece, error)
+        return self._one_by_one(window)
+
+    def _one_by_one(self, window: Window) -> tuple[Window, NDArray[np.float32]]:
+        device = self.model.device.type
+        del self.model  # the process apart has its own
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        config, plan = self.config, self.plan
+        try:
+            found = embed_alone(
+                window.sequences,
+                model=plan.model,
+                chorus_tokens=config.chorus_tokens,
+                device=device,
+                threads=config.threads_per_actor,
+                timeout_s=config.item_timeout_s,
+                attempts=config.item_attempts,
+            )
+        finally:
+            self.model = self.load(plan.model, config.threads_per_actor, config.chorus_tokens)
+        return window.failing({n: str(one) for n, one in enumerate(found) if isinstance(one, ItemError)}), np.array(
+            [one for one in found if not isinstance(one, ItemError)], np.float32
+        ).reshape(-1, plan.dim)
+
     def _vectors(self, sequences: list[PreparedSequence]) -> NDArray[np.float32]:
         while True:
             try:
-                return self.model.embed_prepared(sequences, batch_size=self.batch_size, batch_tokens=self.batch_tokens)
+                return self.model.embed_prepared(
+                    sequences,
+                    batch_size=self.batch_size,
+                    batch_tokens=self.batch_tokens,
+                    before_batch=self._set_deadline,
+                )
             except (MemoryError, RuntimeError) as error:
                 if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
                     raise
@@ -130,24 +196,31 @@ class WindowEmbedder:
                         f"an item of {max(sequence.tokens for sequence in sequences)} tokens does not fit in memory "
                         f"alone: {error}; lower model.image.max_pixels"
                     ) from error
+            finally:
+                disarm()
             self.batch_tokens //= 2  # for all windows to come: the first one found the limit
             log.warning("a batch did not fit in memory; from now on batches have %d tokens", self.batch_tokens)
 
+    def _set_deadline(self, items: int) -> None:
+        """For a forward; on a CPU one of many items may take long, and be well."""
+        arm(self.config.item_timeout_s * (items if self.model.device.type == "cpu" else 1))
+
     def _write(self, window: Window, vectors: NDArray[np.float32], counts: WindowCounts) -> None:
         errors = window.columns["error"].combine_chunks()
-        values = np.zeros((len(errors), self.model.dim), np.float32)
+        values = np.zeros((len(errors), self.plan.dim), np.float32)
         values[errors.is_null().to_numpy(zero_copy_only=False)] = vectors
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), self.model.dim, mask=errors.is_valid())
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), self.plan.dim, mask=errors.is_valid())
         columns = [column if name == "embedding" else window.columns[name] for name in self.schema.names]
         metadata = {**(self.schema.metadata or {}), _COUNTS: json.dumps(asdict(counts))}
         table = pa.table(columns, schema=self.schema.with_metadata(metadata))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table)
-        shard = window.piece // self.group_pieces
-        self.work.write_bytes(
-            sink.getvalue().to_pybytes(), staged_file(shard, window.piece, window.number, window.last)
-        )
+        self.work.write_bytes(sink.getvalue().to_pybytes(), self._file(window))
+
+    def _file(self, window: Window) -> str:
+        shard = window.piece // self.attempts.group_pieces
+        return staged_file(shard, window.piece, window.number, window.last)
 
 
 def staged_file(shard: int, piece: int, window: int, last: bool) -> str:

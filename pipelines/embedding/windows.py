@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from crem.checkpoint import read_collator
-from crem.config import ImageConfig
-from crem.data.collator import Collator
-from crem.data.items import Item
 from crem.data.sequence import PreparedSequence
 from crem.errors import CremError
 from pipelines.corpus.work_plan import Piece
-from pipelines.embedding import item_table
+from pipelines.embedding.attempts import Attempts
+from pipelines.embedding.item_loading import ApartLoader, ItemLoader, LoaderSettings
 from pipelines.embedding.item_table import LoadedItem
 from pipelines.embedding.output_columns import OutputColumns, typed
 from pipelines.embedding.packed_sequences import PackedSequences
-from pipelines.formats.detection import Detection
-from pipelines.formats.record_reader import RecordReader
 from pipelines.formats.unknown_columns import UnknownColumns
 from pipelines.sources import sources
-from pipelines.sources.image_reader import ImageReader
 from pipelines.tables import ray_tasks
 
 __all__ = ["ERROR", "WINDOW", "Window", "WindowMaker"]
@@ -58,6 +51,19 @@ class Window:
     unknown: UnknownColumns = field(default_factory=UnknownColumns)
     prepare_s: float = 0.0
     """Seconds in which its items were read and prepared."""
+    attempt: int = 1
+    """The attempt at its piece in which it was made."""
+
+    def failing(self, reasons: dict[int, str]) -> Window:
+        """This window where further items have an error, by the place of their sequence."""
+        errors = self.columns["error"].to_pylist()
+        places = [row for row, error in enumerate(errors) if error is None]
+        for sequence, reason in reasons.items():
+            errors[places[sequence]] = reason
+        columns = self.columns.set_column(
+            self.columns.schema.get_field_index("error"), "error", pa.array(errors, pa.string())
+        )
+        return replace(self, columns=columns, sequences=[s for n, s in enumerate(self.sequences) if n not in reasons])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"sequences": PackedSequences.of(self.sequences)}
@@ -70,47 +76,48 @@ class Window:
 class WindowMaker:
     """Reads and prepares the items of pieces, in tasks that need no weights."""
 
-    model: str
-    chorus_tokens: int | None
-    reader: ImageReader
-    detection: Detection
-    columns: OutputColumns
-    read: Callable[[str], Collator] = read_collator
+    loader: LoaderSettings
+    attempts: Attempts
+
+    @property
+    def columns(self) -> OutputColumns:
+        return self.loader.columns
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for task in batch[ray_tasks.TASK].to_pylist():
             try:
                 for window in self.windows(pickle.loads(task)):
                     yield _row(pickle.dumps(window, protocol=5), b"")
-            except CremError as error:
-                yield _row(b"", pickle.dumps(error))
+            except (CremError, OSError) as error:
+                said = error if isinstance(error, CremError) else ray_tasks.disk_full(error)
+                if said is None:
+                    raise
+                yield _row(b"", pickle.dumps(said))
 
     def windows(self, piece: Piece) -> Iterator[Window]:
         """The windows of a piece, at least one."""
-        collator = _collator(self.read, self.model)
-        records = RecordReader(self.detection, "items")
-        prepare = partial(_prepared, collator, self.chorus_tokens)
+        attempt = self.attempts.begin(piece.number)
+        loader = ApartLoader if self.attempts.is_careful(attempt) else ItemLoader
         held: list[LoadedItem] = []
         size = number = 0
         began = time.perf_counter()
-        for item in self._items(piece, records, collator.limits, prepare):
-            if held and size + _size(item) > _WINDOW_BYTES:
-                yield self._window(piece.number, number, held, time.perf_counter() - began)
-                held, size, number, began = [], 0, number + 1, time.perf_counter()
-            held.append(item)
-            size += _size(item)
-        yield self._window(piece.number, number, held, time.perf_counter() - began, records.unknown)
-
-    def _items(self, piece: Piece, records: RecordReader, limits: ImageConfig, prepare: Any) -> Iterator[LoadedItem]:
-        keep = [column.name for column in self.columns.kept]
-        for rows in piece.ranges:
-            for row in sources.read(rows):
-                yield item_table.load_item(
-                    row, records, self.reader, limits, prepare, id_name=self.columns.id_name, keep=keep
-                )
+        with loader(self.loader) as load:
+            for item in (load(row) for rows in piece.ranges for row in sources.read(rows)):
+                if held and size + _size(item) > _WINDOW_BYTES:
+                    yield self._window(piece.number, number, held, time.perf_counter() - began, attempt)
+                    held, size, number, began = [], 0, number + 1, time.perf_counter()
+                held.append(item)
+                size += _size(item)
+            yield self._window(piece.number, number, held, time.perf_counter() - began, attempt, load.unknown)
 
     def _window(
-        self, piece: int, number: int, items: list[LoadedItem], prepare_s: float, unknown: UnknownColumns | None = None
+        self,
+        piece: int,
+        number: int,
+        items: list[LoadedItem],
+        prepare_s: float,
+        attempt: int,
+        unknown: UnknownColumns | None = None,
     ) -> Window:
         """``unknown`` is given with the last window of the piece."""
         ids, faults = typed([item.id for item in items], self.columns.id, self.columns.id_name)
@@ -131,16 +138,7 @@ class WindowMaker:
             item.sequence for item, error in zip(items, errors, strict=True) if item.sequence and error is None
         ]
         last, unknown = unknown is not None, unknown or UnknownColumns()
-        return Window(piece, number, last, pa.table(columns), sequences, unknown, round(prepare_s, 4))
-
-
-def _prepared(collator: Collator, chorus_tokens: int | None, item: Item) -> PreparedSequence:
-    return collator.prepare(item, chorus_tokens=chorus_tokens or None)
-
-
-@lru_cache(1)
-def _collator(read: Callable[[str], Collator], model: str) -> Collator:
-    return read(model)
+        return Window(piece, number, last, pa.table(columns), sequences, unknown, round(prepare_s, 4), attempt)
 
 
 def _size(item: LoadedItem) -> int:

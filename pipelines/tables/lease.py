@@ -24,11 +24,11 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crem.errors import ConfigError, ResourceError
+from pipelines.tables.conditional_write import is_s3, put_over
 from pipelines.tables.storage import Folder, JobKind
 from pipelines.tables.storage_retry import require_storage
 
@@ -124,6 +124,11 @@ class Lease:
                 return cls(slot, holder, written, heartbeat_s)
         raise ConfigError(f"{folder.uri}: other jobs keep taking the lease; run again when they have ended")
 
+    @property
+    def token(self) -> str:
+        """Names this holder, apart from any other."""
+        return self._holder.token
+
     def check(self) -> None:
         """Raise if the lease was lost.
 
@@ -135,6 +140,17 @@ class Lease:
                 f"{self._slot.folder.uri} was taken over by {self._lost_to}, because this job was silent for too long; "
                 "nothing of it was committed; wait for the other, or run again with another --out"
             )
+
+    def confirm(self) -> None:
+        """``check`` after a look at the storage: a process that was stopped does not know yet that it lost the lease.
+
+        Raises:
+            ResourceError: another job took it over. StorageError: the storage does not answer.
+        """
+        found, _ = self._slot.read()
+        if found is None or found.token != self.token:
+            self._lost_to = found.describe(time.time()) if found else "a job that has ended since"
+        self.check()
 
     def __enter__(self) -> Self:
         return self
@@ -228,7 +244,7 @@ class _Slot:
         try:
             data = fs.cat_file(self._path)
             version = data.decode(errors="replace")
-            if _is_s3(fs):  # the entity tag belongs to the content if the content is the same after it
+            if is_s3(fs):  # the entity tag belongs to the content if the content is the same after it
                 version = fs.info(self._path)["ETag"]
                 if fs.cat_file(self._path) != data:
                     return self._read()
@@ -241,8 +257,8 @@ class _Slot:
 
     def _write(self, data: bytes, version: str) -> str | None:
         fs = self.folder.fs
-        if _is_s3(fs):
-            return self._put(data, version)
+        if is_s3(fs):
+            return put_over(fs, self._path, data, version)
         with self._locked():
             found, current = self._read()
             if current != version:
@@ -258,20 +274,6 @@ class _Slot:
             return data.decode() if self._read()[1] == data.decode() else None
         return data.decode()
 
-    def _put(self, data: bytes, version: str) -> str | None:
-        fs = self.folder.fs
-        bucket, key, _ = fs.split_path(self._path)
-        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-        try:
-            answer = fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        except OSError as error:
-            response = getattr(error.__cause__, "response", {})
-            refused = response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
-            if refused or isinstance(error, FileExistsError) or (version and isinstance(error, FileNotFoundError)):
-                return None
-            raise
-        return str(answer["ETag"])
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes of this machine (of all machines, on most network file systems) from the file."""
@@ -285,7 +287,3 @@ class _Slot:
             yield
         finally:
             os.close(handle)
-
-
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)

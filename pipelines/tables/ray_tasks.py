@@ -25,6 +25,7 @@ from pipelines.tables.part_reads import in_threads
 __all__ = [
     "TASK",
     "attempt",
+    "disk_full",
     "on_nodes",
     "remote_errors",
     "results",
@@ -74,10 +75,18 @@ def attempt(function: Callable[[Any], Any], task: bytes) -> dict[str, bytes]:
         log.debug("sent to the driver", exc_info=True)
         return {"value": b"", "error": pickle.dumps(error)}
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if (full := disk_full(error)) is None:
             raise
-        full = ResourceError(f"no space left for {error.filename}; free some or choose another --out")
         return {"value": b"", "error": pickle.dumps(full)}
+
+
+def disk_full(error: BaseException) -> ResourceError | None:
+    """The error for the user where a disk, or a quota, has no space left."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return ResourceError(
+        f"no space left for {error.filename or 'a file'}; free some, then run the same command again: it continues"
+    )
 
 
 def results(dataset: ray.data.Dataset) -> Iterator[Any]:
@@ -136,6 +145,8 @@ def remote_errors() -> Iterator[None]:
         root = root_cause(error)
         if isinstance(root, CremError):
             raise root from None
+        if (full := disk_full(root)) is not None:
+            raise full from error
         if isinstance(root, MemoryError | ray.exceptions.OutOfMemoryError):
             raise ResourceError(
                 f"a worker ran out of memory: {root}; lower the batch size or the number of actors"

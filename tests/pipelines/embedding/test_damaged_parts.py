@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.conftest import table, write_rows
+from tests.pipelines.conftest import part_of, table, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,14 +39,14 @@ def test_a_damaged_part_is_named_and_embedded_again(tmp_path: Path, tiny_model_d
     code, output = crem(*embed)
     assert code == 0, output
     before = table(tmp_path / "vectors")
-    part = tmp_path / "vectors" / "part-000000-0000.parquet"
+    part = part_of(tmp_path / "vectors", 0)
     part.write_bytes(damage(part.read_bytes()))
     code, output = crem("index", str(tmp_path / "vectors"), "--out", str(tmp_path / "index"))
-    assert code == 2 and "part-000000-0000.parquet cannot be read" in output and "--repair" in output, output
+    assert code == 2 and f"{part.name} cannot be read" in output and "--repair" in output, output
     assert "bug in crem" not in output
     assert crem("verify", str(tmp_path / "vectors"))[0] == 1
     code, output = crem(*embed, "--repair")
-    assert code == 0 and "part-000000-0000.parquet has" in output and "rows in 600 = embedded 600" in output, output
+    assert code == 0 and f"{part.name} has" in output and "rows in 600 = embedded 600" in output, output
     assert table(tmp_path / "vectors") == before
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_index_or_plan_is_named_and_a_missing_part_is_missed(tmp_path:
         refused(search, f"the index {str(index)!r} is damaged: ")
     items.write_bytes(whole)
     assert crem(*search)[0] == 0
-    part = vectors / "part-000000-0000.parquet"
+    part = part_of(vectors, 0)
     part.rename(tmp_path / "part")
     refused(indexing, f"{part} cannot be read")
     (tmp_path / "part").rename(part)

@@ -14,7 +14,7 @@ from crem.config import load_config
 from crem.errors import ConfigError
 from pipelines.embedding.embed import embed
 from pipelines.embedding.output_columns import typed
-from tests.pipelines.conftest import table, write_rows
+from tests.pipelines.conftest import part_of, table, write_rows
 
 
 def made(rows: list[dict[str, Any]], folder: Path, model: str, *settings: str) -> tuple[list[dict[str, Any]], Any]:
@@ -40,7 +40,7 @@ def test_ids_keep_their_type(
     assert [(row["id"], row["price"], row["tags"]) for row in found] == [
         (row["id"], row["price"], row["tags"]) for row in rows
     ]
-    schema = pq.read_schema(tmp_path / "out" / "part-000000-0000.parquet")
+    schema = pq.read_schema(part_of(tmp_path / "out", 0))
     assert schema.field("id").type == kind and schema.field("price").type == pa.float64()
     assert counts.repeated_ids == 0
 
