@@ -103,6 +103,8 @@ def verify(
             print(fault)
         state = f"{len(made.faults)} faults; crem embed --repair mends them" if made.faults else "all is well"
         print(f"{made.shards} shards, {made.parts} parts: {made.rows} rows, {made.embedded} embedded: {state}")
+        if made.gone:
+            print(f"{made.gone} rows count no more, because the input has changed")
         if made.repeated_ids:
             print(f"{made.repeated_ids} rows have an id that an earlier row has")
         return 1 if made.faults else 0

@@ -92,6 +92,7 @@ def embed(
     out: str,
     fresh: bool = False,
     repair: bool = False,
+    grow: bool = False,
     preset: Preset = "micro",
     options: Options | None = None,
     config: Config,
@@ -109,10 +110,11 @@ def embed(
         out: folder or URI for the vectors
         fresh: remove an earlier run in --out first
         repair: read all that is done, and embed anew the shards with a missing or damaged part
+        grow: SOURCE has other files than before: embed the new and changed ones, and leave out the rows of those gone
     """
     from pipelines.embedding.embed import embed
 
-    made = embed(model, source, out, config, fresh=fresh, repair=repair)
+    made = embed(model, source, out, config, fresh=fresh, repair=repair, grow=grow)
     print(
         f"rows in {made.rows_in} = embedded {made.embedded} + errors {made.errors}   "
         f"{made.items_per_s:.0f} items/s   fingerprint {made.fingerprint}"
@@ -124,6 +126,8 @@ def embed(
         print(f"  cost {made.cost:.2f}")
     if made.failed:
         print("  errors: " + ", ".join(f"{count:,} {reason}" for reason, count in made.failed.items()))
+    if made.gone:
+        print(f"  {made.gone:,} rows of files that changed or are gone count no more; --fresh removes them")
     if made.repeated_ids:
         print(f"  {made.repeated_ids:,} rows have an id that an earlier row has")
     if made.cut_sentence is not None:

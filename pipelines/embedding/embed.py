@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,7 +30,11 @@ from pipelines.corpus.corpus_place import require_outside
 from pipelines.corpus.work_plan import WORK, DraftPlan, WorkPlan, draft_plan, identity_of, plan_by_tasks, read_pieces
 from pipelines.embedding.embed_progress import EmbedProgress
 from pipelines.embedding.embed_run import EmbedRun
+from pipelines.embedding.grow import grow_output, grown_already
+from pipelines.embedding.input_files import write_input_files
 from pipelines.embedding.item_loading import LoaderSettings
+from pipelines.embedding.item_table import item_files
+from pipelines.embedding.live_parts import Growth
 from pipelines.embedding.output import (
     EmbedManifest,
     EmbedPlan,
@@ -51,13 +55,11 @@ from pipelines.embedding.verify_embeddings import (
 )
 from pipelines.formats.detection import Detection, detect_source
 from pipelines.formats.unknown_columns import UnknownColumns
-from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks, schema, session
 from pipelines.tables.cluster_resources import Need, ResourceWatch, wait_for_resources
 from pipelines.tables.lease import Lease
-from pipelines.tables.manifest import table_parts
 from pipelines.tables.models import ModelLoader, describe_model, load_model
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.richness import warn_of_small_images
@@ -81,6 +83,7 @@ def embed(
     *,
     fresh: bool = False,
     repair: bool = False,
+    grow: bool = False,
     load: ModelLoader = load_model,
     read: Callable[[str], Collator] = read_collator,
 ) -> EmbedManifest:
@@ -92,7 +95,7 @@ def embed(
         out: folder or URI; a run that was interrupted continues there, and one that is complete does nothing.
         fresh: first remove what an earlier embedding run left in ``out``.
         repair: read all parts that are done, and embed the shards anew of which one is missing or damaged.
-
+        grow: ``out`` may be of an earlier state of ``source``: embed what is new or changed since (``grow``).
         load, read: make the model of an actor and the collator of a task; benchmarks of the job alone have others.
 
     Raises:
@@ -101,12 +104,12 @@ def embed(
             not see a local ``source``, ``model`` or ``out``.
         CheckpointError: ``model`` cannot be loaded. StorageError: storage stayed away; the same command continues.
     """
-    table = _item_table(source)
+    table = item_files(source)
     require_outside(source, table, out)
     settings = config.embed
     detection = detect_source(table, settings, section="embed")
     columns = OutputColumns.of(table, settings)
-    draft = draft_plan(table, settings.rows_per_task, None)
+    draft = None if grow else draft_plan(table, settings.rows_per_task, None)
     if draft is not None and not draft.records:
         raise ConfigError(f"{source!r} has no rows; there is nothing to embed")
     reader = ImageReader.of(table.root, config.model.image, settings, table.archives)
@@ -142,8 +145,18 @@ def embed(
         Folder.at(out).claim(JobKind.EMBED)
         require_shared(target)
         with Lease.take(target, JobKind.EMBED) as lease:
-            job = _Job(target, plan, table, detection, columns, reader, settings, lease, load, read)
-            return job.run(draft, description.max_text_tokens, fresh=fresh, repair=repair)
+
+            def run(target: Folder, plan: EmbedPlan, table: SourceFiles, draft: DraftPlan | None) -> EmbedManifest:
+                job = _Job(target, plan, table, detection, columns, reader, settings, lease, load, read)
+                return job.run(draft, description.max_text_tokens, repair=repair)
+
+            if fresh:
+                remove_output(target)
+            if grow and EmbedManifest.read(target) is not None:
+                return grow_output(target, plan, table, run, settings, repair=repair)
+            if (grown := Growth.read(target)) is not None:
+                return grown_already(target, plan, grown, repair=repair)
+            return run(target, plan, table, draft)
 
 
 def _needs(settings: EmbedConfig, actors: int) -> list[Need]:
@@ -151,19 +164,6 @@ def _needs(settings: EmbedConfig, actors: int) -> list[Need]:
         Need("actor", settings.cpus_per_actor, settings.gpus_per_actor, actors),
         Need("task", settings.cpus_per_task, 0),
     ]
-
-
-def _item_table(source: str) -> SourceFiles:
-    """The files to embed; of prepared tables the parts of ``images/`` that the manifest lists."""
-    folder = Folder.at(source)
-    if not folder.exists("rejected"):
-        return sources.find(source, what="item table")
-    parts = table_parts(folder, "images")
-    found = sources.find(folder.child("images").uri, what="image table")
-    listed = found.table.filter(pc.is_in(found.table["name"], value_set=pa.array(parts, pa.string())))
-    if missing := set(parts) - set(listed["name"].to_pylist()):
-        raise ConfigError(f"{folder.uri}/images/{min(missing)} is missing; run crem prepare again")
-    return replace(found, table=listed.combine_chunks())
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,7 @@ class _Job:
     load: ModelLoader
     read: Callable[[str], Collator]
 
-    def run(self, draft: DraftPlan | None, max_text_tokens: int, *, fresh: bool, repair: bool) -> EmbedManifest:
-        if fresh:
-            remove_output(self.target)
+    def run(self, draft: DraftPlan | None, max_text_tokens: int, *, repair: bool) -> EmbedManifest:
         began, is_new = time.monotonic(), not check_plan(self.target, self.plan)
         earlier = EmbedManifest.read(self.target)
         self.plan.write(self.target)
@@ -203,6 +201,7 @@ class _Job:
         work_plan = WorkPlan.read(work) or (draft.write(work) if draft is not None else None)
         work_plan = work_plan or plan_by_tasks(self.table, self.config.rows_per_task, None, work)
         done = self._planned(done, work_plan, work, repair=repair)
+        write_input_files(self.target, self.table, work, work_plan)
         self.target.remove(EmbedManifest.FILE)
         run = EmbedRun(
             self.target,

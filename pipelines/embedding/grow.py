@@ -1,8 +1,8 @@
 """Growing corpora: a run on a larger or changed input embeds what is new, and marks what is gone.
 
-The unit is a file of the input, by name, size and version. Files that are new or changed are embedded by an ordinary run
-into a folder of its own, ``generation-000001`` and so on, with plan, ledgers and staged windows: an interrupted growth
-continues there. Rows of files that are gone or changed stay in their parts and are listed as ranges. Then
+The unit is a file of the input, by name, size and version. Files that are new or changed are embedded by an ordinary
+run into a folder of its own, ``generation-000001`` and so on, with plan, ledgers and staged windows: an interrupted
+growth continues there. Rows of files that are gone or changed stay in their parts and are listed as ranges. Then
 ``growth.json`` is written, in one piece: until then readers (``live_parts``) see the state before. A row that changed
 inside of a file has the whole file embedded anew, and a folder of images counts as one file.
 """
@@ -11,29 +11,107 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from crem.config import EmbedConfig
 from crem.errors import ConfigError
-from pipelines.embedding.input_files import PRESENT, Difference, compare, read_input_files, write_table
-from pipelines.embedding.live_parts import GONE, Generation, Growth, LivePart, generation_parts, live_parts, read_gone
-from pipelines.embedding.output import EmbedManifest
-from pipelines.embedding.verify_embeddings import repeated_in
+from pipelines.corpus.work_plan import DraftPlan, draft_plan, identity_of
+from pipelines.embedding.input_files import INPUT, PRESENT, Difference, compare, read_input_files, write_table
+from pipelines.embedding.live_parts import (
+    GENERATION,
+    GONE,
+    Generation,
+    Growth,
+    LivePart,
+    generation_parts,
+    gone_failed,
+    live_parts_of,
+    read_gone,
+)
+from pipelines.embedding.output import EmbedManifest, EmbedPlan, check_plan
+from pipelines.embedding.verify_embeddings import damaged_parts, remove_output, repeated_in
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.storage import Folder
-from pipelines.tables.storage_retry import require_storage
 
-__all__ = ["Growing", "gone_ranges"]
+__all__ = ["Growing", "gone_ranges", "grow_output", "grown_already"]
 
 log = logging.getLogger(__name__)
+
+RunJob: TypeAlias = Callable[[Folder, EmbedPlan, SourceFiles, DraftPlan | None], EmbedManifest]
+"""Embeds the files of a plan into a folder."""
+
+
+def grow_output(
+    output: Folder, plan: EmbedPlan, files: SourceFiles, run: RunJob, config: EmbedConfig, *, repair: bool
+) -> EmbedManifest:
+    """Bring an output up to date with its input; ``plan`` is that of the whole input.
+
+    Raises:
+        ConfigError: the output is of another model, other settings or another source, or is not complete.
+    """
+    check_plan(output, plan, grow=True)
+    growing = Growing.of(output, files, thoroughly=repair)
+    log.info("%s: %s", output.uri, growing.sentence)
+    if growing.nothing:
+        log.info("%s holds the vectors of this input already; nothing to do", output.uri)
+        return _manifest_of(output, growing.before, plan, None)
+    folder, made = output.child(growing.folder), None
+    corpus = growing.corpus
+    if len(corpus):
+        identity = identity_of(corpus, config.rows_per_task)
+        begun = EmbedPlan.read(folder)
+        if begun is not None and begun.identity != identity:
+            log.warning("%s was begun from another state of the input, and is begun anew", folder.uri)
+            remove_output(folder)
+        size = int(pc.sum(corpus.table["size"]).as_py())
+        part = plan.model_copy(update={"identity": identity, "files": len(corpus), "bytes": size})
+        made = run(folder, part, corpus, draft_plan(corpus, config.rows_per_task, None))
+    return _manifest_of(output, growing.commit(plan.identity, made), plan, made)
+
+
+def grown_already(output: Folder, plan: EmbedPlan, growth: Growth, *, repair: bool) -> EmbedManifest:
+    """Of an output that was grown, in a run that does not grow it.
+
+    Raises:
+        ConfigError: the input is another by now, or damage is to be repaired.
+    """
+    check_plan(output, plan, grow=True)
+    if growth.identity != plan.identity or repair:
+        what = "damaged parts are embedded anew by --grow --repair" if repair else "new files are embedded by --grow"
+        raise ConfigError(f"{output.uri} was grown before: {what}")
+    log.info("%s holds the vectors of this input already; nothing to do", output.uri)
+    return _manifest_of(output, growth, plan, None)
+
+
+def _manifest_of(output: Folder, growth: Growth, plan: EmbedPlan, made: EmbedManifest | None) -> EmbedManifest:
+    """Counts of the live rows, as a manifest to print; ``growth.json`` is what is stored."""
+    last = growth.generations[-1].folder
+    of_run = made or EmbedManifest.read(output.child(last) if last else output)
+    assert of_run is not None, output.uri
+    return of_run.model_copy(
+        update={
+            "identity": plan.identity,
+            "rows_in": growth.rows,
+            "rows_out": growth.rows,
+            "embedded": growth.embedded,
+            "errors": sum(growth.failed.values()),
+            "failed": growth.failed,
+            "resumed": growth.rows - (made.rows_out - made.resumed if made else 0),
+            "items_per_s": made.items_per_s if made else 0.0,
+            "repeated_ids": growth.repeated_ids,
+            "gone": growth.gone,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -44,24 +122,27 @@ class Growing:
     before: Growth
     difference: Difference
     files: SourceFiles
+    given_up: bool = False
+    """Whether a generation was damaged."""
 
     @classmethod
-    def of(cls, output: Folder, files: SourceFiles) -> Growing:
+    def of(cls, output: Folder, files: SourceFiles, *, thoroughly: bool = False) -> Growing:
         """Compare the input with what the output has.
 
+        A generation of which a part is damaged is given up: its files are embedded anew.
+
+        Args:
+            thoroughly: compare the checksum of every part, by reading it.
+
         Raises:
-            ConfigError: the output is not complete, or is of a crem that kept no table of the files.
+            ConfigError: the output is of a crem that kept no table of the files.
         """
         growth = Growth.read(output)
         if growth is not None:
             present = read_input_files(output, growth.present_file)
         else:
             manifest = EmbedManifest.read(output)
-            if manifest is None:
-                raise ConfigError(
-                    f"{output.uri} is not complete, so it cannot grow: run the same command without --grow on the input "
-                    "that it was begun from, or give --fresh"
-                )
+            assert manifest is not None, output.uri
             first = Generation(number=0, folder="", rows=manifest.rows_out, failed=manifest.failed)
             growth = Growth(
                 identity=manifest.identity,
@@ -79,15 +160,22 @@ class Growing:
             present = read_input_files(output)
         if present is None:
             raise ConfigError(
-                f"{output.uri} has no table of the files it was made from, so what is new is not known: it is damaged or "
-                "of an older crem; give --fresh"
+                f"{output.uri} has no table of the files it was made from, so what is new is not known: it is damaged "
+                "or of an older crem; give --fresh"
             )
-        return cls(output, growth, compare(present, files.table), files)
+        checked = growth.generations if thoroughly else ()
+        bad = [run.number for run in checked if damaged_parts(output, generation_parts(output, run))]
+        if bad:
+            log.warning("%s: generations %s have damaged parts; their files are embedded anew", output.uri, bad)
+            kept = tuple(generation for generation in growth.generations if generation.number not in bad)
+            growth = growth.model_copy(update={"generations": kept})
+            present = present.filter(pc.invert(pc.is_in(present["generation"], pa.array(bad))))
+        return cls(output, growth, compare(present, files.table), files, given_up=bool(bad))
 
     @property
     def nothing(self) -> bool:
         """Whether the input is what the output has."""
-        return not len(self.difference.new) and not len(self.difference.gone)
+        return not (len(self.difference.new) or len(self.difference.gone) or self.given_up)
 
     @property
     def number(self) -> int:
@@ -96,7 +184,7 @@ class Growing:
     @property
     def folder(self) -> str:
         """Of the new generation."""
-        return f"generation-{self.number:06d}"
+        return f"{GENERATION}{self.number:06d}"
 
     @property
     def corpus(self) -> SourceFiles:
@@ -119,13 +207,15 @@ class Growing:
             made: its manifest; ``None`` where nothing was to be embedded.
         """
         generations = {generation.number: generation for generation in self.before.generations}
-        gone = read_gone(self.output, self.before) if self.before.gone_file else {}
+        known = read_gone(self.output, self.before) if self.before.gone_file else {}
+        parts = {part.name for run in generations.values() for part in generation_parts(self.output, run)}
+        gone = {name: ranges for name, ranges in known.items() if name in parts}
         ranges: list[LivePart] = []
         for number, generation in generations.items():
             here = self.difference.gone.filter(pa.array(self.difference.gone["generation"].to_numpy() == number))
             found = list(_by_part(generation_parts(self.output, generation), here))
             failed: Counter[str] = Counter(generation.gone_failed)
-            for reasons in ray_tasks.stream(partial(_gone_failed, folder=self.output), found):
+            for reasons in ray_tasks.stream(partial(gone_failed, folder=self.output), found):
                 failed.update(reasons)
             rows = int(here["rows"].to_numpy().sum())
             generations[number] = generation.model_copy(
@@ -143,12 +233,12 @@ class Growing:
             added = read_input_files(self.output.child(self.folder), generation=self.number)
             assert added is not None, self.folder
             tables.append(added)
-        names = {name: f"{name}-{self.number:06d}.parquet" for name in ("gone", "present")}
+        names = {name: f"{INPUT}/{name}-{self.number:06d}.parquet" for name in ("gone", "present")}
         write_table(self.output, _gone_table(gone), names["gone"])
         write_table(self.output, pa.concat_tables(tables).cast(PRESENT), names["present"])
         growth = self._counted(identity, tuple(generations.values()), names)
-        growth.write(self.output)
-        growth = growth.model_copy(update={"repeated_ids": repeated_in(self.output, live_parts(self.output))})
+        repeated = repeated_in(self.output, live_parts_of(self.output, growth))
+        growth = growth.model_copy(update={"repeated_ids": repeated})
         growth.write(self.output)
         for name in (self.before.gone_file, self.before.present_file):
             if name:
@@ -207,18 +297,6 @@ def _by_part(parts: list[PartFile], gone: pa.Table) -> Iterator[LivePart]:
     for number in np.unique(part):
         here = part == number
         yield LivePart(parts[number], np.stack([first[here], rows[here]], axis=1))
-
-
-def _gone_failed(part: LivePart, *, folder: Folder) -> dict[str, int]:
-    """In a worker: rows with an error among those that are gone, by reason."""
-
-    def read() -> pa.ChunkedArray:
-        with folder.open(part.file.name) as file:
-            return pq.ParquetFile(file).read(columns=["error"])["error"]
-
-    errors = require_storage(f"reading {folder.uri}/{part.file.name}", read)
-    gone = errors.filter(pa.array(~part.is_live(0, len(errors)))).drop_null()
-    return dict(Counter(error.partition(":")[0] for error in gone.to_pylist()))
 
 
 def _gone_table(gone: dict[str, NDArray[np.int64]]) -> pa.Table:

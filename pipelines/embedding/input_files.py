@@ -1,7 +1,7 @@
 """Which files the rows of an output are of, and what differs between two inputs.
 
-A run keeps the files of its input as a table beside its output: name, size, version, and which rows are theirs. The next
-input is compared with it by joins, so that nothing is held for each row, and 100 bytes for each file.
+A run keeps the files of its input as a table beside its output: name, size, version, and which rows are theirs. The
+next input is compared with it by joins, so that nothing is held for each row, and 100 bytes for each file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ from pipelines.corpus.work_plan import WorkPlan, read_pieces
 from pipelines.sources.source_files import FILES, SourceFiles
 from pipelines.tables.storage import Folder
 
-__all__ = ["INPUT_FILES", "PRESENT", "Difference", "compare", "read_input_files", "write_input_files", "write_table"]
+__all__ = [
+    "INPUT",
+    "INPUT_FILES",
+    "PRESENT",
+    "Difference",
+    "compare",
+    "read_input_files",
+    "write_input_files",
+    "write_table",
+]
 
-INPUT_FILES = "input-files.parquet"
+INPUT = "input"
+"""Folder of an output for the tables of its input."""
+INPUT_FILES = f"{INPUT}/files.parquet"
 """In an output: the files of its input."""
 PRESENT = pa.schema([*FILES, ("generation", pa.int64()), ("first", pa.int64()), ("rows", pa.int64())])
 """One row a file: its rows are ``first`` to ``first + rows - 1`` of a generation."""

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from crem.config import ImageConfig
 from crem.data.items import ImageSource, Item
 from crem.data.sequence import PreparedSequence
-from crem.errors import ItemError
+from crem.errors import ConfigError, ItemError
 from pipelines.formats.cells import parse_text
 from pipelines.formats.raw_rows import RawItem
 from pipelines.formats.record_reader import RecordReader
+from pipelines.sources import sources
 from pipelines.sources.image_reader import ImageReader
 from pipelines.sources.records import RawRecord, SourceRow
+from pipelines.sources.sources import SourceFiles
 from pipelines.tables import schema
+from pipelines.tables.manifest import table_parts
+from pipelines.tables.storage import Folder
 
 __all__ = ["LoadedItem", "failed_item", "load_item"]
 
 _NO_ITEM = RawItem(None, (), None)
+
+
+def item_files(source: str) -> SourceFiles:
+    """The files to embed; of prepared tables the parts of ``images/`` that the manifest lists."""
+    folder = Folder.at(source)
+    if not folder.exists("rejected"):
+        return sources.find(source, what="item table")
+    parts = table_parts(folder, "images")
+    found = sources.find(folder.child("images").uri, what="image table")
+    listed = found.table.filter(pc.is_in(found.table["name"], value_set=pa.array(parts, pa.string())))
+    if missing := set(parts) - set(listed["name"].to_pylist()):
+        raise ConfigError(f"{folder.uri}/images/{min(missing)} is missing; run crem prepare again")
+    return replace(found, table=listed.combine_chunks())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ that belong to the output with the ranges of each, and ``LivePart.keep`` leaves 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,9 +23,24 @@ from pipelines.embedding.output import parts_of, read_ledgers
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.storage import Folder
+from pipelines.tables.storage_retry import require_storage
 
-__all__ = ["GONE", "Generation", "Growth", "LivePart", "generation_parts", "live_parts", "read_gone"]
+__all__ = [
+    "GENERATION",
+    "GONE",
+    "Generation",
+    "Growth",
+    "LivePart",
+    "every_gone",
+    "generation_parts",
+    "gone_failed",
+    "live_parts",
+    "live_parts_of",
+    "read_gone",
+]
 
+GENERATION = "generation-"
+"""How the folder of a growth begins."""
 GONE = pa.schema([("part", pa.string()), ("first", pa.int64()), ("rows", pa.int64())])
 """Ranges of rows that are gone, in the order of parts and rows; names of parts are paths from the output."""
 _NONE = np.empty((0, 2), np.int64)
@@ -115,6 +131,11 @@ def live_parts(output: Folder) -> list[LivePart]:
     growth = Growth.read(output)
     if growth is None:
         return [LivePart(part) for part in parts_of(read_ledgers(output))]
+    return live_parts_of(output, growth)
+
+
+def live_parts_of(output: Folder, growth: Growth) -> list[LivePart]:
+    """The parts of a state that an output has, or is to have. Raises as ``live_parts`` does."""
     gone = read_gone(output, growth)
     parts = [part for generation in growth.generations for part in generation_parts(output, generation)]
     found = [LivePart(part, gone.get(part.name, _NONE)) for part in parts]
@@ -127,6 +148,13 @@ def generation_parts(output: Folder, generation: Generation) -> list[PartFile]:
         return parts_of(read_ledgers(output))
     parts = parts_of(read_ledgers(output.child(generation.folder)))
     return [part.model_copy(update={"name": f"{generation.folder}/{part.name}"}) for part in parts]
+
+
+def every_gone(output: Folder, growth: Growth) -> list[LivePart]:
+    """The parts with rows that are gone, also those of which nothing else is left."""
+    gone = read_gone(output, growth)
+    parts = [part for generation in growth.generations for part in generation_parts(output, generation)]
+    return [LivePart(part, gone[part.name]) for part in parts if part.name in gone]
 
 
 def read_gone(output: Folder, growth: Growth) -> dict[str, NDArray[np.int64]]:
@@ -144,3 +172,15 @@ def read_gone(output: Folder, growth: Growth) -> dict[str, NDArray[np.int64]]:
     bounds = np.searchsorted(codes[order], np.arange(len(parts.dictionary) + 1))
     names = parts.dictionary.to_pylist()
     return {name: ranges[order[bounds[i] : bounds[i + 1]]] for i, name in enumerate(names)}
+
+
+def gone_failed(part: LivePart, *, folder: Folder) -> dict[str, int]:
+    """In a worker: rows with an error among those that are gone, by reason."""
+
+    def read() -> pa.ChunkedArray:
+        with folder.open(part.file.name) as file:
+            return pq.ParquetFile(file).read(columns=["error"])["error"]
+
+    errors = require_storage(f"reading {folder.uri}/{part.file.name}", read)
+    gone = errors.filter(pa.array(~part.is_live(0, len(errors)))).drop_null()
+    return dict(Counter(error.partition(":")[0] for error in gone.to_pylist()))

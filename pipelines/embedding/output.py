@@ -136,6 +136,8 @@ class EmbedManifest(JsonFile):
     parts: int = 0
     repeated_ids: int = 0
     """Rows whose id an earlier row has."""
+    gone: int = 0
+    """Rows in parts that count no more, because the input has changed (``live_parts``); in no other count."""
     embedded_again: int = 0
     """Rows of windows that were begun once more because a process died, in all runs; as often as they were."""
     prepared_again: int = 0
@@ -162,8 +164,11 @@ class EmbedManifest(JsonFile):
         return CutCount(self.embedded, self.cut, self.longest_text).sentence("items", self.max_text_tokens)
 
 
-def check_plan(target: Folder, plan: EmbedPlan) -> bool:
+def check_plan(target: Folder, plan: EmbedPlan, *, grow: bool = False) -> bool:
     """Whether an output folder has this plan already.
+
+    Args:
+        grow: other files of the same source may be there.
 
     Raises:
         ConfigError: the parts there are of another model or other input, or the plan there is damaged.
@@ -181,10 +186,10 @@ def check_plan(target: Folder, plan: EmbedPlan) -> bool:
             f"{target.uri} holds embeddings of model {earlier.fingerprint} ({earlier.model}), and this model is "
             f"{plan.fingerprint} ({plan.model}); choose another --out, or remove that folder"
         )
-    if earlier.identity != plan.identity:
+    if earlier.identity != plan.identity and not (grow and Folder.at(earlier.source) == Folder.at(plan.source)):
         raise ConfigError(
             f"{target.uri} was begun from other input: {earlier.input}, and now it is {plan.input}; "
-            "choose another --out, or give --fresh"
+            "choose another --out, give --fresh, or, where the same source has grown or changed, --grow"
         )
     changed = [name for name in plan.settings if earlier.settings.get(name) != plan.settings[name]]
     if changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,17 @@ from numpy.typing import NDArray
 
 from crem.errors import ConfigError
 from pipelines.corpus.work_plan import WORK
+from pipelines.embedding.input_files import INPUT
+from pipelines.embedding.live_parts import (
+    GENERATION,
+    Growth,
+    LivePart,
+    every_gone,
+    gone_failed,
+    live_parts,
+    live_parts_of,
+    read_gone,
+)
 from pipelines.embedding.output import (
     LEDGER,
     PROGRESS,
@@ -36,11 +48,13 @@ from pipelines.tables.storage_retry import require_storage
 
 __all__ = [
     "EmbedVerification",
+    "damaged_parts",
     "damaged_shards",
     "remove_output",
     "remove_shard",
     "remove_strangers",
     "repeated_ids",
+    "repeated_in",
     "stray_parts",
     "verify_embeddings",
 ]
@@ -64,6 +78,8 @@ class EmbedVerification:
     """Rows whose id an earlier row has; ``None`` where there are faults."""
     faults: tuple[str, ...]
     """A line each; empty where all is well."""
+    gone: int = 0
+    """Rows in parts that count no more."""
 
 
 def verify_embeddings(place: str) -> EmbedVerification:
@@ -73,10 +89,44 @@ def verify_embeddings(place: str) -> EmbedVerification:
         ConfigError: there is no complete output of ``crem embed``, or a ledger is damaged.
     """
     folder = Folder.at(place)
+    growth = Growth.read(folder)
+    session.connect()
+    with ray_tasks.remote_errors():
+        if growth is None:
+            return _verify_run(folder)
+        runs = {g.folder: _verify_run(folder.child(g.folder) if g.folder else folder) for g in growth.generations}
+        faults = [f"{name}/{fault}" if name else fault for name, run in runs.items() for fault in run.faults]
+        faults += [] if faults else _growth_faults(folder, growth)
+        repeated = None if faults else repeated_in(folder, live_parts(folder))
+        if repeated is not None and repeated != growth.repeated_ids:
+            faults.append(f"{repeated} ids are repeated, and {growth.FILE} says {growth.repeated_ids}")
+    shards, parts = sum(run.shards for run in runs.values()), sum(run.parts for run in runs.values())
+    return EmbedVerification(shards, parts, growth.rows, growth.embedded, repeated, tuple(faults), growth.gone)
+
+
+def _growth_faults(folder: Folder, growth: Growth) -> list[str]:
+    """Where an output that was grown contradicts its parts and itself."""
+    parts = live_parts_of(folder, growth)
+    generations = growth.generations
+    gone = sum(int(ranges[:, 1].sum()) for ranges in read_gone(folder, growth).values())
+    failed: Counter[str] = Counter()
+    for reasons in ray_tasks.stream(partial(gone_failed, folder=folder), every_gone(folder, growth)):
+        failed.update(reasons)
+    counts = {
+        "rows": (growth.rows, sum(part.rows for part in parts)),
+        "embedded + failed": (growth.embedded + sum(growth.failed.values()), growth.rows),
+        "gone": (growth.gone, gone),
+        "rows of generations": (sum(g.rows - g.gone for g in generations), growth.rows),
+        "failed of those gone": (sum(sum(g.gone_failed.values()) for g in generations), failed.total()),
+    }
+    wrong = {name: pair for name, pair in counts.items() if pair[0] != pair[1]}
+    return [f"{growth.FILE} says {name} = {said}, and there are {found}" for name, (said, found) in wrong.items()]
+
+
+def _verify_run(folder: Folder) -> EmbedVerification:
     manifest, plan = EmbedManifest.read(folder), EmbedPlan.read(folder)
     if manifest is None or plan is None:
         raise ConfigError(f"{folder.uri} holds no complete output of crem embed; run crem embed into it")
-    session.connect()
     with ray_tasks.remote_errors():
         ledgers = read_ledgers(folder)
         faults = _part_faults(folder, ledgers, plan.fingerprint)
@@ -132,6 +182,12 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], plan: EmbedPlan, 
     return set(bad)
 
 
+def damaged_parts(folder: Folder, parts: list[PartFile]) -> list[str]:
+    """What is wrong with some parts, by reading them."""
+    found = ray_tasks.stream(partial(_fault, folder=folder, fingerprint=None), parts)
+    return [fault[1] for fault in found if fault is not None]
+
+
 def remove_shard(target: Folder, ledger: ShardLedger) -> None:
     """Remove a shard, so that it is embedded again."""
     target.remove(ledger_file(ledger.shard))
@@ -164,21 +220,30 @@ def stray_parts(target: Folder, ledgers: list[ShardLedger]) -> list[str]:
 
 def remove_output(target: Folder) -> None:
     """Remove what an earlier embedding run left."""
-    for name in (EmbedManifest.FILE, LEDGER, WORK, PROGRESS, EmbedPlan.FILE):
+    for name in (Growth.FILE, EmbedManifest.FILE, INPUT, LEDGER, WORK, PROGRESS, EmbedPlan.FILE):
         target.remove(name)
     in_threads(target.remove, target.files(".parquet"))
+    for folder in target.folders():
+        if folder.startswith(GENERATION):
+            target.remove(folder)
 
 
 def repeated_ids(folder: Folder, ledgers: list[ShardLedger]) -> int:
     """Rows whose id an earlier row has."""
-    names, rows = [part.name for part in parts_of(ledgers)], sum(ledger.rows for ledger in ledgers)
+    return repeated_in(folder, [LivePart(part) for part in parts_of(ledgers)])
+
+
+def repeated_in(folder: Folder, parts: list[LivePart]) -> int:
+    """The same of the rows that count of some parts."""
+    rows = sum(part.rows for part in parts)
     if rows <= _HERE_IDS:
-        return _repeats(np.concatenate([*ray_tasks.stream(partial(_ids, folder=folder), names, together=4)]))
+        found = ray_tasks.stream(partial(_ids, folder=folder), parts, together=4)
+        return _repeats(np.concatenate([np.empty(0, np.int64), *found]))
     rounds = ray_tasks.shuffle_rounds(rows)
-    return sum(_repeated_in_round(folder, names, number, rounds) for number in range(rounds))
+    return sum(_repeated_in_round(folder, parts, number, rounds) for number in range(rounds))
 
 
-def _repeated_in_round(folder: Folder, names: list[str], number: int, rounds: int) -> int:
+def _repeated_in_round(folder: Folder, parts: list[LivePart], number: int, rounds: int) -> int:
     """Of the ids of one shuffle, which takes a share that fits the CPUs."""
     buckets = ray_tasks.shuffle_buckets()
 
@@ -191,7 +256,7 @@ def _repeated_in_round(folder: Folder, names: list[str], number: int, rounds: in
         return pa.table({"repeated": pa.array([_repeats(bucket["id"].to_numpy())], pa.int64())})
 
     counted = (
-        ray_tasks.task_dataset(names, together=4)
+        ray_tasks.task_dataset(parts, together=4)
         .map_batches(entries, batch_size=1)
         .groupby("bucket", num_partitions=buckets)
         .map_groups(repeats, batch_format="pyarrow")
@@ -203,14 +268,14 @@ def _repeats(ids: NDArray[np.int64]) -> int:
     return len(ids) - len(np.unique(ids))
 
 
-def _ids(name: str, *, folder: Folder) -> NDArray[np.int64]:
+def _ids(part: LivePart, *, folder: Folder) -> NDArray[np.int64]:
     """In a worker: the ids of a part, as far as rows have one; of other types than whole numbers a hash of each."""
 
     def read() -> pa.ChunkedArray:
-        with folder.open(name) as file:
-            return pq.ParquetFile(file).read(columns=["id"])["id"].drop_null()
+        with folder.open(part.file.name) as file:
+            return part.keep(pq.ParquetFile(file).read(columns=["id"]))["id"].drop_null()
 
-    ids = require_storage(f"reading {folder.uri}/{name}", read)
+    ids = require_storage(f"reading {folder.uri}/{part.file.name}", read)
     if pa.types.is_integer(ids.type):
         return np.asarray(ids.combine_chunks().cast(pa.uint64() if ids.type == pa.uint64() else pa.int64())).view(
             np.int64

@@ -50,11 +50,8 @@ class NullModel:
     fingerprint: str
     dim: int
 
-    def embed_prepared(
-        self, sequences: Sequence[PreparedSequence], *, batch_size: int = 64, batch_tokens: int | None = None
-    ) -> NDArray[np.float32]:
+    def embed_prepared(self, sequences: Sequence[PreparedSequence], **_: object) -> NDArray[np.float32]:
         """Unit vectors [N, D]; of the same tokens and pixels the same vector."""
-        del batch_size, batch_tokens
         digests = b"".join(_digest(sequence) for sequence in sequences)
         seeds_N = np.frombuffer(digests, np.uint64)
         odd_D = np.arange(1, 2 * self.dim, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
