@@ -335,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--folder", type=Path, help="of the jobs' log; by default one that is removed at the end")
     chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nodes and networks are removed then too
     draw = random.Random(chosen.seed)
     kinds = [chosen.kinds[number % len(chosen.kinds)] for number in range(chosen.count)]
     draw.shuffle(kinds)
