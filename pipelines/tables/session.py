@@ -26,7 +26,8 @@ def connect() -> None:
     """Connect to Ray once: one that is initialised, else ``RAY_ADDRESS``, else one started here for this process.
 
     Raises:
-        ConfigError: ``RAY_ADDRESS`` is a Ray Client address. ResourceError: no cluster answers there.
+        ConfigError: ``RAY_ADDRESS`` is a Ray Client address. ResourceError: no cluster answers there, or this machine
+            is too busy to start Ray.
     """
     _quieten_data()
     if ray.is_initialized():
@@ -42,14 +43,22 @@ def connect() -> None:
             ) from error
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        logging_level=logging.ERROR,  # at WARNING every start explains token authentication
-        log_to_driver=log.isEnabledFor(logging.DEBUG),  # crem --verbose
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,  # at WARNING every start explains token authentication
+            log_to_driver=log.isEnabledFor(logging.DEBUG),  # crem --verbose
+        )
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no type for it
+            raise
+        raise ResourceError(
+            "Ray did not start on this machine in its 30 s; other programs use its CPUs or memory: end some, or run the "
+            "same command again"
+        ) from error
 
 
 def _quieten_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -53,7 +54,8 @@ raise SystemExit(main(sys.argv[1:]))
 def wait_for(what: Callable[[], bool], job: subprocess.Popen[str], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
-        assert time.monotonic() < deadline and job.poll() is None, "it did not come to this"
+        assert job.poll() is None, job.communicate()[0][-2000:]
+        assert time.monotonic() < deadline, "it did not come to this"
         time.sleep(0.1)
 
 
@@ -83,6 +85,7 @@ def test_a_job_that_wakes_up_after_it_was_taken_over_overwrites_nothing(tmp_path
         assert stopped.returncode != 0 and "was taken over by" in said, said[-2000:]
         assert (marks / "lost").exists() and not (marks / "won").exists()
     finally:
-        os.killpg(stopped.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(stopped.pid, signal.SIGKILL)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not verify_embeddings(str(out)).faults and len(read_ledgers(Folder.at(out))) == 1
