@@ -56,7 +56,7 @@ def connect() -> None:
         if "timed out during startup" not in str(error):  # Ray has no type for it
             raise
         raise ResourceError(
-            "Ray did not start on this machine in its 30 s; other programs use its CPUs or memory: end some, or run the "
+            "Ray did not start on this machine in 30 s: other programs use its CPUs or memory; end some, or run the "
             "same command again"
         ) from error
 
