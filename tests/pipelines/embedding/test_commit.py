@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.embedding.output import read_ledgers
+from pipelines.embedding.output import PROGRESS, read_ledgers
 from pipelines.embedding.verify_embeddings import verify_embeddings
 from pipelines.tables.lease import LEASE
 from pipelines.tables.storage import Folder
@@ -59,6 +59,11 @@ def wait_for(what: Callable[[], bool], job: subprocess.Popen[str], timeout_s: fl
         time.sleep(0.1)
 
 
+def content(out: Path) -> dict[Path, bytes]:
+    """All files but the log of progress."""
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != PROGRESS}
+
+
 def test_a_job_that_wakes_up_after_it_was_taken_over_overwrites_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
     write_rows(tmp_path / "items.jsonl", [{"id": i, "text": f"item {i}"} for i in range(100)])
     out, marks = tmp_path / "out", tmp_path / "marks"
@@ -77,7 +82,7 @@ def test_a_job_that_wakes_up_after_it_was_taken_over_overwrites_nothing(tmp_path
         (out / LEASE).write_text(json.dumps(lease))
         done = subprocess.run([sys.executable, "-m", "crem.cli", *words], capture_output=True, text=True, timeout=400)
         assert done.returncode == 0 and "taking over from crem embed" in done.stderr, done.stderr[-2000:]
-        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        before = content(out)
         assert len(table(out)) == 100
         (marks / "go on").touch()
         os.killpg(stopped.pid, signal.SIGCONT)
@@ -87,5 +92,5 @@ def test_a_job_that_wakes_up_after_it_was_taken_over_overwrites_nothing(tmp_path
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(stopped.pid, signal.SIGKILL)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert content(out) == before
     assert not verify_embeddings(str(out)).faults and len(read_ledgers(Folder.at(out))) == 1
