@@ -28,6 +28,7 @@ from crem.fetch import local_copy
 from crem.model.chorus import chorus_token_ids
 from crem.model.crem import CremModel
 from crem.model.lora import merged
+from crem.model.memory import MemoryLayout, MemoryType
 from crem.model.pretrained import dtype_of, read_backbone, read_config, read_processors
 
 __all__ = [
@@ -191,6 +192,13 @@ class CheckpointInfo:
     """larger images are reduced to this area before the model reads them"""
     max_text_tokens: int
     """longer texts are cut"""
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def memory(self, dtype: MemoryType) -> MemoryLayout:
+        """The layout of its memories."""
+        return MemoryLayout(self.fingerprint, self.layers, self.kv_heads, self.chorus_tokens, self.head_dim, dtype)
 
 
 def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> CheckpointInfo:
@@ -202,13 +210,17 @@ def describe(path_or_uri: str | Path, chorus_tokens: int | None = None) -> Check
     folder = local_copy(path_or_uri)
     description = _description(folder, str(path_or_uri))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    language = config.get("text_config", config)
     model = ModelConfig.model_validate(description["model"])
     return CheckpointInfo(
         fingerprint=fingerprint(folder, description["model"]["dtype"], chorus_tokens),
-        dim=int(config.get("text_config", config)["hidden_size"]),
+        dim=int(language["hidden_size"]),
         chorus_tokens=description["chorus_tokens"] if chorus_tokens is None else chorus_tokens,
         max_pixels=model.image.max_pixels,
         max_text_tokens=model.prompt.max_text_tokens,
+        layers=int(language["num_hidden_layers"]),
+        kv_heads=int(language["num_key_value_heads"]),
+        head_dim=int(language.get("head_dim") or language["hidden_size"] // language["num_attention_heads"]),
     )
 
 

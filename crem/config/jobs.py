@@ -156,6 +156,14 @@ class EmbedConfig(LayoutConfig, ImageAccess):
 
     keep: tuple[str, ...] = ()
     """Columns of the input that stand beside the vectors as they came in. Source: ours."""
+    vector: Literal["fp32", "fp16", "int8", "binary"] = "fp32"
+    """Type of the column ``embedding``: int8 has a column ``scale``, binary is the signs, 8 in a byte. Source: ours."""
+    dims: int | None = Field(None, ge=1)
+    """The first so many dimensions of a vector, of unit length again; ``null`` means all. Source: ours."""
+    states: bool = False
+    """Whether to write the states of the chorus tokens, for late interaction. Source: ours."""
+    memory: Annotated[Literal["off", "bf16", "int8"], BeforeValidator(_yaml_off)] = "off"
+    """Whether to write the memories of the items, for answers without the items, and their type. Source: ours."""
     batch_size: int = Field(64, ge=1)
     """Most items of a forward. Source: ours."""
     batch_tokens: int = Field(16_384, ge=1)

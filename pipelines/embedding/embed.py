@@ -45,6 +45,7 @@ from pipelines.embedding.output import (
     read_ledgers,
 )
 from pipelines.embedding.output_columns import OutputColumns
+from pipelines.embedding.result_columns import OutputTypes
 from pipelines.embedding.verify_embeddings import (
     damaged_shards,
     remove_output,
@@ -128,18 +129,21 @@ def embed(
         )
         if Folder.at(source).exists("rejected"):
             warn_of_small_images(source, description.max_pixels)
-        read_by = detection.reading() | {"columns_out": columns.described()}
+        types = OutputTypes.of(settings, description, model)
+        row_schema = columns.schema(types.stamp, types.memory)
+        read_by = detection.reading() | {"columns_out": columns.described()} | types.stamp.types()
         archives = [[archive.name, archive.size] for archive in reader.archives]
         plan = EmbedPlan(
             identity=identity_of(table, [archives, settings.rows_per_task]),
             fingerprint=description.fingerprint,
-            dim=description.dim,
+            dim=types.stamp.dim,
             chorus_tokens=description.chorus_tokens,
             model=model,
             source=source,
             files=len(table),
             bytes=pc.sum(table.table["size"]).as_py() or 0,
             settings=read_by,
+            row_bytes=schema.row_bytes(row_schema),
         )
         target = Folder.at(out).patient(TIMEOUT_S)
         Folder.at(out).claim(JobKind.EMBED)
@@ -147,7 +151,7 @@ def embed(
         with Lease.take(target, JobKind.EMBED) as lease:
 
             def run(target: Folder, plan: EmbedPlan, table: SourceFiles, draft: DraftPlan | None) -> EmbedManifest:
-                job = _Job(target, plan, table, detection, columns, reader, settings, lease, load, read)
+                job = _Job(target, plan, table, detection, columns, row_schema, reader, settings, lease, load, read)
                 return job.run(draft, description.max_text_tokens, repair=repair)
 
             if fresh:
@@ -175,6 +179,7 @@ class _Job:
     table: SourceFiles
     detection: Detection
     columns: OutputColumns
+    schema: pa.Schema
     reader: ImageReader
     config: EmbedConfig
     lease: Lease
@@ -208,7 +213,7 @@ class _Job:
             work,
             self.plan,
             work_plan,
-            self._schema(),
+            self.schema,
             self._loader(),
             self.config,
             self.lease.token,
@@ -243,11 +248,6 @@ class _Job:
             log.warning("%s says %d rows, and the input has %d there; it is removed", name, ledger.rows, planned)
             remove_shard(self.target, ledger)
         return fit
-
-    def _schema(self) -> pa.Schema:
-        plan = self.plan
-        stamp = schema.EmbeddingStamp(plan.fingerprint, plan.dim, plan.model, plan.chorus_tokens)
-        return self.columns.schema(stamp)
 
     def _loader(self) -> LoaderSettings:
         return LoaderSettings(

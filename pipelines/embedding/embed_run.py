@@ -55,7 +55,7 @@ class EmbedRun:
         self.target, self.work, self.plan, self.pieces = target, work, plan, pieces
         self.schema, self.config = schema, config
         self.attempts = Attempts(work, run, config.item_attempts, work_plan.GROUP_PIECES)
-        self.maker = WindowMaker(loader, self.attempts)
+        self.maker = WindowMaker(loader, self.attempts, plan.row_bytes)
         self._missing: dict[int, set[int]] = {}
         self._windows: dict[int, tuple[set[int], int]] = {}
         self._commits: dict[ray.ObjectRef[ShardLedger], int] = {}

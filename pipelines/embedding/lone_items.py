@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from crem.data.sequence import PreparedSequence
 from crem.errors import CremError, ItemError
+from crem.model.encoding import Encoded
 from pipelines.embedding.deadlines import deadline
 from pipelines.embedding.isolated_calls import IsolatedCalls
+from pipelines.embedding.result_columns import ResultColumns
 
 __all__ = ["embed_alone", "lost_device"]
 
@@ -25,25 +25,26 @@ __all__ = ["embed_alone", "lost_device"]
 def embed_alone(
     sequences: Sequence[PreparedSequence],
     *,
+    results: ResultColumns,
     model: str,
     chorus_tokens: int | None,
     device: str,
     threads: int,
     timeout_s: float,
     attempts: int,
-) -> list[NDArray[np.float32] | ItemError]:
-    """The vector of each sequence, or why there is none.
+) -> list[Encoded | ItemError]:
+    """What the model gives of each sequence, or why there is nothing.
 
     Raises:
         ResourceError: the process apart does not start. Exception: as the first forward raised it, if all did.
     """
     calls = IsolatedCalls(
-        partial(_serve, model, chorus_tokens, device, threads, timeout_s),
+        partial(_serve, results, model, chorus_tokens, device, threads, timeout_s),
         timeout_s=timeout_s,
         attempts=attempts,
         doing="embedding the item",
     )
-    found: list[NDArray[np.float32] | ItemError] = []
+    found: list[Encoded | ItemError] = []
     raised: list[Exception] = []
     with calls:
         for sequence in sequences:
@@ -67,18 +68,18 @@ def lost_device(error: BaseException) -> bool:
 
 
 def _serve(
-    model: str, chorus_tokens: int | None, device: str, threads: int, timeout_s: float
-) -> Callable[[PreparedSequence], NDArray[np.float32]]:
+    results: ResultColumns, model: str, chorus_tokens: int | None, device: str, threads: int, timeout_s: float
+) -> Callable[[PreparedSequence], Encoded]:
     """In the process apart: the model, and what embeds one sequence."""
     import crem
 
     torch.set_num_threads(threads)
     loaded = crem.load(model, device=device, chorus_tokens=chorus_tokens)
 
-    def embed(sequence: PreparedSequence) -> NDArray[np.float32]:
+    def embed(sequence: PreparedSequence) -> Encoded:
         try:
             with deadline(timeout_s):
-                return loaded.embed_prepared([sequence])[0]
+                return results.encode(loaded, [sequence])
         except RuntimeError as error:
             if lost_device(error):
                 os._exit(1)

@@ -61,7 +61,9 @@ class EmbedPlan(JsonFile):
     bytes: int
     """Of the input."""
     settings: dict[str, JsonValue]
-    """How the input is read, and the columns of the output."""
+    """How the input is read, and the columns of the output and their types."""
+    row_bytes: int
+    """Of the vector, the states and the memory of a row."""
 
     @property
     def input(self) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from crem.config import EmbedConfig
 from crem.errors import ConfigError
+from crem.model.memory import MemoryLayout
 from pipelines.formats.sampling import chosen_files, sample_files
 from pipelines.formats.unknown_columns import nearest_name
 from pipelines.sources import sources
@@ -28,7 +29,7 @@ __all__ = ["ColumnFaults", "OutputColumns", "typed"]
 ColumnFaults = dict[int, str]
 """What is wrong with a value, by the place of its row."""
 _FILES, _ROWS = 8, 64
-_OWN = ("embedding", "error", "uri", "text", "id")
+_OWN = ("embedding", "scale", "error", "uri", "text", "states", "memory", "id")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class OutputColumns:
             id_name, own, tuple(pa.field(name, _type_of([record.get(name) for record in records])) for name in keep)
         )
 
-    def schema(self, stamp: schema.EmbeddingStamp) -> pa.Schema:
+    def schema(self, stamp: schema.EmbeddingStamp, memory: MemoryLayout | None = None) -> pa.Schema:
         """Of the output: that of ``schema.embeddings`` and the kept columns."""
-        plain = schema.embeddings(stamp)
+        plain = schema.embeddings(stamp, memory)
         fields = [pa.field("id", self.id), *list(plain)[1:], *self.kept]
         return pa.schema(fields, metadata=plain.metadata)
 

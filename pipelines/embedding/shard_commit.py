@@ -1,7 +1,7 @@
 """The staged windows of a shard become its parts, and its ledger makes them a part of the output.
 
 The rows of a shard stand in its parts in the order of the input. Where a part is cut depends on the number of rows and
-the length of a vector alone, so that a shard that is embedded again has the same parts.
+the bytes of a row alone, so that a shard that is embedded again has the same parts.
 
 A shard may be committed twice at once: by a job that was stopped until its lease was taken over, or by a task on a node
 that was cut off. Each attempt writes parts of names of its own, and the ledger is created only if there is none. So
@@ -37,10 +37,10 @@ __all__ = ["PART_BYTES", "commit_shard", "complete_pieces"]
 log = logging.getLogger(__name__)
 
 PART_BYTES = 256 * 2**20
-"""Of the vectors of a part: large enough that a billion items are some ten thousand files, small enough to be read
-whole. Source: the project's brief (128 MB to 1 GB)."""
+"""Of the vectors, states and memories of a part: large enough that a billion vectors are some ten thousand files, small
+enough to be read whole. Source: the project's brief (128 MB to 1 GB)."""
 _GROUP_BYTES = 8 * 2**20
-"""Of the vectors of a row group."""
+"""The same of a row group."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,9 @@ def commit_shard(shard: int, pieces: range, *, target: Folder, work: Folder, pla
         raise RuntimeError(f"shard {shard} has the pieces {found[:5]} … of {len(found)} and should have {pieces}")
     rows = sum(window.counts.rows for window in staged)
     commit = uuid.uuid4().hex[:8]
-    per_part = max(1, PART_BYTES // (4 * plan.dim))
+    per_part = max(1, PART_BYTES // plan.row_bytes)
     parts = [
-        _write_part(
-            target, part_name(shard, number, commit), folder, staged, start, min(rows, start + per_part), plan.dim
-        )
+        _write_part(target, part_name(shard, number, commit), folder, staged, start, min(rows, start + per_part), plan)
         for number, start in enumerate(range(0, rows, per_part))
     ]
     ledger = _ledger(shard, pieces, [window.counts for window in staged], parts, plan)
@@ -127,9 +125,9 @@ def _counts(folder: Folder, name: str) -> WindowCounts:
 
 
 def _write_part(
-    target: Folder, name: str, folder: Folder, staged: list[_Staged], start: int, stop: int, dim: int
+    target: Folder, name: str, folder: Folder, staged: list[_Staged], start: int, stop: int, plan: EmbedPlan
 ) -> PartFile:
-    rows_of_group = max(1, _GROUP_BYTES // (4 * dim))
+    rows_of_group = max(1, _GROUP_BYTES // plan.row_bytes)
 
     def write(file: IO[bytes]) -> PartFile:
         sink, writer = HashingSink(file), None

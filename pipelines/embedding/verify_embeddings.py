@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crem.errors import ConfigError
@@ -42,9 +41,9 @@ from pipelines.embedding.output import (
 from pipelines.tables import ray_tasks, schema, session
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.part_reads import in_threads
-from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
+from pipelines.tables.vector_parts import part_footer, read_part
 
 __all__ = [
     "EmbedVerification",
@@ -129,7 +128,7 @@ def _verify_run(folder: Folder) -> EmbedVerification:
         raise ConfigError(f"{folder.uri} holds no complete output of crem embed; run crem embed into it")
     with ray_tasks.remote_errors():
         ledgers = read_ledgers(folder)
-        faults = _part_faults(folder, ledgers, plan.fingerprint)
+        faults = _part_faults(folder, ledgers, plan)
         listed = {part.name for part in parts_of(ledgers)}
         faults += [f"{name} belongs to no shard" for name in stray_parts(folder, ledgers)]
         faults += [fault for ledger in ledgers for fault in _ledger_faults(ledger)]
@@ -165,7 +164,7 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], plan: EmbedPlan, 
     """
     of_shard = {ledger.shard: ledger for ledger in ledgers}
     if thoroughly:
-        faults = dict(_faults_by_part(target, ledgers, plan.fingerprint))
+        faults = dict(_faults_by_part(target, ledgers, plan))
         for ledger in ledgers:
             faults |= {part.name: fault for part in ledger.parts for fault in _ledger_faults(ledger)}
     else:
@@ -184,7 +183,7 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], plan: EmbedPlan, 
 
 def damaged_parts(folder: Folder, parts: list[PartFile]) -> list[str]:
     """What is wrong with some parts, by reading them."""
-    found = ray_tasks.stream(partial(_fault, folder=folder, fingerprint=None), parts)
+    found = ray_tasks.stream(partial(_fault, folder=folder, plan=None), parts)
     return [fault[1] for fault in found if fault is not None]
 
 
@@ -272,8 +271,7 @@ def _ids(part: LivePart, *, folder: Folder) -> NDArray[np.int64]:
     """In a worker: the ids of a part, as far as rows have one; of other types than whole numbers a hash of each."""
 
     def read() -> pa.ChunkedArray:
-        with folder.open(part.file.name) as file:
-            return part.keep(pq.ParquetFile(file).read(columns=["id"]))["id"].drop_null()
+        return part.keep(read_part(folder, part.file.name, ["id"]))["id"].drop_null()
 
     ids = require_storage(f"reading {folder.uri}/{part.file.name}", read)
     if pa.types.is_integer(ids.type):
@@ -295,19 +293,17 @@ def _ledger_faults(ledger: ShardLedger) -> list[str]:
     return faults
 
 
-def _part_faults(folder: Folder, ledgers: list[ShardLedger], fingerprint: str) -> list[str]:
-    return [fault for _, fault in sorted(_faults_by_part(folder, ledgers, fingerprint))]
+def _part_faults(folder: Folder, ledgers: list[ShardLedger], plan: EmbedPlan) -> list[str]:
+    return [fault for _, fault in sorted(_faults_by_part(folder, ledgers, plan))]
 
 
-def _faults_by_part(
-    folder: Folder, ledgers: list[ShardLedger], fingerprint: str | None = None
-) -> list[tuple[str, str]]:
-    check = partial(_fault, folder=folder, fingerprint=fingerprint)
+def _faults_by_part(folder: Folder, ledgers: list[ShardLedger], plan: EmbedPlan | None = None) -> list[tuple[str, str]]:
+    check = partial(_fault, folder=folder, plan=plan)
     found = ray_tasks.stream(check, parts_of(ledgers))
     return [fault for fault in found if fault is not None]
 
 
-def _fault(part: PartFile, *, folder: Folder, fingerprint: str | None) -> tuple[str, str] | None:
+def _fault(part: PartFile, *, folder: Folder, plan: EmbedPlan | None) -> tuple[str, str] | None:
     """In a worker: what is wrong with a part, if anything is."""
 
     def checksum() -> tuple[str, int]:
@@ -324,11 +320,14 @@ def _fault(part: PartFile, *, folder: Folder, fingerprint: str | None) -> tuple[
         return part.name, f"{part.name} is missing"
     if found != part.checksum:
         return part.name, f"{part.name} has other bytes than were written ({size}, and {part.bytes} were)"
-    with folder.open(part.name) as file:
-        parquet = pq.ParquetFile(file)
-        stamp, rows = EmbeddingStamp.of(parquet.schema_arrow), parquet.metadata.num_rows
-    if fingerprint is not None and (stamp is None or stamp.fingerprint != fingerprint):
-        return part.name, f"{part.name} is of model {stamp and stamp.fingerprint}, and the output of {fingerprint}"
-    if rows != part.rows:
-        return part.name, f"{part.name} has {rows} rows, and its ledger says {part.rows}"
+    footer = part_footer(folder, part.name)
+    stamp = footer.stamp
+    if plan is not None and (stamp is None or stamp.fingerprint != plan.fingerprint):
+        return part.name, f"{part.name} is of model {stamp and stamp.fingerprint}, and the output of {plan.fingerprint}"
+    if plan is not None and stamp is not None:
+        for name, value in stamp.types().items():
+            if value != plan.settings.get(name):
+                return part.name, f"{part.name} has {name}={value}, and the output {name}={plan.settings.get(name)}"
+    if footer.rows != part.rows:
+        return part.name, f"{part.name} has {footer.rows} rows, and its ledger says {part.rows}"
     return None

@@ -14,19 +14,19 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from numpy.typing import NDArray
 
 from crem.config import EmbedConfig
 from crem.data.sequence import CutCount, PreparedSequence
 from crem.errors import CheckpointError, CremError, ItemError, ResourceError
+from crem.model.encoding import Encoded
 from pipelines.embedding.attempts import Attempts
 from pipelines.embedding.deadlines import arm, disarm
 from pipelines.embedding.lone_items import embed_alone, lost_device
 from pipelines.embedding.output import EmbedPlan
+from pipelines.embedding.result_columns import ResultColumns
 from pipelines.embedding.windows import ERROR, WINDOW, Window
 from pipelines.tables import ray_tasks
 from pipelines.tables.models import ModelLoader, load_model
@@ -88,6 +88,7 @@ class WindowEmbedder:
         self.model = load(plan.model, config.threads_per_actor, config.chorus_tokens)
         self.fingerprint = self.model.fingerprint
         self.work, self.plan, self.schema, self.attempts, self.config = work, plan, schema, attempts, config
+        self.results = ResultColumns(schema)
         self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
         self.actor = ray.get_runtime_context().get_actor_id() or ""
         self.turn = threading.Lock()
@@ -111,7 +112,7 @@ class WindowEmbedder:
             return staged  # only the answer of the attempt before was lost
         with self.turn:
             began = time.perf_counter()
-            window, vectors = self._embedded(window, careful=self.attempts.is_careful(attempt))
+            window, encoded = self._embedded(window, careful=self.attempts.is_careful(attempt))
             device_s = time.perf_counter() - began
         cuts, errors = CutCount.of(window.sequences), window.columns["error"]
         reasons = Counter(error.partition(":")[0] for error in errors.drop_null().to_pylist())
@@ -132,7 +133,7 @@ class WindowEmbedder:
             attempt,
             window.attempt,
         )
-        self._write(window, vectors, counts)
+        self._write(window, encoded, counts)
         return counts
 
     def _staged(self, window: Window) -> WindowCounts | None:
@@ -142,11 +143,11 @@ class WindowEmbedder:
             return None
         return counts_of(pa.ipc.open_file(pa.BufferReader(self.work.read_bytes(name))).schema)
 
-    def _embedded(self, window: Window, *, careful: bool) -> tuple[Window, NDArray[np.float32]]:
-        """The window with the errors of items that cannot be embedded, and the vectors of the others."""
+    def _embedded(self, window: Window, *, careful: bool) -> tuple[Window, Encoded]:
+        """The window with the errors of items that cannot be embedded, and what the model gives of the others."""
         if not careful:
             try:
-                return window, self._vectors(window.sequences)
+                return window, self._encoded(window.sequences)
             except (CremError, MemoryError):
                 raise
             except Exception as error:
@@ -156,7 +157,7 @@ class WindowEmbedder:
                 log.warning("piece %d: a forward failed (%s); its items go one by one", window.piece, error)
         return self._one_by_one(window)
 
-    def _one_by_one(self, window: Window) -> tuple[Window, NDArray[np.float32]]:
+    def _one_by_one(self, window: Window) -> tuple[Window, Encoded]:
         device = self.model.device.type
         del self.model  # the process apart has its own
         gc.collect()
@@ -166,6 +167,7 @@ class WindowEmbedder:
         try:
             found = embed_alone(
                 window.sequences,
+                results=self.results,
                 model=plan.model,
                 chorus_tokens=config.chorus_tokens,
                 device=device,
@@ -175,14 +177,14 @@ class WindowEmbedder:
             )
         finally:
             self.model = self.load(plan.model, config.threads_per_actor, config.chorus_tokens)
-        return window.failing({n: str(one) for n, one in enumerate(found) if isinstance(one, ItemError)}), np.array(
-            [one for one in found if not isinstance(one, ItemError)], np.float32
-        ).reshape(-1, plan.dim)
+        failures = {n: str(one) for n, one in enumerate(found) if isinstance(one, ItemError)}
+        return window.failing(failures), self.results.joined([one for one in found if isinstance(one, Encoded)])
 
-    def _vectors(self, sequences: list[PreparedSequence]) -> NDArray[np.float32]:
+    def _encoded(self, sequences: list[PreparedSequence]) -> Encoded:
         while True:
             try:
-                return self.model.embed_prepared(
+                return self.results.encode(
+                    self.model,
                     sequences,
                     batch_size=self.batch_size,
                     batch_tokens=self.batch_tokens,
@@ -205,12 +207,10 @@ class WindowEmbedder:
         """For a forward; on a CPU one of many items may take long, and be well."""
         arm(self.config.item_timeout_s * (items if self.model.device.type == "cpu" else 1))
 
-    def _write(self, window: Window, vectors: NDArray[np.float32], counts: WindowCounts) -> None:
-        errors = window.columns["error"].combine_chunks()
-        values = np.zeros((len(errors), self.plan.dim), np.float32)
-        values[errors.is_null().to_numpy(zero_copy_only=False)] = vectors
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), self.plan.dim, mask=errors.is_valid())
-        columns = [column if name == "embedding" else window.columns[name] for name in self.schema.names]
+    def _write(self, window: Window, encoded: Encoded, counts: WindowCounts) -> None:
+        valid = window.columns["error"].combine_chunks().is_null().to_numpy(zero_copy_only=False)
+        results = self.results.columns(encoded, valid)
+        columns = [results[name] if name in results else window.columns[name] for name in self.schema.names]
         metadata = {**(self.schema.metadata or {}), _COUNTS: json.dumps(asdict(counts))}
         table = pa.table(columns, schema=self.schema.with_metadata(metadata))
         sink = pa.BufferOutputStream()

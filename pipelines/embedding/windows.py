@@ -1,7 +1,8 @@
 """Windows of prepared items: what passes from the tasks that read and decode to the actors that have the model.
 
-A window is as many items of one piece as fit ``_WINDOW_BYTES``; the model sorts them by length. It travels as one value
-of one row, so that Ray Data neither splits nor joins it: the windows of a piece are the same whenever it is read again.
+A window is as many items of one piece as fit ``_WINDOW_BYTES``, and so do their results; the model sorts them by
+length. It travels as one value of one row, so that Ray Data neither splits nor joins it: the windows of a piece are the
+same whenever it is read again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = ["ERROR", "WINDOW", "Window", "WindowMaker"]
 WINDOW, ERROR = "window", "error"
 """Columns of what passes: a pickled window, or the pickled error that the user should see."""
 _WINDOW_BYTES = 64 * 2**20
+"""Of the items, and of their results: memories may have more bytes than pictures. Source: ours."""
 _ITEM_BYTES = 1024
 """Of an item beside its pictures, about."""
 
@@ -78,6 +80,8 @@ class WindowMaker:
 
     loader: LoaderSettings
     attempts: Attempts
+    row_bytes: int
+    """Of the vector, the states and the memory of a row."""
 
     @property
     def columns(self) -> OutputColumns:
@@ -103,7 +107,8 @@ class WindowMaker:
         began = time.perf_counter()
         with loader(self.loader) as load:
             for item in (load(row) for rows in piece.ranges for row in sources.read(rows)):
-                if held and size + _size(item) > _WINDOW_BYTES:
+                full = size + _size(item) > _WINDOW_BYTES or (len(held) + 1) * self.row_bytes > _WINDOW_BYTES
+                if held and full:
                     yield self._window(piece.number, number, held, time.perf_counter() - began, attempt)
                     held, size, number, began = [], 0, number + 1, time.perf_counter()
                 held.append(item)

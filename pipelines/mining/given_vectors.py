@@ -16,7 +16,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
@@ -27,6 +26,8 @@ from pipelines.tables import ray_tasks
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
+from pipelines.tables.vector_parts import part_footer, read_part
+from pipelines.tables.vector_types import unit_vectors
 
 __all__ = ["GivenVectors", "VectorPiece", "ids_of_part", "open_vectors", "read_piece"]
 
@@ -109,11 +110,17 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
             pieces += [VectorPiece(folder, (), at) for at in range(0, len(known), _INDEX_PIECE)]
             continue
         names, stamp, _ = survey(folder)
-        stamps.append(stamp)
+        stamps.append(stamp.of_vectors())
+        exact &= stamp.vector == "fp32"
         pieces += [VectorPiece(folder, (name,)) for name in names]
         ids += ray_tasks.on_nodes(partial(_ids, folder), names)
     first = stamps[0]
     for place, stamp in zip(places, stamps, strict=True):
+        if stamp.dim != first.dim:
+            raise ConfigError(
+                f"--vectors mixes vectors of {first.dim} dimensions ({places[0]}) and of {stamp.dim} ({place}); give "
+                "some of one embed.dims"
+            )
         if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):
             raise ConfigError(
                 f"--vectors mixes models: {places[0]} is of {_described(first)}, and {place} of {_described(stamp)}; "
@@ -124,22 +131,14 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
 
 def read_piece(piece: VectorPiece, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """In a worker: vectors [N, D] at some positions of a piece of files, and whether each is one; zeros if not."""
-    column = pa.chunked_array(
-        [chunk for name in piece.files for chunk in _column(piece.folder, name, "embedding").chunks]
-    )
-    taken = column.take(pa.array(wanted)).combine_chunks()
-    valid = taken.is_valid().to_numpy(zero_copy_only=False)
-    vectors = np.zeros((len(wanted), column.type.list_size), np.float32)
-    vectors[valid] = taken.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.shape[1])
-    return vectors, valid
+    taken = pa.concat_tables([_columns(piece.folder, name, "embedding") for name in piece.files]).take(wanted)
+    return unit_vectors(taken), taken["embedding"].combine_chunks().is_valid().to_numpy(zero_copy_only=False)
 
 
 def ids_of_part(folder: Folder, name: str) -> tuple[EmbeddingStamp | None, NDArray[np.int64]]:
     """The stamp and the ids of a file of vectors; no ids where it is damaged."""
     try:
-        with folder.open(name) as file:
-            part = pq.ParquetFile(file, page_checksum_verification=True)
-            return EmbeddingStamp.of(part.schema_arrow), part.read()["id"].to_numpy()
+        return part_footer(folder, name).stamp, read_part(folder, name)["id"].to_numpy()
     except (pa.ArrowException, OSError):
         return None, np.empty(0, np.int64)
 
@@ -153,17 +152,13 @@ def _read_index(uri: str, positions: list[NDArray[np.int64]]) -> Iterator[NDArra
 
 
 def _ids(folder: Folder, name: str) -> NDArray[np.int64]:
-    ids: NDArray[np.int64] = _column(folder, name, "id").to_numpy()
+    ids: NDArray[np.int64] = _columns(folder, name, "id")["id"].to_numpy()
     return ids
 
 
-def _column(folder: Folder, name: str, column: str) -> pa.ChunkedArray:
-    def read() -> pa.ChunkedArray:
-        with folder.open(name) as file:
-            return pq.ParquetFile(file, page_checksum_verification=True).read(columns=[column])[column]
-
+def _columns(folder: Folder, name: str, *columns: str) -> pa.Table:
     try:
-        return require_storage(f"reading {folder.uri}/{name}", read)
+        return require_storage(f"reading {folder.uri}/{name}", partial(read_part, folder, name, columns))
     except (pa.ArrowException, OSError) as error:
         job = "crem index" if name == ITEMS else "crem embed"
         raise ConfigError(

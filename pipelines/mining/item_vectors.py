@@ -31,6 +31,7 @@ from pipelines.tables.new_version import parquet_bytes
 from pipelines.tables.prepared import item_of
 from pipelines.tables.row_shards import RowShard, read_row_shard
 from pipelines.tables.storage import Folder
+from pipelines.tables.vector_types import prefix_of
 
 __all__ = ["VECTORS_FOLDER", "ItemShard", "embed_items"]
 
@@ -121,7 +122,7 @@ class ItemEmbedder:
                 "run again once nothing writes to it"
             )
         items = items_of_shard(read_row_shard(self.source, shard.shard), shard.places, shard.is_target)
-        vectors = np.zeros((len(items), self.model.dim), np.float32)
+        vectors = np.zeros((len(items), self.stamp.dim), np.float32)
         errors: list[str | None] = []
         step = self.batch_size * _WINDOW
         for start in range(0, len(items), step):
@@ -131,9 +132,8 @@ class ItemEmbedder:
             places = [start + i for i, found in enumerate(prepared) if not isinstance(found, str)]
             sequences = [found for found in prepared if not isinstance(found, str)]
             if sequences:
-                vectors[places] = self.model.embed_prepared(
-                    sequences, batch_size=self.batch_size, batch_tokens=self.batch_tokens
-                )
+                whole = self.model.embed_prepared(sequences, batch_size=self.batch_size, batch_tokens=self.batch_tokens)
+                vectors[places] = prefix_of(whole, self.stamp.dim)
             errors += [found if isinstance(found, str) else None for found in prepared]
         part = _part(shard, [item["text"] for item in items], vectors, errors, self.stamp)
         self.target.write_bytes(parquet_bytes(part), shard.shard.name)
@@ -155,7 +155,7 @@ def _is_of(
     return (
         found is not None
         and found[0] is not None
-        and (found[0].fingerprint, found[0].chorus_tokens) == (stamp.fingerprint, stamp.chorus_tokens)
+        and found[0].of_vectors() == replace(stamp, model=found[0].model)
         and np.array_equal(found[1], shard.keys)
     )
 

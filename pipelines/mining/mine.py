@@ -154,7 +154,8 @@ def _stamp(model: str | None, given: GivenVectors | None, config: EmbedConfig) -
         raise _another_model(given, model, str(error)) from error  # it has no such count of chorus tokens
     if given is not None and given.stamp.fingerprint != described.fingerprint:
         raise _another_model(given, model, described.fingerprint)
-    return EmbeddingStamp(described.fingerprint, described.dim, model, described.chorus_tokens)
+    dim = described.dim if given is None else given.stamp.dim  # which may be a prefix (embed.dims)
+    return EmbeddingStamp(described.fingerprint, dim, model, described.chorus_tokens)
 
 
 def _another_model(given: GivenVectors, model: str, what: str) -> CheckpointError:

@@ -20,7 +20,6 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from crem.config import IndexConfig, RunConfig
 from crem.errors import ConfigError
@@ -29,6 +28,8 @@ from pipelines.tables.json_file import JsonFile
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder, JobKind
+from pipelines.tables.vector_parts import part_footer, read_part
+from pipelines.tables.vector_types import unit_vectors
 
 __all__ = ["ITEMS", "VECTORS", "IndexSummary", "build", "survey"]
 
@@ -133,9 +134,8 @@ def survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
 def _footer(source: Folder, name: str) -> tuple[EmbeddingStamp | None, int]:
     """Stamp and rows of a file."""
     try:
-        with source.open(name) as file:
-            parquet = pq.ParquetFile(file)
-            return EmbeddingStamp.of(parquet.schema_arrow), parquet.metadata.num_rows
+        footer = part_footer(source, name)
+        return footer.stamp, footer.rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(source, name, error) from error
 
@@ -153,11 +153,11 @@ def _build(
     """Write ``VECTORS`` and ``ITEMS`` into the local folder ``scratch``."""
     index, label = _empty_index(source, names, stamp.dim, rows, config)
     count = 0
-    with source.open(names[0]) as file:
-        of_items = pa.schema([pq.read_schema(file).field(name) for name in _ITEMS])  # ids are of any type
+    first = part_footer(source, names[0]).schema
+    of_items = pa.schema([first.field(name) for name in _ITEMS])  # ids are of any type
     with pq.ParquetWriter(scratch / ITEMS, of_items, compression="zstd") as items:
         for table in _embedded_rows(source, names):
-            index.add(_matrix(table, stamp.dim))
+            index.add(unit_vectors(table))
             items.write_table(table.select(_ITEMS).cast(of_items), row_group_size=_ITEM_GROUP)
             count += table.num_rows
     if not count:
@@ -185,7 +185,7 @@ def _empty_index(source: Folder, names: list[str], dim: int, rows: int, config: 
     keep = min(1.0, wanted / rows)
     rng = np.random.default_rng(0)
     sample = np.concatenate(
-        [m[rng.random(len(m)) < keep] for m in (_matrix(t, dim) for t in _embedded_rows(source, names))]
+        [m[rng.random(len(m)) < keep] for m in (unit_vectors(t) for t in _embedded_rows(source, names))]
     )
     if len(sample) < cells:
         return faiss.IndexFlatIP(dim), "Flat"  # nearly all rows are errors
@@ -198,18 +198,9 @@ def _embedded_rows(source: Folder, names: list[str]) -> Iterator[pa.Table]:
     """The rows that have an embedding, file by file."""
     for name in names:
         try:
-            with source.open(name) as file:
-                table = pq.ParquetFile(file, page_checksum_verification=True).read(
-                    columns=["id", "embedding", "uri", "text"]
-                )
+            table = read_part(source, name, ["id", "embedding", "uri", "text"])
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(source, name, error) from error
         table = table.filter(table["embedding"].is_valid())
         if table.num_rows:
             yield table
-
-
-def _matrix(table: pa.Table, dim: int) -> NDArray[np.float32]:
-    """[N, dim] float32."""
-    column = table["embedding"].combine_chunks()
-    return np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim), dtype=np.float32)

@@ -19,6 +19,7 @@ from crem.errors import CheckpointError, ConfigError
 from pipelines.search.index import ITEMS, VECTORS, IndexSummary
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
+from pipelines.tables.vector_types import prefix_of
 
 if TYPE_CHECKING:
     import crem
@@ -138,4 +139,4 @@ def search(index: str, model: str | Path | crem.Crem, query: Any, k: int) -> lis
             f"the index {index} was made by model {opened.fingerprint} ({opened.summary.model}), and this model is "
             f"{loaded.fingerprint}; search with that model, or embed and index again with this one"
         )
-    return opened.search(loaded.embed([query]), k)[0]
+    return opened.search(prefix_of(loaded.embed([query]), opened.summary.dim), k)[0]

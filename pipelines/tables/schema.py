@@ -10,9 +10,13 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
+from pydantic import JsonValue
+
+from crem.model.memory import MemoryLayout
+from pipelines.tables.vector_types import VectorType, vector_fields
 
 __all__ = [
     "IMAGES",
@@ -25,6 +29,7 @@ __all__ = [
     "EmbeddingStamp",
     "content_id",
     "embeddings",
+    "row_bytes",
     "row_id",
 ]
 
@@ -97,10 +102,28 @@ class EmbeddingStamp:
 
     fingerprint: str
     dim: int
+    """Of the vectors, which may be a prefix of the model's."""
     model: str
     """Folder, URI or name of the checkpoint."""
     chorus_tokens: int | None = None
     """The number in use; ``None`` in files from before nested checkpoints."""
+    vector: VectorType = "fp32"
+    states_dim: int | None = None
+    """Length of a chorus state; ``None`` where none are written."""
+    memory: Literal["off", "bf16", "int8"] = "off"
+
+    def of_vectors(self, dim: int | None = None) -> EmbeddingStamp:
+        """Of vectors of the same model, as float32 and without states and memories."""
+        return EmbeddingStamp(self.fingerprint, dim or self.dim, self.model, self.chorus_tokens)
+
+    def types(self) -> dict[str, JsonValue]:
+        """What the columns hold, by the names of the settings."""
+        return {
+            "vector": self.vector,
+            "dims": self.dim,
+            "states": self.states_dim is not None,
+            "memory": self.memory,
+        }
 
     @classmethod
     def of(cls, found: pa.Schema) -> EmbeddingStamp | None:
@@ -111,22 +134,36 @@ class EmbeddingStamp:
             return None
 
 
-def embeddings(stamp: EmbeddingStamp) -> pa.Schema:
+def embeddings(stamp: EmbeddingStamp, memory: MemoryLayout | None = None) -> pa.Schema:
     """Schema of an embedding file.
 
-    ``embedding`` is a plain fixed-size list of float32, which is what vector stores read: of unit length, or null
-    beside an ``error``.
+    ``embedding`` is a plain fixed-size list, which is what vector stores read: of unit length, or null beside an
+    ``error``. ``states`` is a list of them, which LanceDB takes for a multivector. ``memory`` is as
+    ``crem.model.memory`` says, and its layout stands in the metadata.
     """
+    states = [] if stamp.states_dim is None else [("states", pa.list_(pa.list_(pa.float16(), stamp.states_dim)))]
     return pa.schema(
         [
             ("id", pa.int64()),
-            ("embedding", pa.list_(pa.float32(), stamp.dim)),
+            *vector_fields(stamp.vector, stamp.dim),
             ("error", pa.string()),
             ("uri", pa.string()),
             ("text", pa.string()),
+            *states,
+            *([] if memory is None else [("memory", pa.binary())]),
         ],
-        metadata={_STAMP_KEY: json.dumps(asdict(stamp))},
+        metadata={_STAMP_KEY: json.dumps(asdict(stamp)).encode(), **(memory.metadata() if memory else {})},
     )
+
+
+def row_bytes(of: pa.Schema) -> int:
+    """Bytes of the vector, the states and the memory of a row of this schema."""
+    stamp = EmbeddingStamp.of(of)
+    assert stamp is not None, of
+    vector = of.field("embedding").type
+    states = (stamp.chorus_tokens or 1) * 2 * (stamp.states_dim or 0)
+    memory = MemoryLayout.of(of.metadata).size_bytes if "memory" in of.names else 0
+    return vector.list_size * vector.value_type.bit_width // 8 + states + memory
 
 
 def row_id(source: str, key: str) -> int:

@@ -151,6 +151,9 @@ def test_files_carry_the_fingerprint_and_plain_vectors(
             "dim": model.dim,
             "model": tiny_model_dir,
             "chorus_tokens": 4,
+            "vector": "fp32",
+            "states_dim": None,
+            "memory": "off",
         }
     assert (counts.fingerprint, counts.dim) == (model.fingerprint, model.dim)
 

@@ -270,7 +270,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model_dir: str) -> None:
     model = crem.load(tiny_model_dir)
     plan = EmbedPlan(
         identity="i", fingerprint=model.fingerprint, dim=model.dim, model=tiny_model_dir, source="s", files=1, bytes=1,
-        settings={},
+        settings={}, row_bytes=4 * model.dim,
     )  # fmt: skip
     stamp = schema.EmbeddingStamp(model.fingerprint, model.dim, tiny_model_dir)
     attempts = Attempts(Folder.at("/nowhere"), "run", 2, 256)
@@ -286,5 +286,5 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model_dir: str) -> None:
         return encode(batch)
 
     embedder.model.model.encode = small  # type: ignore[method-assign]
-    assert np.abs(embedder._vectors(sequences)[3] - expected).max() < 1e-5
+    assert np.abs(embedder._encoded(sequences).vectors[3] - expected).max() < 1e-5
     assert max(sizes) > 90 and embedder.batch_tokens <= 128
