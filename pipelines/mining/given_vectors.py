@@ -116,15 +116,15 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
         ids += ray_tasks.on_nodes(partial(_ids, folder), names)
     first = stamps[0]
     for place, stamp in zip(places, stamps, strict=True):
-        if stamp.dim != first.dim:
-            raise ConfigError(
-                f"--vectors mixes vectors of {first.dim} dimensions ({places[0]}) and of {stamp.dim} ({place}); give "
-                "some of one embed.dims"
-            )
         if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):
             raise ConfigError(
                 f"--vectors mixes models: {places[0]} is of {_described(first)}, and {place} of {_described(stamp)}; "
                 "give vectors of one model"
+            )
+        if stamp.dim != first.dim:
+            raise ConfigError(
+                f"--vectors mixes vectors of {first.dim} dimensions ({places[0]}) and of {stamp.dim} ({place}); give "
+                "some of one embed.dims"
             )
     return GivenVectors(first, exact, tuple(places), tuple(pieces), tuple(ids))
 

@@ -140,7 +140,7 @@ def test_windows_and_parts_are_bounded_by_what_they_write(
 
     class Small(windows.WindowMaker):
         def windows(self, piece: work_plan.Piece) -> Iterator[windows.Window]:
-            windows._WINDOW_BYTES = 3 * row_bytes  # in the worker, where an item beside its results is 1,024 bytes
+            windows._WINDOW_BYTES, windows._ITEM_BYTES = 3 * row_bytes, 1  # in the worker
             return super().windows(piece)
 
     def in_small_parts(*args: Any, **options: Any) -> ShardLedger:
@@ -154,8 +154,8 @@ def test_windows_and_parts_are_bounded_by_what_they_write(
     config = load_config("micro", ["embed.memory=bf16", "embed.max_actors=1"])
     embed(tiny_model_dir, str(source), str(tmp_path / "out"), config)
     plan = EmbedPlan.read(Folder.at(tmp_path / "out"))
-    assert plan is not None and plan.row_bytes == row_bytes > 1024
-    assert max(found) <= 3 and sum(found) == 9
+    assert plan is not None and plan.row_bytes == row_bytes
+    assert max(found) == 3 and sum(found) == 9
     (ledger,) = read_ledgers(Folder.at(tmp_path / "out"))
     assert [part.rows for part in ledger.parts] == [2, 2, 2, 2, 1]
 
