@@ -166,8 +166,11 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     """Whether to write the memories of the items, for answers without the items, and their type. Source: ours."""
     batch_size: int = Field(64, ge=1)
     """Most items of a forward. Source: ours."""
-    batch_tokens: int = Field(16_384, ge=1)
-    """Most tokens of a forward, padding and vision tokens included; halved where they do not fit. Source: ours."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens of a forward, padding and vision tokens included; halved where they do not fit. ``null``: 16,384 on a
+    GPU, 4,096 on a CPU, whose caches larger batches leave. Source: ``tests/bench/README.md``."""
+    compile: bool = False
+    """``torch.compile`` of the model's layers when an actor starts. Source: ``tests/bench/README.md``."""
     rows_per_task: int | None = Field(None, ge=1)
     """Rows that one task reads and prepares; by default 64 to 4,096, by the size of the input. Source: ours."""
     min_actors: int = Field(1, ge=1)

@@ -28,6 +28,7 @@ from crem.data.augment import augmented
 from crem.data.images import load_image
 from crem.data.items import Item, TrainingExample
 from crem.data.packing import TwoPart, two_part
+from crem.data.pixel_bytes import PixelBytes, moved
 from crem.data.prompts import PromptBuilder, Segment
 from crem.data.sequence import CutCount, Grid, PixelTable, PreparedSequence, rope_positions
 from crem.errors import ItemError
@@ -55,6 +56,8 @@ class Batch:
     """bool [N]"""
     pixel_values: Tensor | None = None
     """float32 [P, patch length]"""
+    pixel_bytes: PixelBytes | None = None
+    """in place of ``pixel_values`` until the batch is moved to its device"""
     image_grid_thw: Tensor | None = None
     """int64 [I, 3]"""
     image_index: Tensor | None = None
@@ -81,8 +84,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved, two_part=self.two_part.to(device) if self.two_part else None)
+        there: dict[str, Any] = {k: moved(v, device) for k, v in values.items() if isinstance(v, Tensor)}
+        if self.pixel_bytes is not None:
+            there |= {"pixel_values": self.pixel_bytes.values(device), "pixel_bytes": None}
+        return replace(self, **there, two_part=self.two_part.to(device) if self.two_part else None)
 
     @property
     def packed(self) -> bool:
@@ -200,10 +205,19 @@ class Collator:
             negative_keys=torch.tensor(negative_keys, dtype=torch.long),
         )
 
-    def pad(self, sequences: Sequence[PreparedSequence], layout: list[list[int]] | None = None) -> Batch:
+    def pad(
+        self,
+        sequences: Sequence[PreparedSequence],
+        layout: list[list[int]] | None = None,
+        *,
+        pixels_as_bytes: bool = False,
+    ) -> Batch:
         """Tensors of the sequences; ``layout`` names the sequences of each row (one per row, in order, by default).
 
         A single row of several sequences gets the plan of its attention with it.
+
+        Args:
+            pixels_as_bytes: leave the pixels as ``PixelBytes``, which ``Batch.to`` turns into values on the device.
 
         Raises:
             ValueError: the sequences have different numbers of chorus tokens.
@@ -228,7 +242,7 @@ class Collator:
                 positions[:, row, here] = sequence.positions_3T
                 placed.append(sequence)
                 at = here.stop
-        pixel_values, grids, image_index = self._distinct_images(placed)
+        patches_PCN, grids, image_index = self._distinct_images(placed)
         flat = len(layout) == 1 and len(placed) > 1
         return Batch(
             input_ids=torch.from_numpy(input_ids),
@@ -236,7 +250,10 @@ class Collator:
             sequence_ids=torch.from_numpy(sequence_ids),
             position_ids=torch.from_numpy(positions),
             z=torch.tensor([s.z for s in placed]),
-            pixel_values=pixel_values,
+            pixel_values=None
+            if patches_PCN is None or pixels_as_bytes
+            else torch.from_numpy(self.pixels.values(patches_PCN)),
+            pixel_bytes=self.pixels.as_bytes(patches_PCN) if patches_PCN is not None and pixels_as_bytes else None,
             image_grid_thw=grids,
             image_index=image_index,
             chorus_tokens=counts[0],
@@ -265,8 +282,8 @@ class Collator:
 
     def _distinct_images(
         self, sequences: Sequence[PreparedSequence]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Pixels [P, …] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
+    ) -> tuple[NDArray[np.uint8] | None, Tensor | None, Tensor | None]:
+        """Bytes [P, C, N] and grids [I, 3] of the distinct images, and which of them stands at each place [J]."""
         known: dict[tuple[Grid, bytes], int] = {}
         patches: list[NDArray[np.uint8]] = []
         index: list[int] = []
@@ -282,8 +299,7 @@ class Collator:
         if not index:
             return None, None, None
         grids = torch.tensor([grid for grid, _ in known], dtype=torch.long)
-        pixel_values = torch.from_numpy(self.pixels.values(np.concatenate(patches)))
-        return pixel_values, grids, torch.tensor(index, dtype=torch.long)
+        return np.concatenate(patches), grids, torch.tensor(index, dtype=torch.long)
 
 
 def _within_aspect(image: Image.Image) -> Image.Image:

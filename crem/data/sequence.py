@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from crem.data.pixel_bytes import PixelBytes
 from crem.data.prompts import Prompt, Segment
 
 __all__ = ["CutCount", "Grid", "PixelTable", "PreparedSequence", "rope_positions"]
@@ -116,6 +118,11 @@ class PixelTable:
         for channel, row in enumerate(self._table):
             out[:, channel] = row[patches_PCN[:, channel]][:, None]
         return out.reshape(count, channels * out.shape[2] * pixels)
+
+    def as_bytes(self, patches_PCN: NDArray[np.uint8]) -> PixelBytes:
+        """What becomes ``values`` on the device."""
+        table_CV = torch.from_numpy(self._table)
+        return PixelBytes(torch.from_numpy(patches_PCN), table_CV, self.processor.temporal_patch_size)
 
     def _frames(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """[P, C, frames, N]"""

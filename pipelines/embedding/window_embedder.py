@@ -21,7 +21,8 @@ import torch
 from crem.config import EmbedConfig
 from crem.data.sequence import CutCount, PreparedSequence
 from crem.errors import CheckpointError, CremError, ItemError, ResourceError
-from crem.model.encoding import Encoded
+from crem.model.backbone import compile_layers
+from crem.model.encoding import Encoded, default_batch_tokens
 from pipelines.embedding.attempts import Attempts
 from pipelines.embedding.deadlines import arm, disarm
 from pipelines.embedding.lone_items import embed_alone, lost_device
@@ -89,7 +90,10 @@ class WindowEmbedder:
         self.fingerprint = self.model.fingerprint
         self.work, self.plan, self.schema, self.attempts, self.config = work, plan, schema, attempts, config
         self.results = ResultColumns(schema)
-        self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
+        if config.compile:
+            compile_layers(self.model.model.core)
+        self.batch_size = config.batch_size
+        self.batch_tokens = config.batch_tokens or default_batch_tokens(self.model.device)
         self.actor = ray.get_runtime_context().get_actor_id() or ""
         self.turn = threading.Lock()
 

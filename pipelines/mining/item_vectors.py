@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from crem.config import EmbedConfig
 from crem.data.sequence import PreparedSequence
 from crem.errors import CheckpointError, ItemError
+from crem.model.encoding import default_batch_tokens
 from pipelines.mining.given_vectors import ids_of_part
 from pipelines.mining.mined_items import items_of_shard
 from pipelines.tables import ray_tasks, schema
@@ -107,7 +108,8 @@ class ItemEmbedder:
         self.source, self.target, self.stamp = source, target, stamp
         self.images: ImageIndex = ray.get(images[0])
         self.model = load_model(stamp.model, config.threads_per_actor, config.chorus_tokens)
-        self.batch_size, self.batch_tokens = config.batch_size, config.batch_tokens
+        self.batch_size = config.batch_size
+        self.batch_tokens = config.batch_tokens or default_batch_tokens(self.model.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
