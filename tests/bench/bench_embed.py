@@ -1,10 +1,11 @@
 """``crem embed`` against the bare model on the same items, and against batches of 32 in the order in which they come.
 
-    python -m tests.bench.bench_embed [--texts 4000] [--images 400] [--repeats 3]
+    python -m tests.bench.bench_embed [--texts 1000] [--images 100] [--repeats 3] [--compile]
 
-Texts of 3 to 300 words, and images of four sizes; crem-micro, or ``--model``. Ray is started before, and the job has
-one actor. Its time without the start of its workers comes from its own progress: rows over the seconds between its
-first and its last window. All ways use one torch thread.
+Texts of 3 to 300 words, and images of four sizes; a random model of micro's shape that reads 1,024 tokens of a text, or
+``--model``. Ray is started before, and the job has one actor. Its time without the start of its workers comes from its
+own progress: rows over the seconds between its first and its last window. All ways use one torch thread on a CPU; with
+``--gpus 1`` model and actor are on a GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ import torch
 from PIL import Image
 
 import crem
+from crem.checkpoint import save_model
 from crem.config import load_config
 from crem.data.sequence import PreparedSequence
+from crem.model.backbone import compile_layers
+from crem.model.encoding import default_batch_tokens
 from pipelines.embedding import embed_run
 from pipelines.embedding.embed import embed
 from pipelines.embedding.window_embedder import WindowCounts
 from pipelines.tables import ray_tasks
+from tests.bench.steps import build
 from tests.bench.timing import table
 
 SIZES = ((64, 64), (128, 96), (96, 160), (224, 224))
@@ -53,7 +58,7 @@ def items(texts: int, images: int) -> list[dict[str, Any]]:
     return [{"id": number, **row} for number, row in enumerate(rows)]
 
 
-def run_job(source: Path, out: Path, model: str) -> tuple[float, float]:
+def run_job(source: Path, out: Path, model: str, gpus: int) -> tuple[float, float]:
     """Seconds of the whole job, and of it between its first and its last window, for all rows."""
     seen: list[tuple[float, int]] = []
     staged = embed_run.EmbedRun._staged
@@ -64,7 +69,9 @@ def run_job(source: Path, out: Path, model: str) -> tuple[float, float]:
 
     embed_run.EmbedRun._staged = timed  # type: ignore[method-assign]
     began = time.perf_counter()
-    made = embed(model, str(source), str(out), load_config("micro", ["embed.max_actors=1"]))
+    made = embed(
+        model, str(source), str(out), load_config("micro", ["embed.max_actors=1", f"embed.gpus_per_actor={gpus}"])
+    )
     whole = time.perf_counter() - began
     embed_run.EmbedRun._staged = staged  # type: ignore[method-assign]
     rows = sum(count for _, count in seen[1:])
@@ -75,7 +82,7 @@ def bare(model: crem.Crem, sequences: list[PreparedSequence]) -> float:
     """Items that are prepared and in memory, in windows of 4,096 as the job has them."""
     began = time.perf_counter()
     for at in range(0, len(sequences), 4096):
-        model.embed_prepared(sequences[at : at + 4096], batch_size=64, batch_tokens=16_384)
+        model.embed_prepared(sequences[at : at + 4096], batch_tokens=default_batch_tokens(model.device))
     return time.perf_counter() - began
 
 
@@ -87,12 +94,21 @@ def plain(model: crem.Crem, sequences: list[PreparedSequence]) -> float:
     return time.perf_counter() - began
 
 
+def _random_model(width: int, place: Path) -> Path:
+    model, collator, _ = build(width, 224, "cpu")
+    save_model(model.eval(), collator, place)
+    return place
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--texts", type=int, default=4000)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", default="crem/checkpoints/crem-micro")
+    parser.add_argument("--model", help="a checkpoint; by default a random one of micro's shape")
+    parser.add_argument("--width", type=int, default=128, help="of the random one")
+    parser.add_argument("--gpus", type=int, choices=[0, 1], default=0)
+    parser.add_argument("--compile", action="store_true", help="measure compiled layers too")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
@@ -106,20 +122,29 @@ def main(argv: list[str] | None = None) -> None:
     )
     list(ray_tasks.stream(abs, range(4)))  # the first execution starts Ray Data's actors
     rows = items(args.texts, args.images)
-    model = crem.load(args.model)
+    folder = tempfile.TemporaryDirectory(prefix="crem-bench-")
+    place = str(Path(args.model or _random_model(args.width, Path(folder.name) / "model")).resolve())
+    model = crem.load(place, device="cuda" if args.gpus else "cpu")
     sequences = [
         model.prepare(crem.Item(text=row["text"], images=[row["bytes"]] if row["bytes"] else [])) for row in rows
     ]
     times: dict[str, list[float]] = {"job": [], "job, start apart": [], "bare model": [], "batches of 32": []}
-    with tempfile.TemporaryDirectory(prefix="crem-bench-") as folder:
-        source = Path(folder) / "items.parquet"
+    compiled = crem.load(place, device=model.device) if args.compile else None
+    if compiled is not None:
+        compile_layers(compiled.model.core)
+        bare(compiled, sequences)  # compiles
+        times["compiled layers"] = []
+    with folder:
+        source = Path(folder.name) / "items.parquet"
         pq.write_table(pa.Table.from_pylist(rows), source)
         for repeat in range(args.repeats):
-            whole, steady = run_job(source, Path(folder) / f"out-{repeat}", str(Path(args.model).resolve()))
+            whole, steady = run_job(source, Path(folder.name) / f"out-{repeat}", place, args.gpus)
             times["job"].append(whole)
             times["job, start apart"].append(steady)
             times["bare model"].append(bare(model, sequences))
             times["batches of 32"].append(plain(model, sequences))
+            if compiled is not None:
+                times["compiled layers"].append(bare(compiled, sequences))
     ray.shutdown()
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
     lines = [

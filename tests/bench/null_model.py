@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from crem.checkpoint import describe
@@ -49,6 +51,7 @@ class NullModel:
 
     fingerprint: str
     dim: int
+    device: ClassVar = torch.device("cpu")
 
     def embed_prepared(self, sequences: Sequence[PreparedSequence], **_: object) -> NDArray[np.float32]:
         """Unit vectors [N, D]; of the same tokens and pixels the same vector."""

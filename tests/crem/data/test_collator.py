@@ -154,3 +154,17 @@ def test_an_inference_batch_is_one_sequence_a_row(collator: Collator) -> None:
     assert batch.padding_share == pytest.approx((batch.segments == Segment.PAD).sum().item() / batch.segments.numel())
     moved = batch.to("cpu")
     assert torch.equal(moved.input_ids, batch.input_ids) and moved.pixel_values is not None
+
+
+def test_bytes_become_the_same_pixels_where_the_batch_is_moved(collator: Collator) -> None:
+    images = [Image.effect_noise((56 + 28 * n, 56), 90).convert("RGB") for n in range(3)]
+    sequences = [collator.prepare(Item("a", [image])) for image in (*images, images[0])]
+    batch, as_bytes = collator.pad(sequences), collator.pad(sequences, pixels_as_bytes=True)
+    assert as_bytes.pixel_values is None and as_bytes.pixel_bytes is not None and batch.pixel_values is not None
+    assert 8 * as_bytes.pixel_bytes.patches_PCN.nbytes == batch.pixel_values.nbytes
+    moved = as_bytes.to("cpu")
+    assert moved.pixel_values is not None and torch.equal(moved.pixel_values, batch.pixel_values)
+    assert (
+        moved.pixel_bytes is None
+        and collator.pad([collator.prepare(Item("a"))], pixels_as_bytes=True).to("cpu").pixel_values is None
+    )
