@@ -59,7 +59,7 @@ def encode(
     states_NKD = np.zeros((len(sequences), count, dim), dtype=np.float16) if states else None
     memories: dict[int, ChorusMemory] = {}
     on_gpu = model.device.type == "cuda"  # which computes a batch while the next one is padded and sent
-    pending: list[tuple[list[int], Tensor]] = []
+    pending: tuple[list[int], Tensor] | None = None
     for rows in batches_by_length([sequence.tokens for sequence in sequences], batch_size, batch_tokens):
         if before_batch is not None:
             before_batch(len(rows))
@@ -71,11 +71,13 @@ def encode(
             context = prefill(model, batch)
             states_BKD = context.states_BKD
             memories |= zip(rows, memories_of(context, fingerprint, memory), strict=True)
-        pending.append((rows, embedding_of(states_BKD)))
+        if pending is not None:
+            vectors_ND[pending[0]] = pending[1].cpu().numpy()
+        pending = rows, embedding_of(states_BKD)
         if states_NKD is not None:
             states_NKD[rows] = F.normalize(states_BKD.float(), dim=-1).half().cpu().numpy()
-    for rows, embeddings_BD in pending:
-        vectors_ND[rows] = embeddings_BD.cpu().numpy()
+    if pending is not None:
+        vectors_ND[pending[0]] = pending[1].cpu().numpy()
     ordered = None if memory is None else [memories[i] for i in range(len(sequences))]
     return Encoded(vectors_ND, states_NKD, ordered)
 
