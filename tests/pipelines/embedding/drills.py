@@ -176,9 +176,10 @@ class DrillRun:
             self._fill_a_disk(drill)
         else:
             job = self.start(source, self.out())
-            for kind, moment in zip(kills, moments, strict=False):
-                if not self._wait_for(job, moment):
-                    drill.said.append(f"the job ended before {kind}")
+            for number, (kind, moment) in enumerate(zip(kills, moments, strict=False)):
+                if not self._wait_for(job, moment):  # then only what was done counts
+                    drill.kinds = (*kills[:number], *(kind for kind in kinds if kind in POISON))
+                    drill.moments = drill.moments[:number]
                     break
                 time.sleep(draw.uniform(0, 1))
                 KILLS[kind](self, job, draw)
@@ -341,8 +342,6 @@ def main(arguments: list[str] | None = None) -> int:
     draw.shuffle(kinds)
     disks = [kind for kind in kinds if kind == "disk"]
     others = [kind for kind in kinds if kind != "disk"]
-    jobs = [others[at : at + chosen.together] for at in range(0, len(others), chosen.together)]
-    jobs += [[disk] for disk in disks]
     drills: list[Drill] = []
     with contextlib.ExitStack() as stack:
         folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drills-")))
@@ -350,13 +349,18 @@ def main(arguments: list[str] | None = None) -> int:
         cluster = stack.enter_context(DrillCluster(folder))
         run = DrillRun(cluster, folder, str(Path(chosen.model).absolute()), chosen.rows)
         print(f"undisturbed: {len(run.expected)} rows in {run.seconds:.0f} s, seed {chosen.seed}\n{HEADER}", flush=True)
-        for job in jobs:
-            drills.append(run.drill(job, draw))
+        while others or disks:
+            drills.append(run.drill(others[: chosen.together] or [disks.pop()], draw))
+            for kind in drills[-1].kinds:
+                if kind in others:
+                    others.remove(kind)
             print(drills[-1].line(), *drills[-1].said, sep="\n  ", flush=True)
         (folder / "drills.json").write_text(json.dumps([vars(drill) for drill in drills], indent=1))
     bad = sum(not drill.is_well for drill in drills)
     lost, doubled = sum(drill.lost for drill in drills), sum(drill.doubled for drill in drills)
-    print(f"{len(kinds)} drills in {len(drills)} jobs, {bad} jobs not well: lost {lost}, doubled {doubled}")
+    print(
+        f"{sum(len(drill.kinds) for drill in drills)} drills in {len(drills)} jobs, {bad} jobs not well: lost {lost}, doubled {doubled}"
+    )
     return 1 if bad else 0
 
 
