@@ -358,9 +358,8 @@ def main(arguments: list[str] | None = None) -> int:
         (folder / "drills.json").write_text(json.dumps([vars(drill) for drill in drills], indent=1))
     bad = sum(not drill.is_well for drill in drills)
     lost, doubled = sum(drill.lost for drill in drills), sum(drill.doubled for drill in drills)
-    print(
-        f"{sum(len(drill.kinds) for drill in drills)} drills in {len(drills)} jobs, {bad} jobs not well: lost {lost}, doubled {doubled}"
-    )
+    done = sum(len(drill.kinds) for drill in drills)
+    print(f"{done} drills in {len(drills)} jobs, {bad} jobs not well: lost {lost}, doubled {doubled}")
     return 1 if bad else 0
 
 
