@@ -147,7 +147,7 @@ def test_windows_and_parts_are_bounded_by_what_they_write(
         shard_commit.PART_BYTES = 2 * row_bytes + 100
         return shard_commit.commit_shard(*args, **options)
 
-    monkeypatch.setattr("pipelines.embedding.embed.WindowMaker", Small)
+    monkeypatch.setattr("pipelines.embedding.embed_run.WindowMaker", Small)
     monkeypatch.setattr(embed_run, "commit_shard", in_small_parts)
     staged = embed_run.EmbedRun._staged
     monkeypatch.setattr(embed_run.EmbedRun, "_staged", lambda run, c: (found.append(c.rows), staged(run, c)))
