@@ -135,6 +135,57 @@ def embed(
 
 
 @job
+def plan(
+    source: Place,
+    /,
+    *settings: Setting,
+    model: str,
+    items: int | None = None,
+    measure: bool = False,
+    tokens_per_s: float | None = None,
+    accelerators: int = 1,
+    price: float | None = None,
+    sample: int = 1000,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Say what crem embed would take: time, accelerators, cost, storage, from a sample of the items.
+
+    example:
+      crem plan items.jsonl --model crem-micro --measure
+      crem plan items.jsonl --model crem-micro --items 1000000000 --tokens-per-s 50000 --accelerators 64 --price 2.5
+
+    Args:
+        source: items, as crem embed reads them; a part of them will do with --items
+        model: checkpoint folder or URI
+        items: how many there will be; by default those of SOURCE
+        measure: measure tokens a second with the model on this machine
+        tokens_per_s: tokens a second of one accelerator, where it is known
+        accelerators: how many work at once
+        price: of an accelerator for an hour, in any currency
+        sample: items to read
+        json_output: print JSON
+    """
+    if measure == (tokens_per_s is not None):
+        raise ConfigError("the speed of the model is needed: give --measure, or --tokens-per-s with a number")
+    from pipelines.embedding.cost_plan import plan_cost
+
+    found = plan_cost(
+        source,
+        model,
+        config,
+        items=items,
+        tokens_per_s=tokens_per_s,
+        accelerators=accelerators,
+        price_per_hour=price,
+        sampled=sample,
+    )
+    print(json.dumps(found.described(), indent=2) if json_output else found.text)
+
+
+@job
 def index(
     embeddings: Place,
     /,

@@ -24,6 +24,7 @@ JOBS = [
     "graft",
     "train",
     "embed",
+    "plan",
     "index",
     "search",
     "mine",
