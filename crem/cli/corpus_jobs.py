@@ -93,11 +93,13 @@ def verify(
         prepared: folder or URI written by crem prepare or crem embed
     """
     from pipelines.corpus.verify import verify
+    from pipelines.embedding.live_parts import Growth
     from pipelines.embedding.output import EmbedManifest
     from pipelines.embedding.verify_embeddings import verify_embeddings
     from pipelines.tables.storage import Folder
 
-    if EmbedManifest.read(Folder.at(prepared)) is not None:
+    folder = Folder.at(prepared)
+    if EmbedManifest.read(folder) is not None or Growth.read(folder) is not None:
         made = verify_embeddings(prepared)
         for fault in made.faults:
             print(fault)

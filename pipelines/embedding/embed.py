@@ -156,9 +156,10 @@ def embed(
 
             if fresh:
                 remove_output(target)
-            if grow and EmbedManifest.read(target) is not None:
+            grown = Growth.read(target)
+            if grow and (grown is not None or EmbedManifest.read(target) is not None):
                 return grow_output(target, plan, table, run, settings, repair=repair)
-            if (grown := Growth.read(target)) is not None:
+            if grown is not None:
                 return grown_already(target, plan, grown, repair=repair)
             return run(target, plan, table, draft)
 

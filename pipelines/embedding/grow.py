@@ -37,7 +37,7 @@ from pipelines.embedding.live_parts import (
     read_gone,
 )
 from pipelines.embedding.output import EmbedManifest, EmbedPlan, check_plan
-from pipelines.embedding.verify_embeddings import damaged_parts, remove_output, repeated_in
+from pipelines.embedding.verify_embeddings import damaged_parts, remove_output, repeated_in, run_manifest
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import ray_tasks
 from pipelines.tables.manifest import PartFile
@@ -96,7 +96,7 @@ def grown_already(output: Folder, plan: EmbedPlan, growth: Growth, *, repair: bo
 def _manifest_of(output: Folder, growth: Growth, plan: EmbedPlan, made: EmbedManifest | None) -> EmbedManifest:
     """Counts of the live rows, as a manifest to print; ``growth.json`` is what is stored."""
     last = growth.generations[-1].folder
-    of_run = made or EmbedManifest.read(output.child(last) if last else output)
+    of_run = made or run_manifest(output.child(last) if last else output)
     assert of_run is not None, output.uri
     return of_run.model_copy(
         update={
@@ -239,7 +239,10 @@ class Growing:
         growth = self._counted(identity, tuple(generations.values()), names)
         repeated = repeated_in(self.output, live_parts_of(self.output, growth))
         growth = growth.model_copy(update={"repeated_ids": repeated})
+        if (first := EmbedManifest.read(self.output)) is not None:
+            first.write(self.output.child(INPUT))
         growth.write(self.output)
+        self.output.remove(EmbedManifest.FILE)  # whoever does not know of growth finds no complete output
         for name in (self.before.gone_file, self.before.present_file):
             if name:
                 self.output.remove(name)

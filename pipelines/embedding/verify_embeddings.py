@@ -54,6 +54,7 @@ __all__ = [
     "remove_strangers",
     "repeated_ids",
     "repeated_in",
+    "run_manifest",
     "stray_parts",
     "verify_embeddings",
 ]
@@ -122,8 +123,13 @@ def _growth_faults(folder: Folder, growth: Growth) -> list[str]:
     return [f"{growth.FILE} says {name} = {said}, and there are {found}" for name, (said, found) in wrong.items()]
 
 
+def run_manifest(folder: Folder) -> EmbedManifest | None:
+    """The manifest of a run; of the first run of an output that was grown it stands apart."""
+    return EmbedManifest.read(folder) or EmbedManifest.read(folder.child(INPUT))
+
+
 def _verify_run(folder: Folder) -> EmbedVerification:
-    manifest, plan = EmbedManifest.read(folder), EmbedPlan.read(folder)
+    manifest, plan = run_manifest(folder), EmbedPlan.read(folder)
     if manifest is None or plan is None:
         raise ConfigError(f"{folder.uri} holds no complete output of crem embed; run crem embed into it")
     with ray_tasks.remote_errors():

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from crem.config import IndexConfig, RunConfig
 from crem.errors import ConfigError
+from pipelines.embedding.live_parts import Growth
 from pipelines.embedding.output import EmbedManifest, EmbedPlan, parts_of, read_ledgers
 from pipelines.tables.json_file import JsonFile
 from pipelines.tables.part_reads import in_threads
@@ -103,6 +104,10 @@ def survey(source: Folder) -> tuple[list[str], EmbeddingStamp, int]:
             made them.
     """
     manifest = EmbedManifest.read(source)
+    if Growth.read(source) is not None:
+        raise ConfigError(
+            f"{source.uri} was grown, and this job reads outputs of a single run; embed it anew with --fresh"
+        )
     names = source.files(".parquet")
     if manifest is not None and manifest.shards:  # what is not listed is somebody's
         names = [part.name for part in parts_of(read_ledgers(source))]
