@@ -28,7 +28,7 @@ class ModelSizes:
         return {
             "vector fp32": 4 * self.dim,
             "vector fp16": 2 * self.dim,
-            "vector int8": self.dim,
+            "vector int8 (with a scale)": self.dim + 4,
             "vector binary": -(-self.dim // 8),
             f"{self.chorus_tokens} chorus states fp16": 2 * self.chorus_tokens * self.dim,
             f"chorus memory of {self.chorus_tokens} tokens bf16": 2 * pairs,

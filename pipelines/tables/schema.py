@@ -157,13 +157,14 @@ def embeddings(stamp: EmbeddingStamp, memory: MemoryLayout | None = None) -> pa.
 
 
 def row_bytes(of: pa.Schema) -> int:
-    """Bytes of the vector, the states and the memory of a row of this schema."""
+    """Bytes of the vector with its scale, the states and the memory of a row of this schema."""
     stamp = EmbeddingStamp.of(of)
     assert stamp is not None, of
     vector = of.field("embedding").type
     states = (stamp.chorus_tokens or 1) * 2 * (stamp.states_dim or 0)
     memory = MemoryLayout.of(of.metadata).size_bytes if "memory" in of.names else 0
-    return vector.list_size * vector.value_type.bit_width // 8 + states + memory
+    scale = 4 if "scale" in of.names else 0
+    return vector.list_size * vector.value_type.bit_width // 8 + scale + states + memory
 
 
 def row_id(source: str, key: str) -> int:
