@@ -13,7 +13,19 @@ from crem.errors import ConfigError
 
 __all__ = ["Report", "examine", "refuse_ray_client"]
 
-_PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "pyarrow", "fsspec", "s3fs", "faiss-cpu", "pillow")
+_PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "pyarrow",
+    "fsspec",
+    "s3fs",
+    "pylance",
+    "lancedb",
+    "pillow",
+)
 _MIN_MEMORY_GIB = 4
 _MIN_DISK_GIB = 5
 

@@ -18,7 +18,18 @@ from crem.errors import ConfigError, CremError
 
 __all__ = ["main"]
 
-_CHATTY = ("ray", "transformers", "deepspeed", "DeepSpeed", "fsspec", "httpx", "botocore", "aiobotocore", "faiss")
+_CHATTY = (
+    "ray",
+    "transformers",
+    "deepspeed",
+    "DeepSpeed",
+    "fsspec",
+    "httpx",
+    "botocore",
+    "aiobotocore",
+    "lance",
+    "lancedb",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-import crem
 from crem.cli.command_line import START, Config, Options, Place, Preset, Setting, job
 from crem.errors import ConfigError
 
@@ -191,22 +189,26 @@ def index(
     /,
     *settings: Setting,
     out: str,
+    fresh: bool = False,
     preset: Preset = "micro",
     options: Options | None = None,
     config: Config,
 ) -> None:
-    """Build a vector index from embeddings: exact below index.exact_below rows.
+    """Build an index from embeddings, or bring it up to date: exact search below index.exact_below vectors.
 
     example:
       crem index out/demo/embeddings --out out/demo/index
+      crem index s3://bucket/vectors --out s3://bucket/index index.full_text=true 'index.filters=[price]'
 
     Args:
         embeddings: folder or URI written by crem embed
         out: folder or URI for the index
+        fresh: index all anew; searches read the old version until then
     """
     from pipelines.search.index import build
+    from pipelines.search.index_text import index_text
 
-    print(build(embeddings, out, config).model_dump_json(indent=2))
+    print(index_text(build(embeddings, out, config, fresh=fresh)))
 
 
 @job
@@ -218,6 +220,8 @@ def search(
     index: str = "out/demo/index",
     model: str | None = None,
     k: Annotated[int, Parameter(name="-k")] = 10,
+    where: str | None = None,
+    hybrid: bool = False,
     json_lines: Annotated[bool, Parameter(name="--json")] = False,
     preset: Preset = "micro",
     options: Options | None = None,
@@ -227,7 +231,7 @@ def search(
 
     example:
       crem search "a red apple" --index out/demo/index
-      crem search --image photo.png
+      crem search --image photo.png --where "price < 10 AND brand = 'acme'"
 
     Args:
         text: what to look for
@@ -235,19 +239,16 @@ def search(
         index: index folder or URI
         model: checkpoint; by default the one named in the index
         k: number of results
+        where: condition on the columns of the index, in SQL
+        hybrid: rank by the words of the text as well; the index needs index.full_text=true
         json_lines: print JSON lines
     """
-    if not text and not image:
-        raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
-    from pipelines.search.search import VectorIndex, search
+    from pipelines.search.index_text import hit_json, hit_line
+    from pipelines.search.search import Query, search
 
     images = tuple(Path(p) if "://" not in p else p for p in image or ())
-    hits = search(index, model or VectorIndex(index).summary.model, crem.Item(text=text, images=images), k)
-    for rank, hit in enumerate(hits, 1):
-        if json_lines:
-            print(json.dumps({"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}))
-        else:
-            print(f"{rank:>3}  {hit.score:+.4f}  {hit.uri or hit.text or hit.id}")
+    for rank, hit in enumerate(search(index, model, Query(text, images, k, where, hybrid=hybrid)), 1):
+        print(hit_json(rank, hit) if json_lines else hit_line(rank, hit))
 
 
 @job

@@ -201,14 +201,29 @@ class EmbedConfig(LayoutConfig, ImageAccess):
 
 
 class IndexConfig(Section):
-    """The vector index (``crem index``, ``crem search``)."""
+    """The index (``crem index``, ``crem search``, ``crem answer``)."""
 
     exact_below: int = Field(100_000, ge=0)
-    """Exact (flat) search below this many vectors, an inverted-file index above. Source: the project's brief."""
-    bits: Literal[4, 8, 32] = 8
-    """Bits per component above the threshold. Source: parts.md's measurement of IVF1024,SQ8 (recall@10 0.980)."""
+    """Exact search below this many vectors, an inverted file above. Source: the project's brief."""
+    quantiser: Literal["IVF_RQ", "IVF_PQ"] = "IVF_RQ"
+    """Above the threshold: RaBitQ (arXiv:2405.12497) of one bit a component, or product quantisation of one byte for
+    four. Source: tests/bench/README.md, where the former has the higher recall."""
+    cells: int | None = Field(None, ge=1)
+    """Cells of an inverted file; by default the square root of its vectors. Source: ours."""
     probes: int = Field(32, ge=1)
-    """Cells visited per query above the threshold. Source: ours."""
+    """Cells that a query visits. Source: tests/bench/README.md."""
+    refine: int = Field(10, ge=1)
+    """A query compares so many times k stored vectors exactly, those that the codes put first. Source: as
+    ``probes``."""
+    full_text: bool = False
+    """Whether the texts get an index of their words, for ``crem search --hybrid``. Source: ours."""
+    filters: tuple[str, ...] = ()
+    """Columns that get an index of their values, so that ``--where`` need not scan them. Source: ours."""
+    recall_sample: int = Field(100, ge=0)
+    """Stored vectors by which recall@10 against exact search is measured after a build; 0 leaves it out. Source:
+    ours."""
+    keep_versions: int = Field(2, ge=1)
+    """Complete versions that stay readable, the newest among them. Source: ours."""
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,7 @@ from crem.config import RunConfig
 from pipelines.embedding.output import EmbedManifest
 from pipelines.evaluation.evaluation_result import EvaluationResult
 from pipelines.reports.training_page import MetricEntry
-from pipelines.search.index import IndexSummary
+from pipelines.search.index_dataset import IndexSummary
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.training.run_folder import TrainResult
 

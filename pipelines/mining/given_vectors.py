@@ -1,8 +1,8 @@
 """Vectors that earlier jobs made, found by the ids of their items: the output of ``crem embed`` or of ``crem index``.
 
 A corpus is embedded once and mined from often. ``crem embed PREPARED`` keys a vector by the id of its image, and
-``mine.keep_vectors`` by ``item_key``, which is that id where an item is nothing but an image. Vectors of an index above
-``index.exact_below`` have been rounded to ``index.bits`` per component, and so are their similarities.
+``mine.keep_vectors`` by ``item_key``, which is that id where an item is nothing but an image. An index keeps its
+vectors as they came, beside the codes that it searches.
 
 The driver holds 8 bytes per vector; the vectors themselves go from storage into Ray's object store, those of items that
 the rows have, and no others.
@@ -10,7 +10,7 @@ the rows have, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +20,8 @@ import ray
 from numpy.typing import NDArray
 
 from crem.errors import ConfigError
-from pipelines.search.index import ITEMS, IndexSummary, survey
-from pipelines.search.search import VectorIndex
+from pipelines.search.embedded_parts import survey
+from pipelines.search.index_dataset import IndexSummary, open_dataset
 from pipelines.tables import ray_tasks
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
@@ -37,12 +37,14 @@ _INDEX_PIECE = 32_768
 
 @dataclass(frozen=True)
 class VectorPiece:
-    """What a worker reads at a time: some files of vectors, or a range of positions of an index."""
+    """What a worker reads at a time: some files of vectors, or a range of rows of an index."""
 
     folder: Folder
     files: tuple[str, ...]
     first: int = 0
-    """Position in the index of its first vector; an index has no ``files``."""
+    """Of the index, its first row; an index has no ``files``."""
+    version: int | None = None
+    """Of the index's dataset."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,8 @@ class GivenVectors:
 
     def load(self, wanted: dict[int, NDArray[np.int64]]) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
         """Vectors [N, D] and whether each is one, of the positions in each piece, into Ray's object store."""
-        loaded: dict[int, tuple[ray.ObjectRef, ray.ObjectRef]] = {}
-        indexed: dict[str, list[int]] = {}
-        for number in wanted:
-            piece = self.pieces[number]
-            if piece.files:
-                run = ray.remote(num_cpus=0.5, num_returns=2)(read_piece)
-                loaded[number] = tuple(run.remote(piece, wanted[number]))
-            else:
-                indexed.setdefault(piece.folder.uri, []).append(number)
-        for uri, numbers in indexed.items():  # an index is opened once, by one worker
-            positions = [self.pieces[number].first + wanted[number] for number in numbers]
-            references = ray.remote(num_cpus=1, num_returns=2 * len(numbers))(_read_index).remote(uri, positions)
-            loaded |= dict(zip(numbers, zip(references[::2], references[1::2], strict=True), strict=True))
-        return [loaded[number] for number in wanted]
+        read = ray.remote(num_cpus=0.5, num_returns=2)(read_piece)
+        return [tuple(read.remote(self.pieces[number], positions)) for number, positions in wanted.items()]
 
 
 def open_vectors(places: Sequence[str]) -> GivenVectors:
@@ -104,16 +94,17 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
         folder = Folder.at(place)
         if (summary := IndexSummary.read(folder)) is not None:
             stamps.append(EmbeddingStamp(summary.fingerprint, summary.dim, summary.model, summary.chorus_tokens))
-            exact &= summary.index.endswith("Flat")
-            known = _ids(folder, ITEMS)
-            ids += [known[at : at + _INDEX_PIECE] for at in range(0, len(known), _INDEX_PIECE)]
-            pieces += [VectorPiece(folder, (), at) for at in range(0, len(known), _INDEX_PIECE)]
+            exact &= summary.vector == "fp32"
+            known = _indexed_ids(folder, summary.version)
+            starts = range(0, len(known), _INDEX_PIECE)
+            ids += [known[at : at + _INDEX_PIECE] for at in starts]
+            pieces += [VectorPiece(folder, (), at, summary.version) for at in starts]
             continue
-        names, stamp, _ = survey(folder)
-        stamps.append(stamp.of_vectors())
-        exact &= stamp.vector == "fp32"
-        pieces += [VectorPiece(folder, (name,)) for name in names]
-        ids += ray_tasks.on_nodes(partial(_ids, folder), names)
+        embedded = survey(folder)
+        stamps.append(embedded.stamp.of_vectors())
+        exact &= embedded.stamp.vector == "fp32"
+        pieces += [VectorPiece(folder, (name,)) for name in embedded.names]
+        ids += ray_tasks.on_nodes(partial(_ids, folder), embedded.names)
     first = stamps[0]
     for place, stamp in zip(places, stamps, strict=True):
         if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):
@@ -130,7 +121,11 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
 
 
 def read_piece(piece: VectorPiece, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """In a worker: vectors [N, D] at some positions of a piece of files, and whether each is one; zeros if not."""
+    """In a worker: vectors [N, D] at some positions of a piece, and whether each is one; zeros if not."""
+    if not piece.files:
+        dataset = open_dataset(piece.folder, piece.version)
+        rows = dataset.take((wanted + piece.first).tolist(), columns=["embedding"])
+        return unit_vectors(rows), np.ones(len(wanted), np.bool_)
     taken = pa.concat_tables([_columns(piece.folder, name, "embedding") for name in piece.files]).take(wanted)
     return unit_vectors(taken), taken["embedding"].combine_chunks().is_valid().to_numpy(zero_copy_only=False)
 
@@ -143,12 +138,10 @@ def ids_of_part(folder: Folder, name: str) -> tuple[EmbeddingStamp | None, NDArr
         return None, np.empty(0, np.int64)
 
 
-def _read_index(uri: str, positions: list[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | NDArray[np.bool_]]:
-    """In a worker: for each piece its vectors and their validity, one after the other."""
-    index = VectorIndex(uri)
-    for of_piece in positions:
-        yield index.stored(of_piece)
-        yield np.ones(len(of_piece), np.bool_)
+def _indexed_ids(folder: Folder, version: int) -> NDArray[np.int64]:
+    """Ids of all rows of an index, in their order."""
+    ids: NDArray[np.int64] = open_dataset(folder, version).to_table(columns=["id"])["id"].to_numpy()
+    return ids
 
 
 def _ids(folder: Folder, name: str) -> NDArray[np.int64]:
@@ -160,9 +153,8 @@ def _columns(folder: Folder, name: str, *columns: str) -> pa.Table:
     try:
         return require_storage(f"reading {folder.uri}/{name}", partial(read_part, folder, name, columns))
     except (pa.ArrowException, OSError) as error:
-        job = "crem index" if name == ITEMS else "crem embed"
         raise ConfigError(
-            f"{folder.uri}/{name} cannot be read ({error}); run {job} into that folder again: it replaces what is "
+            f"{folder.uri}/{name} cannot be read ({error}); run crem embed into that folder again: it replaces what is "
             "damaged"
         ) from error
 

@@ -1,22 +1,25 @@
-"""``crem search``: an index opened for queries. A query by another model than the index was made by is refused."""
+"""``crem search``: an index opened for queries. A query by another model than the index was made by is refused.
+
+A query compares vectors of unit length by their inner product, the cosine. Three things may be added to it: a filter on
+the columns, which is applied before the search (so that k rows are found if there are k); the ranks of a full-text
+search (hybrid); and a second look at the best candidates (``rerank``). Rows stay on storage: a search reads what it
+visits.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crem.errors import CheckpointError, ConfigError
-from pipelines.search.index import ITEMS, VECTORS, IndexSummary
+from pipelines.search.index_dataset import PART_COLUMN, IndexSummary, open_dataset
 from pipelines.tables.schema import ArrowRow
 from pipelines.tables.storage import Folder
 from pipelines.tables.vector_types import prefix_of
@@ -24,22 +27,46 @@ from pipelines.tables.vector_types import prefix_of
 if TYPE_CHECKING:
     import crem
 
-__all__ = ["Hit", "VectorIndex", "search"]
+__all__ = ["Hit", "Query", "VectorIndex", "model_of", "search"]
+
+_LARGE = ("embedding", "states", "memory", PART_COLUMN)
+"""Columns that a hit does not show."""
+_CANDIDATES = 100
+"""Rows of each of the two searches of a hybrid one. Source: ours."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One result, best first; ``score`` is the cosine."""
+    """One result, best first."""
 
     id: Any
     """As the items have it."""
     score: float
+    """The cosine; of a hybrid search the sum of 1 / (60 + rank) over its two searches, and after re-ranking MaxSim."""
     uri: str | None
     text: str | None
+    columns: ArrowRow = field(default_factory=dict)
+    """Those of ``embed.keep``."""
+    row: int = -1
+    """Address in the dataset."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for, and how."""
+
+    text: str | None = None
+    images: tuple[Any, ...] = ()
+    """As ``crem.Item`` takes them."""
+    k: int = 10
+    where: str | None = None
+    """A condition on the columns, in SQL."""
+    hybrid: bool = False
+    """Whether the words of the text count as well."""
 
 
 class VectorIndex:
-    """An index opened for search. A remote one is first copied to a temporary folder.
+    """An index opened for search, at the version that was complete when it was opened.
 
     Raises:
         ConfigError: there is no complete index, or it is damaged.
@@ -49,94 +76,167 @@ class VectorIndex:
         folder = Folder.at(place)
         summary = IndexSummary.read(folder)
         if summary is None:
-            raise ConfigError(f"{place!r} is not an index (no {IndexSummary.FILE}); run crem index into it first")
-        self.summary = summary
-        self._scratch = None if folder.is_local else tempfile.TemporaryDirectory(prefix="crem-index-")
-        self._place = place
-        with self._damage_explained():
-            if self._scratch is not None:
-                for name in (VECTORS, ITEMS):
-                    folder.fs.get_file(folder.path(name), str(Path(self._scratch.name) / name))
-            root = Path(self._scratch.name if self._scratch else folder.uri)
-            self._vectors = faiss.read_index(str(root / VECTORS))
-            self._items = pq.ParquetFile(root / ITEMS)
-            counts = {
-                IndexSummary.FILE: summary.count,
-                VECTORS: self._vectors.ntotal,
-                ITEMS: self._items.metadata.num_rows,
-            }
-            if len(set(counts.values())) > 1:
-                raise ValueError(f"the numbers of items differ: {counts}")
-            if isinstance(self._vectors, faiss.IndexIVF):
-                self._vectors.nprobe = summary.probes
-        groups = (self._items.metadata.row_group(i).num_rows for i in range(self._items.num_row_groups))
-        self._starts = np.cumsum([0, *groups])
-
-    @contextmanager
-    def _damage_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError, pa.ArrowException, ValueError) as error:
             raise ConfigError(
-                f"the index {self._place!r} is damaged: {type(error).__name__}: {error}; run crem index into it again"
-            ) from error
+                f"{place!r} is not an index (no {IndexSummary.FILE}, or one of an older crem); run crem index into it "
+                "first"
+            )
+        self.summary, self.folder, self._place = summary, folder, place
+        with self._damage_explained():
+            self._dataset = open_dataset(folder, summary.version)
+            if (rows := self._dataset.count_rows()) != summary.count:
+                raise ValueError(f"{IndexSummary.FILE} says {summary.count} vectors, and there are {rows}")
+        self._shown = [name for name in self._dataset.schema.names if name not in _LARGE]
 
     @property
     def fingerprint(self) -> str:
+        """Of the model that made the vectors."""
         return self.summary.fingerprint
 
-    def stored(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors [N, D] at these positions, as exact as the index keeps them."""
-        if isinstance(self._vectors, faiss.IndexIVF):
-            self._vectors.make_direct_map()
-        found: NDArray[np.float32] = self._vectors.reconstruct_batch(np.ascontiguousarray(positions, np.int64))
-        return found
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the dataset; its metadata has the stamps of ``crem embed``."""
+        return self._dataset.schema
 
-    def search(self, vectors: NDArray[np.float32], k: int) -> list[list[Hit]]:
-        """The ``k`` best hits of each of the query vectors [N, dim], fewer if the index holds fewer."""
+    def search(self, vectors: NDArray[np.float32], k: int, where: str | None = None) -> list[list[Hit]]:
+        """The ``k`` best hits of each of the query vectors [N, dim], fewer if the index holds fewer.
+
+        Args:
+            where: a condition on the columns, in SQL; hits meet it.
+
+        Raises:
+            ConfigError: ``k`` or ``where`` cannot be used, or the index is damaged.
+        """
         if k < 1:
             raise ConfigError(f"k={k} asks for no result; give 1 or more")
-        scores, positions = self._vectors.search(np.ascontiguousarray(vectors, np.float32), min(k, self.summary.count))
-        rows = self._rows(positions)
+        return [self._hits(self._nearest(vector, k, where), "_distance") for vector in vectors]
+
+    def hybrid(self, vector: NDArray[np.float32], words: str, k: int, where: str | None = None) -> list[Hit]:
+        """The ``k`` best by the ranks of two searches: by the vector, and for the words in the texts.
+
+        Raises:
+            ConfigError: the index has no full-text index, or as in ``search``.
+        """
+        from lancedb.rerankers import RRFReranker  # three seconds of imports
+
+        if not self.summary.full_text:
+            raise ConfigError(
+                f"the index {self._place!r} has no index of words; run crem index into it with index.full_text=true"
+            )
+        most = max(k, _CANDIDATES)
+        by_vector = self._nearest(vector, most, where)
+        with self._damage_explained(where):
+            by_words = self._dataset.scanner(
+                columns=[*self._shown, "_score"],
+                full_text_query={"columns": ["text"], "query": words},
+                limit=most,
+                **self._filter(where),
+            ).to_table()
+        if not by_words.num_rows:
+            return self._hits(by_vector.slice(0, k), "_distance")
+        ranked = RRFReranker().rerank_hybrid(
+            words, by_vector.drop_columns(["_distance"]), by_words.drop_columns(["_score"])
+        )
+        return self._hits(ranked.slice(0, k), "_relevance_score")
+
+    def column(self, rows: Sequence[int], name: str) -> list[Any]:
+        """The values of a column at the addresses of hits, in their order."""
+        with self._damage_explained():
+            taken = self._dataset._take_rows(list(rows), columns=[name])
+            return [value.as_py() if not pa.types.is_list(taken[name].type) else value for value in taken[name]]
+
+    def _nearest(self, vector: NDArray[np.float32], k: int, where: str | None) -> pa.Table:
+        nearest = {
+            "column": "embedding",
+            "q": np.ascontiguousarray(vector, np.float32),
+            "k": min(k, self.summary.count),
+            "metric": "dot",
+            "nprobes": self.summary.probes,
+            "refine_factor": self.summary.refine,
+        }
+        with self._damage_explained(where):
+            return self._dataset.scanner(
+                columns=[*self._shown, "_distance"], nearest=nearest, **self._filter(where)
+            ).to_table()
+
+    @staticmethod
+    def _filter(where: str | None) -> dict[str, Any]:
+        return {"with_row_id": True} | ({"filter": where, "prefilter": True} if where else {})
+
+    def _hits(self, found: pa.Table, score: str) -> list[Hit]:
+        kept = [name for name in self._shown if name not in ("id", "uri", "text")]
         return [
-            [Hit(score=float(s), **rows[int(p)]) for s, p in zip(of_scores, of_query, strict=True) if p >= 0]
-            for of_scores, of_query in zip(scores, positions, strict=True)
+            Hit(
+                id=row["id"],
+                score=1 - row[score] if score == "_distance" else row[score],
+                uri=row["uri"],
+                text=row["text"],
+                columns={name: row[name] for name in kept},
+                row=row["_rowid"],
+            )
+            for row in found.to_pylist()
         ]
 
-    def _rows(self, positions: NDArray[np.int64]) -> dict[int, ArrowRow]:
-        """Item rows by position, reading each row group at most once."""
-        wanted = np.unique(positions[positions >= 0])
-        groups = np.searchsorted(self._starts, wanted, side="right") - 1
-        found: dict[int, ArrowRow] = {}
-        for group in np.unique(groups):
-            of_group = wanted[groups == group]
-            with self._damage_explained():
-                taken = self._items.read_row_group(int(group)).take(pa.array(of_group - self._starts[group]))
-            found.update(zip(of_group.tolist(), taken.to_pylist(), strict=True))
-        return found
+    @contextmanager
+    def _damage_explained(self, where: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, pa.ArrowException, ValueError) as error:
+            detail = " ".join(str(error).split())[:300]
+            if where is not None and _is_of_filter(error):
+                columns = ", ".join(f"{name} ({self._dataset.schema.field(name).type})" for name in self._shown)
+                raise ConfigError(f"--where {where!r} cannot be used: {detail}; the columns are {columns}") from error
+            raise ConfigError(
+                f"the index {self._place!r} is damaged: {type(error).__name__}: {detail}; run crem index into it again"
+                " with --fresh"
+            ) from error
 
 
-def search(index: str, model: str | Path | crem.Crem, query: Any, k: int) -> list[Hit]:
-    """The ``k`` items of ``index`` nearest to ``query``, embedded by ``model``.
+def _is_of_filter(error: Exception) -> bool:
+    """Whether Lance complains of the filter, for which it has no exception of its own."""
+    return isinstance(error, ValueError) and any(
+        words in str(error) for words in ("Schema error", "parsing statement", "filter expression", "sql parser", "SQL")
+    )
+
+
+def model_of(index: VectorIndex, model: str | Path | crem.Crem) -> crem.Crem:
+    """The loaded model for queries of an index.
+
+    Raises:
+        CheckpointError: another model made the index.
+    """
+    import crem
+
+    loaded = crem.load(model, chorus_tokens=index.summary.chorus_tokens) if isinstance(model, str | Path) else model
+    if loaded.fingerprint != index.fingerprint:
+        raise CheckpointError(
+            f"the index {index.folder.uri} was made by model {index.fingerprint} ({index.summary.model}), and this "
+            f"model is {loaded.fingerprint}; search with that model, or embed and index again with this one"
+        )
+    return loaded
+
+
+def search(index: str, model: str | Path | crem.Crem | None, query: Query) -> list[Hit]:
+    """The items of ``index`` nearest to ``query``, embedded by ``model``.
 
     Args:
         index: folder or URI of an index.
-        model: checkpoint folder or URI; a loaded ``crem.Crem`` is taken as it is.
-        query: a ``crem.Item``, or its shorthands.
+        model: checkpoint folder or URI, by default the one that the index names; a loaded ``crem.Crem`` is taken as it
+            is.
 
     Raises:
-        ConfigError: there is no index.
+        ConfigError: there is no index, or it cannot be searched so.
         CheckpointError: another model made the index.
         ItemError: the query cannot be embedded.
     """
     import crem
 
+    if not query.text and not query.images:
+        raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
+    if query.hybrid and not query.text:
+        raise ConfigError("--hybrid looks for words, and there is no text; give one, or leave --hybrid out")
     opened = VectorIndex(index)
-    count = opened.summary.chorus_tokens
-    loaded = crem.load(model, chorus_tokens=count) if isinstance(model, str | Path) else model
-    if loaded.fingerprint != opened.fingerprint:
-        raise CheckpointError(
-            f"the index {index} was made by model {opened.fingerprint} ({opened.summary.model}), and this model is "
-            f"{loaded.fingerprint}; search with that model, or embed and index again with this one"
-        )
-    return opened.search(prefix_of(loaded.embed([query]), opened.summary.dim), k)[0]
+    loaded = model_of(opened, model or opened.summary.model)
+    vector = prefix_of(loaded.embed([crem.Item(text=query.text, images=query.images)]), opened.summary.dim)
+    if query.hybrid and query.text:
+        return opened.hybrid(vector[0], query.text, query.k, query.where)
+    return opened.search(vector, query.k, query.where)[0]

@@ -8,7 +8,7 @@ from crem.config import load_config
 from pipelines.demo.demo_page import demo_page
 from pipelines.demo.demo_report import Chat, Check, DemoReport, Search, SearchHit, ServeReport
 from pipelines.embedding.output import EmbedManifest
-from pipelines.search.index import IndexSummary
+from pipelines.search.index_dataset import IndexSummary
 from pipelines.tables.manifest import PrepareManifest
 from pipelines.tables.prepared import PreparedRows
 from pipelines.training.run_folder import TrainResult
@@ -44,7 +44,9 @@ def report() -> DemoReport:
             resumed=0,
             items_per_s=9.0,
         ),
-        index=IndexSummary(fingerprint="0123", model="model", dim=8, count=7, skipped=0, index="exact", probes=1),
+        index=IndexSummary(
+            version=1, fingerprint="0123", model="model", dim=8, count=7, skipped=0, index="exact", probes=1
+        ),
         evaluation=result,
         short=result,
         untrained=result,

@@ -19,7 +19,7 @@ from pipelines.embedding.embed import embed
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluation_result import EvaluationResult
 from pipelines.search.index import build
-from pipelines.search.search import search
+from pipelines.search.search import Query, search
 from tests.conftest import TEXTS, TINY, lively, tiny_config
 from tests.pipelines.conftest import table, write_rows
 from tests.pipelines.shapes import write_corpus
@@ -48,7 +48,7 @@ def test_vectors_and_index_of_a_smaller_count(nested_dir: str, tmp_path: Path, l
     np.testing.assert_allclose(vectors, two.embed(texts), atol=1e-5)
 
     build(str(tmp_path / "vectors"), str(tmp_path / "index"), config)
-    hit = search(str(tmp_path / "index"), nested_dir, texts[2], 1)[0]  # the index knows its count
+    hit = search(str(tmp_path / "index"), nested_dir, Query(texts[2], k=1))[0]  # the index knows its count
     assert hit.text == texts[2] and hit.score > 0.9999
     wrong = load_config("micro", ["embed.chorus_tokens=3"])
     with pytest.raises(ConfigError, match="works with 2, 4 chorus tokens, not with 3"):

@@ -118,7 +118,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def crem_index(out: Path) -> None:
-    from pipelines.search.index import survey
+    from pipelines.search.embedded_parts import survey
 
     survey(Folder.at(out))
 

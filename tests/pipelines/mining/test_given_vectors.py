@@ -16,7 +16,7 @@ from crem.errors import CheckpointError, ConfigError, CremError
 from pipelines.embedding.embed import embed
 from pipelines.embedding.output import EmbedPlan
 from pipelines.mining import given_vectors
-from pipelines.mining.given_vectors import GivenVectors, VectorPiece, _read_index, open_vectors, read_piece
+from pipelines.mining.given_vectors import GivenVectors, VectorPiece, open_vectors, read_piece
 from pipelines.mining.mine import MineSummary, mine
 from pipelines.search.index import build
 from pipelines.tables import schema
@@ -59,21 +59,23 @@ def test_a_row_with_an_error_is_no_vector(tmp_path: Path) -> None:
         read_piece(piece, np.array([0]))
 
 
-@pytest.mark.parametrize(("settings", "exact"), [([], True), (["index.exact_below=100"], False)])
-def test_an_index_is_opened_in_pieces_and_knows_whether_it_is_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], exact: bool
+@pytest.mark.parametrize("settings", [[], ["index.exact_below=300"]])
+def test_an_index_is_opened_in_pieces_and_keeps_its_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str]
 ) -> None:
     monkeypatch.setattr(given_vectors, "_INDEX_PIECE", 300)
     vectors = np.random.default_rng(0).normal(size=(700, 2)).astype(np.float32)
     write_vectors(tmp_path / "e", list(range(1000, 1700)), vectors.tolist())
-    build(str(tmp_path / "e"), str(tmp_path / "i"), load_config("micro", settings))
+    built = build(str(tmp_path / "e"), str(tmp_path / "i"), load_config("micro", settings))
     given = open_vectors([str(tmp_path / "i")])
-    assert (given.exact, [piece.first for piece in given.pieces], given.stamp) == (exact, [0, 300, 600], STAMP)
+    assert (built.index, [piece.first for piece in given.pieces], given.stamp) == (
+        "IVF_PQ" if settings else "exact",
+        [0, 300, 600],
+        STAMP,
+    )
     assert [part.tolist() for part in (given.find(np.array([1699, 1300])))] == [[2, 1], [99, 0]]
-    found = list(_read_index(str(tmp_path / "i"), [np.array([699, 300]), np.array([0])]))
-    assert [part.all() for part in found[1::2]] == [True, True]
-    for part, expected in zip(found[::2], (vectors[[699, 300]], vectors[[0]]), strict=True):
-        np.testing.assert_allclose(part, expected, atol=0 if exact else 0.05)
+    found, valid = read_piece(given.pieces[2], np.array([99, 0]))
+    assert valid.all() and found.tolist() == vectors[[699, 600]].tolist()
 
 
 @pytest.mark.ray

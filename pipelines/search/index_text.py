@@ -1,0 +1,44 @@
+"""What ``crem index`` and ``crem search`` print."""
+
+from __future__ import annotations
+
+import json
+
+from pipelines.search.index_dataset import IndexSummary
+from pipelines.search.search import Hit
+
+__all__ = ["hit_json", "hit_line", "index_text"]
+
+
+def index_text(summary: IndexSummary) -> str:
+    """An index in some lines."""
+    recall = "not measured" if summary.recall_at_10 is None else f"{summary.recall_at_10:.4f}"
+    kind = summary.index
+    if kind != "exact":
+        kind += f", {summary.probes} cells a query, {summary.refine} x k vectors compared exactly"
+    changes = f"added {summary.added:,}, removed {summary.removed:,}"
+    if not summary.added and not summary.removed:
+        changes = "no vectors added or removed"
+    return "\n".join(
+        [
+            f"{summary.count:,} vectors of {summary.dim} from {summary.parts} parts ({changes}); "
+            f"{summary.skipped:,} rows have none",
+            f"version {summary.version}   model {summary.fingerprint}   {kind}",
+            f"recall@10 {recall}   built in {summary.build_s:.1f} s, at most "
+            f"{summary.peak_memory_bytes / 2**20:,.0f} MiB in this process",
+            f"bytes a vector: {summary.bytes_per_vector:,.0f} stored, {summary.index_bytes_per_vector:,.0f} of the "
+            "inverted file",
+        ]
+    )
+
+
+def hit_line(rank: int, hit: Hit) -> str:
+    """A hit for a person to read."""
+    columns = "".join(f"   {name}={value}" for name, value in hit.columns.items())
+    return f"{rank:>3}  {hit.score:+.4f}  {hit.uri or hit.text or hit.id}{columns}"
+
+
+def hit_json(rank: int, hit: Hit) -> str:
+    """A hit as a line of JSON; values that JSON has no word for become text."""
+    values = {"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}
+    return json.dumps(values | ({"columns": hit.columns} if hit.columns else {}), ensure_ascii=False, default=str)
