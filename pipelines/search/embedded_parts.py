@@ -82,12 +82,12 @@ def survey(
         ConfigError: there are no embeddings, their run did not finish, parts are missing or damaged, or several models
             made them.
     """
-    manifest, plan = EmbedManifest.read(source), EmbedPlan.read(source)
-    listed = live_parts(source) if manifest is not None and manifest.shards else None
+    manifest, plan, growth = EmbedManifest.read(source), EmbedPlan.read(source), Growth.read(source)
+    listed = live_parts(source) if growth is not None or (manifest is not None and manifest.shards) else None
     names = [part.file.name for part in listed] if listed is not None else source.files(".parquet")
     if not names and not source.exists(EmbedPlan.FILE):
         raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
-    if manifest is None and source.exists(EmbedPlan.FILE):
+    if manifest is None and growth is None and source.exists(EmbedPlan.FILE):
         state = (
             f"whose {EmbedManifest.FILE} is damaged" if source.exists(EmbedManifest.FILE) else "that was not finished"
         )
@@ -96,12 +96,10 @@ def survey(
     stamp = _stamp_of_all(source, names, footers)
     stored = sum(footer.rows for footer in footers)
     rows = stored - sum(part.file.rows - part.rows for part in listed or ())
-    expected = manifest.rows_out if manifest is not None else None
-    if (growth := Growth.read(source)) is not None:
-        expected = growth.rows
-    if expected is not None and rows != expected:
+    said = manifest.rows_out if growth is None and manifest is not None else growth and growth.rows
+    if said is not None and rows != said:
         raise ConfigError(
-            f"{source.uri} has {rows} rows and its {EmbedManifest.FILE} says {expected}: parts are missing or "
+            f"{source.uri} has {rows} rows and its {(growth or manifest or EmbedManifest).FILE} says {said}: parts are missing or "
             "were added; run crem embed into it again, or remove what is not its own"
         )
     first = footers[0].schema

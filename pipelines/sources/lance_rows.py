@@ -1,6 +1,6 @@
 """Lance datasets: a folder ``<name>.lance``, split at its fragments, at the version that it had when the job began.
 
-Read by ``pylance``, which is an extra of this project (``crem[lance]``). A version of a dataset never changes, so a job
+Read by ``pylance``. A version of a dataset never changes, so a job
 that others append to reads what it counted.
 """
 
@@ -164,7 +164,7 @@ def _open(uri: str, version: str) -> Any:
     try:
         import lance
     except ImportError as error:
-        raise ConfigError(f"{uri} is a Lance dataset, which needs pylance; pip install 'crem[lance]'") from error
+        raise ConfigError(f"{uri} is a Lance dataset, which needs pylance; pip install pylance") from error
     # Lance's own store reads the credentials and the endpoint from the environment, and refuses http unless told.
     plain_http = "://" in uri and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options = {"allow_http": "true"} if plain_http else None
