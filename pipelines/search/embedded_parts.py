@@ -99,8 +99,8 @@ def survey(
     said = manifest.rows_out if growth is None and manifest is not None else growth and growth.rows
     if said is not None and rows != said:
         raise ConfigError(
-            f"{source.uri} has {rows} rows and its {(growth or manifest or EmbedManifest).FILE} says {said}: parts are missing or "
-            "were added; run crem embed into it again, or remove what is not its own"
+            f"{source.uri} has {rows} rows and its {(growth or EmbedManifest).FILE} says {said}: parts are missing "
+            "or were added; run crem embed into it again, or remove what is not its own"
         )
     first = footers[0].schema
     vector = pa.field("embedding", pa.list_(pa.float32(), stamp.dim))

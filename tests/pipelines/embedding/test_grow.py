@@ -19,6 +19,7 @@ from pipelines.embedding.input_files import PRESENT, compare
 from pipelines.embedding.live_parts import Growth, LivePart, live_parts
 from pipelines.embedding.output import EmbedManifest
 from pipelines.embedding.verify_embeddings import verify_embeddings
+from pipelines.search.index import build
 from pipelines.sources.source_files import FILES
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.storage import Folder
@@ -121,6 +122,9 @@ def test_a_corpus_grows_and_shrinks(
     checked = verify_embeddings(str(out))
     assert not checked.faults and (checked.rows, checked.gone, checked.repeated_ids) == (40, 20, 0)
 
+    indexed = build(str(out), str(tmp_path / "index"), CONFIG)
+    assert (indexed.count, indexed.skipped) == (36, 4)
+
     fresh = tmp_path / "fresh"
     run(fresh)
     assert rows_of(out) == rows_of(fresh)
@@ -141,6 +145,10 @@ def test_a_corpus_grows_and_shrinks(
 
     (items / "0.jsonl").unlink()  # nothing new
     shrunk = run(out, grow=True)
+    indexed = build(str(out), str(tmp_path / "index"), CONFIG)
+    assert (indexed.count, indexed.added, indexed.removed) == (27, 18, 27), (
+        "the rows of a part that lost some are moved"
+    )
     assert (shrunk.rows_in, shrunk.embedded, shrunk.gone) == (30, 27, 30) and not verify_embeddings(str(out)).faults
     (out / state.gone_file).parent.joinpath("gone-000003.parquet").unlink()
     with pytest.raises(ConfigError, match="list of rows that are gone, cannot be read"):
