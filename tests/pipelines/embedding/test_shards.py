@@ -238,6 +238,7 @@ def test_repair_mends_a_fault_and_nothing_else(
     assert not verify_embeddings(str(out)).faults
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_repeated_ids_are_counted_by_shuffles_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledgers, folder = read_ledgers(Folder.at(whole)), tmp_path / "out"

@@ -61,6 +61,7 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(prepared: str, tmp_path: Path) -> None:
     """ZeRO-3. The steps that are run twice, before the kill and after the resume, have the same losses."""
     run = tmp_path / "run"
