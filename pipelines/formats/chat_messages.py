@@ -9,7 +9,7 @@ embedding instruction of its side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from crem.errors import ItemError
 from pipelines.formats.cells import is_absent, is_blank, listed, parse_images
@@ -19,6 +19,7 @@ from pipelines.formats.conversation import (
     read_turns,
     refuse_other_media,
 )
+from pipelines.formats.file_names import NAMED, first_or_named, named_column, named_images
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.placeholders import ImageName
 from pipelines.formats.raw_rows import RawItem, RawRow, placed_item
@@ -26,14 +27,14 @@ from pipelines.sources.records import RawRecord
 
 __all__ = ["ChatMessages", "SwiftPairs"]
 
+_IMAGES = ("images", "image")
 _OTHER_MEDIA = (
     *("videos", "audios", "positive_videos", "positive_audios", "negative_videos", "negative_audios"),
     *("video", "audio"),
 )
 _SHARED = (
     Column("messages", "questions and answers; the query, where there are positives"),
-    Column("images", "query images"),
-    Column("image", "query images"),
+    *(Column(name, "query images") for name in _IMAGES),
     *(Column(name, "a row with one is rejected") for name in _OTHER_MEDIA),
     *(Column(name, "of agents and grounding", used=False) for name in ("tools", "objects", "channel", "solution")),
     *(Column(name, "not the key", used=False) for name in ("id", "uuid")),
@@ -52,19 +53,22 @@ class ChatMessages(Format):
     name = "messages"
     title = "chat messages (OpenAI, ms-swift)"
     columns = (*_SHARED, Column("label", "of preference training", used=False))
-    alternatives = (("images", "image"),)
+    alternatives = ((*_IMAGES, *NAMED),)
     pairs = False
+
+    def column(self, name: str) -> Column | None:
+        return super().column(name) or named_column(name, "query")
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return "messages" in columns and not _has_pairs(columns)
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
         refuse_other_media(record, _OTHER_MEDIA)
-        return conversation_rows(*read_turns(record.get("messages"), "messages", _images(record)), context)
+        return conversation_rows(*read_turns(record.get("messages"), "messages", _images(record, context)), context)
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
         refuse_other_media(record, _OTHER_MEDIA)
-        return conversation_item(*read_turns(record.get("messages"), "messages", _images(record)), context)
+        return conversation_item(*read_turns(record.get("messages"), "messages", _images(record, context)), context)
 
 
 class SwiftPairs(Format):
@@ -80,8 +84,11 @@ class SwiftPairs(Format):
         Column("negative_images", "images of the negatives"),
         Column("label", f"a row below {_MIN_LABEL} is no pair and is rejected"),
     )
-    alternatives = (("images", "image"),)
+    alternatives = ((*_IMAGES, *NAMED),)
     pairs = True
+
+    def column(self, name: str) -> Column | None:
+        return super().column(name) or named_column(name)
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return "messages" in columns and _has_pairs(columns)
@@ -89,9 +96,9 @@ class SwiftPairs(Format):
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
         refuse_other_media(record, _OTHER_MEDIA)
         _check_label(record.get("label"))
-        query = _side(record.get("messages"), _images(record), "messages")
-        positives = _sides(record, "positive") or [RawItem(None, (), None)]
-        negatives = tuple(item for item in _sides(record, "negative") if not item.is_empty)
+        query = _side(record.get("messages"), _images(record, context), "messages")
+        positives = _sides(record, "positive", context) or [RawItem(None, (), None)]
+        negatives = tuple(item for item in _sides(record, "negative", context) if not item.is_empty)
         return [
             RawRow(
                 source=context.source,
@@ -116,8 +123,8 @@ def _has_pairs(columns: frozenset[str]) -> bool:
     return not columns.isdisjoint({"positive_messages", "negative_messages"})
 
 
-def _images(record: RawRecord) -> tuple[ImageName, ...]:
-    return parse_images(record.get("images"), "images") or parse_images(record.get("image"), "image")
+def _images(record: RawRecord, context: RowContext) -> tuple[ImageName, ...]:
+    return first_or_named(record, _IMAGES, context)
 
 
 def _check_label(label: Any) -> None:
@@ -142,9 +149,11 @@ def _side(messages: Any, images: tuple[ImageName, ...], where: str) -> RawItem:
     return placed_item((text.strip() and text) or None, images, instruction.strip() or None, where)
 
 
-def _sides(record: RawRecord, name: str) -> list[RawItem]:
+def _sides(record: RawRecord, name: Literal["positive", "negative"], context: RowContext) -> list[RawItem]:
     """The positives or negatives: lists of messages with lists of images, or one of each without the outer list."""
     sides, images = record.get(f"{name}_messages"), record.get(f"{name}_images")
+    if is_blank(listed(images)):
+        images = list(named_images(record, context, "target" if name == "positive" else "negative"))
     if is_blank(listed(sides)):
         return []
     if not isinstance(sides, list | tuple):

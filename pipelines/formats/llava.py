@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crem.errors import ItemError
-from pipelines.formats.cells import parse_images, parse_text
+from pipelines.formats.cells import parse_text
 from pipelines.formats.conversation import (
     Turn,
     conversation_item,
@@ -18,6 +18,7 @@ from pipelines.formats.conversation import (
     read_turns,
     refuse_other_media,
 )
+from pipelines.formats.file_names import NAMED, first_or_named, named_column
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.placeholders import ImageName
 from pipelines.formats.raw_rows import RawItem, RawRow
@@ -26,6 +27,7 @@ from pipelines.sources.records import RawRecord
 __all__ = ["Llava"]
 
 _IMAGES = ("image", "images", "image_path")
+"""Columns of images. Where all are empty, the files that ``file_name`` names are: conversations in an image folder."""
 
 
 class Llava(Format):
@@ -44,22 +46,25 @@ class Llava(Format):
         *(Column(name, "where it comes from", used=False) for name in ("model", "source", "dataset", "data_source")),
         *(Column(name, "size of the image", used=False) for name in ("width", "height", "width_list", "height_list")),
     )
-    alternatives = (_IMAGES,)
+    alternatives = ((*_IMAGES, *NAMED),)
     pairs = False
+
+    def column(self, name: str) -> Column | None:
+        return super().column(name) or named_column(name, "query")
 
     def matches(self, columns: frozenset[str], records: Sequence[RawRecord]) -> bool:
         return "conversations" in columns
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
-        return conversation_rows(*_conversation(record), context)
+        return conversation_rows(*_conversation(record, context), context)
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
-        return conversation_item(*_conversation(record), context)
+        return conversation_item(*_conversation(record, context), context)
 
 
-def _conversation(record: RawRecord) -> tuple[list[Turn], tuple[ImageName, ...]]:
+def _conversation(record: RawRecord, context: RowContext) -> tuple[list[Turn], tuple[ImageName, ...]]:
     refuse_other_media(record, ("video", "videos", "audio"))
-    images = next((found for name in _IMAGES if (found := parse_images(record.get(name), name))), ())
+    images = first_or_named(record, _IMAGES, context)
     if record.get("conversations") is None:
         raise ItemError("bad_row", "conversations is absent; a row of LLaVA has a list of turns there")
     turns, found = read_turns(record["conversations"], "conversations", images)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crem.errors import ItemError
-from pipelines.formats.cells import is_blank
+from pipelines.formats.cells import is_blank, listed
+from pipelines.formats.file_names import named_column, named_images
 from pipelines.formats.format import Column, Format, RowContext
 from pipelines.formats.raw_rows import COLUMNS, NEGATIVE, RawItem, RawRow, negatives_of, parse_row
 from pipelines.sources.records import RawRecord
@@ -34,6 +35,9 @@ class OwnRows(Format):
     )
     pairs = True
 
+    def column(self, name: str) -> Column | None:
+        return super().column(name) or named_column(name, "query", "target")
+
     def names(self, record: RawRecord) -> Sequence[str]:
         """Also those in ``negatives``; of objects with unknown ones, only what each of them has."""
         try:
@@ -51,8 +55,17 @@ class OwnRows(Format):
         return not columns.isdisjoint(_DISTINCTIVE)
 
     def rows(self, record: RawRecord, context: RowContext) -> list[RawRow]:
-        return [parse_row(record, key=context.key, source=context.source, split=context.split)]
+        return [parse_row(_with_named(record, context), key=context.key, source=context.source, split=context.split)]
 
     def item(self, record: RawRecord, context: RowContext) -> RawItem:
-        row = parse_row(record, key=context.key, source=context.source)
+        row = parse_row(_with_named(record, context), key=context.key, source=context.source)
         return row.target if context.side == "target" else row.query
+
+
+def _with_named(record: RawRecord, context: RowContext) -> RawRecord:
+    """The record with the files that ``file_name`` and ``target_file_name`` name, where a side gives no images."""
+    named = {
+        "query_images": named_images(record, context, "query"),
+        "target_images": named_images(record, context, "target"),
+    }
+    return record | {name: images for name, images in named.items() if images and is_blank(listed(record.get(name)))}

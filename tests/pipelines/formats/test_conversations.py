@@ -259,3 +259,30 @@ def test_the_item_of_a_conversation_is_what_is_asked_first() -> None:
     record = llava("<image>\nWhat is it?", "A bus.", "Which colour?", "Red.", image=A)
     assert item_of(record) == RawItem("What is it?", (A,), None)
     assert item_of(record, side="target") == RawItem("A bus.", (), None)
+
+
+def test_conversations_in_an_image_folder_name_their_files_from_the_metadata() -> None:
+    record = llava("<image>\nWhat is it?", "A bus.", file_name="1.jpg")
+    name, (row,) = rows_of(record, "train/metadata.jsonl")
+    assert (name, row.query.images, row.question, row.answer) == ("llava", ("train/1.jpg",), "What is it?", "A bus.")
+    assert row_of({**record, "image": A}, "train/metadata.jsonl").query.images == (A,)
+    assert item_of(record, "train/metadata.csv").images == ("train/1.jpg",)
+    both = llava("<image> or <image>?", "The first.", file_names=["1.jpg", "../b/2.jpg"])
+    assert row_of(both, "a/metadata.jsonl").query.images == ("a/1.jpg", "b/2.jpg")
+    assert row_of({**both, "image": [None], "first_file_name": None}, "metadata.jsonl").query.images[0] == "1.jpg"
+    assert reason_of({**record, "file_name": None}) == "image_count"
+    chat = {"file_name": "1.jpg", "messages": turns_of_chat("<image>What is it?", "A bus.")}
+    name, (row,) = rows_of(chat, "train/metadata.jsonl")
+    assert (name, row.query.images, row.answer) == ("messages", ("train/1.jpg",), "A bus.")
+
+
+def test_pairs_in_an_image_folder_name_their_files_from_the_metadata() -> None:
+    sides = {f"{side}messages": [turns_of_chat("<image>")] for side in ("positive_", "negative_")}
+    files = {"file_name": "1.jpg", "positive_file_name": "2.jpg", "negative_file_name": "3.jpg"}
+    name, (row,) = rows_of({"messages": turns_of_chat("<image>like this"), **sides, **files}, "a/metadata.jsonl")
+    assert (name, row.query.images, row.target.images) == ("ms-swift", ("a/1.jpg",), ("a/2.jpg",))
+    assert [negative.images for negative in row.negatives] == [("a/3.jpg",)]
+    name, (row,) = rows_of({"file_name": "1.jpg", "target_file_name": "2.jpg", "query_text": "like"}, "a/metadata.csv")
+    assert (name, row.query, row.target.images) == ("crem", RawItem("like", ("a/1.jpg",), None), ("a/2.jpg",))
+    inline = {"query_images": ["3.jpg"], "file_name": "1.jpg", "target_text": "t"}
+    assert row_of(inline, "a/metadata.csv").query.images == ("3.jpg",)

@@ -76,10 +76,10 @@ def test_keys_that_appear_later_are_counted_and_misspelt_ones_reject_their_row(t
     with pytest.raises(ItemError, match="unknown_column: 'query_image' is not known to crem; is it 'query_images'"):
         reader.rows(record({**PAIR, "query_image": "a.jpg"}))
     with pytest.raises(ItemError, match="unknown_columns: crem knows none of the columns"):
-        reader.rows(record({"file_name": "a.jpg"}))
+        reader.rows(record({"photo": "a.jpg"}))
     with pytest.raises(ItemError, match="bad_row: not JSON"):
         reader.rows(record(None, "not JSON"))
-    assert reader.unknown.counts == {"note": 1, "query_image": 1, "file_name": 1}
+    assert reader.unknown.counts == {"note": 1, "query_image": 1, "photo": 1}
     # a name that is near to one that the row has is another column, not a misspelt one
     assert reader.rows(record({**PAIR, "query_text2": "x"}))
 

@@ -46,6 +46,9 @@ def many_layouts(folder: Path) -> Path:
     write(folder / "llava" / "2.png", PNG[3])
     write(folder / "birds" / "test" / "metadata.jsonl", [{"file_name": "1.png", "text": "a wren", "mood": "good"}])
     write(folder / "birds" / "test" / "1.png", PNG[4])
+    talks = [{"file_name": "1.png", "conversations": [*turns[:1], {"from": "gpt", "value": "A talk."}]}]
+    write(folder / "talks" / "metadata.jsonl", talks)
+    write(folder / "talks" / "1.png", PNG[8])
     (folder / "web").mkdir()
     tar(folder / "web" / "00000.tar", {"b.png": PNG[5], "a.txt": b"an a", "b.txt": b"a b", "a.png": PNG[6]})
     write(folder / "hub" / "train.parquet", [{"image": {"bytes": PNG[7], "path": "x.png"}, "caption": "seven"}])
@@ -57,10 +60,13 @@ def many_layouts(folder: Path) -> Path:
 def test_many_layouts_in_one_run(tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
     made = prepare(str(many_layouts(tmp_path / "bucket")), str(out), load_config("micro"))
-    assert made.rows_in == made.rows_out + made.rejected == 10
+    assert made.rows_in == made.rows_out + made.rejected == 11
     assert made.by_reason == {"empty_query": 1, "image_count": 1}
-    rows = {(row["question"] or row["target"]["text"]): row for row in table(out / "rows")}
-    assert len(rows) == made.rows_out == 8
+    rows = {
+        (row["answer"] if row["answer"] == "A talk." else row["question"] or row["target"]["text"]): row
+        for row in table(out / "rows")
+    }
+    assert len(rows) == made.rows_out == 9
     sides = {name: (row["query"]["text"], len(row["query"]["images"]), row["split"]) for name, row in rows.items()}
     history = "user: What is it?\nassistant: A box.\n"
     assert sides == {
@@ -71,11 +77,12 @@ def test_many_layouts_in_one_run(tmp_path: Path, local_ray: None, caplog: pytest
         "an a": (None, 1, "train"),
         "a b": (None, 1, "train"),
         "seven": (None, 1, "train"),
+        "A talk.": (None, 1, "train"),
         "a tag": ("what is <image>?", 0, "train"),
     }
     assert rows["Compare it to image 2 here."]["query"]["image_at"] == [0, len(history) + len("Compare it to ")]
     assert (rows["box"]["source"], rows["box"]["task"]) == ("N24News", "N24News")
-    assert made.images == 7
+    assert made.images == 8
     images = {image["id"]: image["uri"] for image in table(out / "images")}
     assert images[rows["a wren"]["query"]["images"][0]] == "birds/test/1.png"
     assert "column 'mood' is not known" in caplog.text
