@@ -63,6 +63,13 @@ class WebDataset(Format):
             return Column(name, "a row about the images")
         return super().column(name)
 
+    def preferred(self, name: str, names: Sequence[str]) -> str | None:
+        """Images of the tar go before those that its JSON names."""
+        members = [other for other in names if not other.startswith("json.") and other.rpartition(".")[2] in _IMAGES]
+        if members and name.startswith("json.") and name.removeprefix("json.").lower() in _IMAGE_NAMES:
+            return members[0]
+        return super().preferred(name, names)
+
     def names(self, record: RawRecord) -> Sequence[str]:
         try:
             inner = _json_of(record)

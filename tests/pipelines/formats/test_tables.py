@@ -177,6 +177,9 @@ def test_of_columns_for_one_thing_the_first_is_used_and_the_others_are_spare() -
     assert uses(image="a.jpg", Caption="c", caption="d") == {"image": "used", "Caption": "used", "caption": "spare"}
     assert uses(conversations=[], images=["a"], image="b")["images"] == "spare"
     assert uses(messages=[], images=["a"], image="b")["image"] == "spare"
+    member = {"__key__": "1", "json": {"url": "http://x/1.jpg", "caption": "c"}}
+    assert uses(**member, **{"left.png": PNG})["json.url"] == "spare"
+    assert uses(**member)["json.url"] == "used"
 
 
 def test_items_are_image_and_text_together() -> None:
