@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from types import TracebackType
-from typing import Self
 
 from pipelines.corpus.staging import PieceCounts
+from pipelines.tables.regular_calls import RegularCalls
 
 __all__ = ["StagingProgress"]
 
@@ -17,7 +15,7 @@ log = logging.getLogger(__name__)
 _EVERY_S = 10.0
 
 
-class StagingProgress:
+class StagingProgress(RegularCalls):
     """Counts pieces that are staged; a context that reports while it is open.
 
     Args:
@@ -26,11 +24,10 @@ class StagingProgress:
     """
 
     def __init__(self, records: int, earlier: int = 0):
+        super().__init__(_EVERY_S, "progress")
         self._records, self._earlier = records, earlier
         self.done = self.rows = self.rejected = self.images = 0
         self._began = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
 
     def add(self, counts: PieceCounts) -> None:
         """Count a piece."""
@@ -49,16 +46,6 @@ class StagingProgress:
             f"{self.images / max(seconds, 1e-9):.0f} images/s, {self.rejected:,} rows rejected, {left}"
         )
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _report(self) -> None:
-        while not self._ended.wait(_EVERY_S):
-            log.info("%s", self.line(time.monotonic() - self._began))
+    def call(self) -> None:
+        """Log the state."""
+        log.info("%s", self.line(time.monotonic() - self._began))

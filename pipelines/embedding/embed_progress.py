@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 from ray.util.metrics import Gauge
 
@@ -24,6 +23,7 @@ from crem.config import EmbedConfig
 from crem.errors import CremError
 from pipelines.embedding.output import PROGRESS
 from pipelines.embedding.window_embedder import WindowCounts
+from pipelines.tables.regular_calls import RegularCalls
 from pipelines.tables.storage import Folder
 
 __all__ = ["EmbedProgress", "ProgressEntry", "Stage", "idle_by_thirds", "slowest_stage"]
@@ -86,7 +86,7 @@ class _Sums:
     prepare_s: float = 0.0
 
 
-class EmbedProgress:
+class EmbedProgress(RegularCalls):
     """Counts windows; a context that reports while it is open.
 
     Args:
@@ -97,13 +97,12 @@ class EmbedProgress:
     """
 
     def __init__(self, output: Folder, items: int, resumed: int, config: EmbedConfig, cpus: float):
+        super().__init__(_LOG_EVERY_S, "progress")
         self._output, self._items, self._resumed, self._config, self._cpus = output, items, resumed, config, cpus
         self._sums, self._before = _Sums(), _Sums()
         self._samples: list[tuple[float, float]] = [(0.0, 0.0)]
         self._actors: set[str] = set()
-        self._began = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
+        self._began = self._written = time.monotonic()
         self._lines = _earlier_lines(output)
         self._gauges = {
             name: Gauge(f"crem_embed_{name}", description, tag_keys=("output",))
@@ -166,27 +165,21 @@ class EmbedProgress:
         """Share of the time in which the models waited, in the first, middle and last third of the run."""
         return idle_by_thirds(self._samples, time.monotonic() - self._began)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._thread.join()
+        super().__exit__(kind, error, trace)
         self._before = _Sums()  # the last entry is of the whole run
         self._write(self.entry())
 
-    def _report(self) -> None:
-        written = time.monotonic()
-        while not self._ended.wait(_LOG_EVERY_S):
-            entry = self.entry()
-            log.info("%s", entry.line())
-            self._export(entry)
-            if time.monotonic() - written >= _WRITE_EVERY_S:
-                self._write(entry)
-                written = time.monotonic()
+    def call(self) -> None:
+        """Report the state: to the log and to Ray's metrics, and less often to the output."""
+        entry = self.entry()
+        log.info("%s", entry.line())
+        self._export(entry)
+        if time.monotonic() - self._written >= _WRITE_EVERY_S:
+            self._write(entry)
+            self._written = time.monotonic()
 
     def _export(self, entry: ProgressEntry) -> None:
         values = asdict(entry)

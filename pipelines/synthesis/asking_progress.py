@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import ray
 
 from crem.config import SynthesiseConfig
 from pipelines.synthesis.meter import MeterReading, Spent
+from pipelines.tables.regular_calls import RegularCalls
 
-__all__ = ["cost_text", "progress", "progress_line"]
+__all__ = ["AskingProgress", "cost_text", "progress_line"]
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
 
 
-@contextmanager
-def progress(meter: ray.actor.ActorHandle, rows: int, settings: SynthesiseConfig) -> Iterator[None]:
-    """Log what the meter says from time to time; a shard can take minutes."""
-    stopped, began = threading.Event(), time.monotonic()
+class AskingProgress(RegularCalls):
+    """Logs what the meter says; a shard can take minutes."""
 
-    def watch() -> None:
-        while not stopped.wait(_LOG_EVERY_S):
-            reading = ray.get(meter.reading.remote())
-            log.info("%s", progress_line(reading, rows, time.monotonic() - began, settings))
+    def __init__(self, meter: ray.actor.ActorHandle, rows: int, settings: SynthesiseConfig):
+        super().__init__(_LOG_EVERY_S, "progress")
+        self._meter, self._rows, self._settings = meter, rows, settings
+        self._began = time.monotonic()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
-        log.info("%s", progress_line(ray.get(meter.reading.remote()), rows, time.monotonic() - began, settings))
+    def call(self) -> None:
+        """Log the state."""
+        reading = ray.get(self._meter.reading.remote())
+        log.info("%s", progress_line(reading, self._rows, time.monotonic() - self._began, self._settings))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.call()
 
 
 def progress_line(reading: MeterReading, rows: int, seconds: float, settings: SynthesiseConfig) -> str:

@@ -29,7 +29,7 @@ from pipelines.synthesis.answer_table import (
     journal_spent,
     start_or_resume,
 )
-from pipelines.synthesis.asking_progress import cost_text, progress
+from pipelines.synthesis.asking_progress import AskingProgress, cost_text
 from pipelines.synthesis.batch_engine import VllmEngine, ask_in_batches, require_vllm
 from pipelines.synthesis.endpoint import host_of
 from pipelines.synthesis.meter import Spent, start_meter
@@ -175,7 +175,7 @@ def _ask(
         fn_constructor_args=(source, target, [images], prompt, meter, settings),
     )
     bound = ""
-    with progress(meter, total, settings):
+    with AskingProgress(meter, total, settings):
         for outcome in ray_tasks.results(dataset):
             bound = bound or outcome.bound
             outcomes += [] if outcome.bound else [outcome]

@@ -7,17 +7,16 @@ CPUs waits where four nodes have one each.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 
 from crem.errors import ResourceError
 from pipelines.tables import session
+from pipelines.tables.regular_calls import RegularCalls
 
 __all__ = ["Need", "ResourceWatch", "wait_for_resources"]
 
@@ -82,41 +81,28 @@ def missing_of(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> s
     return None
 
 
-class ResourceWatch:
+class ResourceWatch(RegularCalls):
     """While a job runs, says when no node could run what it needs, and when one can again; a context."""
 
     def __init__(self, job: str, needs: Sequence[Need], nodes: Callable[[], list[dict[str, float]]] | None = None):
+        super().__init__(_LOOK_EVERY_S, "resources")
+        self._said = 0.0
         self.job, self.needs, self._nodes = job, needs, nodes or _nodes
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="resources", daemon=True)
 
-    def _watch(self) -> None:
-        said = 0.0
-        while not self._ended.wait(_LOOK_EVERY_S):
-            try:
-                missing = missing_of(self.needs, self._nodes())
-            except Exception as error:  # the head does not answer; the job itself will say so
-                log.debug("the nodes are not known now: %s", error)
-                continue
-            now = time.monotonic()
-            if missing is None and said:
-                log.warning("%s goes on: the cluster has what it needs again", self.job)
-                said = 0.0
-            elif missing is not None and (not said or now - said >= _SAY_EVERY_S):
-                log.warning(
-                    "%s waits: it needs %s, and %s; it goes on when a node joins", self.job, missing, _present()
-                )
-                said = now
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
+    def call(self) -> None:
+        """Look at the nodes."""
+        try:
+            missing = missing_of(self.needs, self._nodes())
+        except Exception as error:  # the head does not answer; the job itself will say so
+            log.debug("the nodes are not known now: %s", error)
+            return
+        now = time.monotonic()
+        if missing is None and self._said:
+            log.warning("%s goes on: the cluster has what it needs again", self.job)
+            self._said = 0.0
+        elif missing is not None and (not self._said or now - self._said >= _SAY_EVERY_S):
+            log.warning("%s waits: it needs %s, and %s; it goes on when a node joins", self.job, missing, _present())
+            self._said = now
 
 
 def _nodes() -> list[dict[str, float]]:
