@@ -209,7 +209,10 @@ class IndexConfig(Section):
     """Above the threshold: RaBitQ (arXiv:2405.12497) of one bit a component, or product quantisation of one byte for
     four. Source: tests/bench/README.md, where the former has the higher recall."""
     cells: int | None = Field(None, ge=1)
-    """Cells of an inverted file; by default the square root of its vectors. Source: ours."""
+    """Cells of a segment of an inverted file; by default the square root of its vectors. Source: ours."""
+    segment_rows: int = Field(8_000_000, ge=256)
+    """Vectors of a segment, which a task builds. At 1,536 dimensions the sample that trains its cells takes 4.5 GB.
+    Source: ours."""
     probes: int = Field(32, ge=1)
     """Cells that a query visits. Source: tests/bench/README.md."""
     refine: int = Field(10, ge=1)

@@ -48,6 +48,11 @@ class TokenSample:
     quantiles: tuple[tuple[int, int], ...]
     """Percent, and tokens of the item at it."""
 
+    @property
+    def good(self) -> float:
+        """Share of the items that can be embedded."""
+        return 1 - self.errors / self.items
+
     @classmethod
     def of(cls, tokens: Sequence[int], errors: int) -> TokenSample:
         """From the tokens of the items that can be embedded; there is at least one."""
@@ -88,7 +93,7 @@ class EmbeddingForecast:
 
 def forecast_embedding(needs: EmbeddingNeeds, sample: TokenSample, sizes: ModelSizes) -> EmbeddingForecast:
     """Forecast a run. Items with an error cost their preparation and nothing else."""
-    good = needs.items * (1 - sample.errors / sample.items)
+    good = needs.items * sample.good
     tokens = good * sample.mean
     accelerator_s = tokens / needs.tokens_per_s
     hours = accelerator_s / needs.busy / needs.accelerators / 3600

@@ -18,6 +18,7 @@ from crem.config import RunConfig
 from crem.data.sequence import PreparedSequence
 from crem.errors import ConfigError
 from crem.forecast.embedding import EmbeddingForecast, EmbeddingNeeds, ModelSizes, TokenSample, forecast_embedding
+from crem.forecast.vector_index import IndexForecast, forecast_index
 from pipelines.corpus.work_plan import draft_plan
 from pipelines.embedding.item_table import item_files, load_item
 from pipelines.formats.detection import detect_source
@@ -41,6 +42,7 @@ class CostPlan:
     needs: EmbeddingNeeds
     sample: TokenSample
     forecast: EmbeddingForecast
+    index: IndexForecast
     assumptions: tuple[str, ...]
 
     def described(self) -> dict[str, object]:
@@ -50,7 +52,7 @@ class CostPlan:
     @property
     def text(self) -> str:
         """For a person to read."""
-        needs, sample, found = self.needs, self.sample, self.forecast
+        needs, sample, found, index = self.needs, self.sample, self.forecast, self.index
         quantiles = ", ".join(f"{q} %: {tokens:,}" for q, tokens in sample.quantiles)
         cost = "" if found.cost is None else f"   cost {found.cost:,.2f}"
         lines = [
@@ -59,6 +61,8 @@ class CostPlan:
             f"time         {_time(found.hours)}   {found.accelerator_hours:,.2f} accelerator-hours{cost}",
             f"preparing    {found.cores:.1f} cores keep up ({needs.prepare_s * 1e6:,.0f} µs an item on one)",
             *(f"storage      {_size(size):>9}  {name}" for name, size in found.stored.items()),
+            f"index        {_size(index.memory_bytes)} in memory to search fast ({index.kind}), "
+            f"{index.core_hours:,.1f} core-hours to build, in {index.segments:,} tasks",
             "assumed:",
             *(f"- {line}" for line in self.assumptions),
         ]
@@ -105,7 +109,13 @@ def plan_cost(
         f"accelerators compute {needs.busy:.0%} of the time, the goal of the job; its start is not counted"
     )
     assumptions.append("sizes are without ids, kept columns and Parquet's compression")
-    return CostPlan(needs, sample, forecast_embedding(needs, sample, _sizes(model, config)), tuple(assumptions))
+    sizes = _sizes(model, config)
+    forecast = forecast_embedding(needs, sample, sizes)
+    dim = config.embed.dims or sizes.dim
+    index = forecast_index(needs.items * sample.good, dim, config.index)
+    if index.segments:
+        assumptions.append("a core that builds the index computes 8.5 GFLOP/s, as one measured here did")
+    return CostPlan(needs, sample, forecast, index, tuple(assumptions))
 
 
 def _counted(table: SourceFiles, config: RunConfig) -> tuple[int, list[RowRange], str]:

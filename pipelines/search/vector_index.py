@@ -1,6 +1,6 @@
 """The inverted file over an index's vectors, in segments that tasks build apart from each other.
 
-A segment covers up to ``_SEGMENT_ROWS`` vectors and trains its own cells on a sample of them, so that neither the
+A segment covers up to ``index.segment_rows`` vectors and trains its own cells on a sample of them, so that neither the
 training nor the memory of a task grows with the dataset. Rows that came after the last segment are compared exactly
 until there are ``index.exact_below`` of them; then they become a segment.
 """
@@ -8,7 +8,6 @@ until there are ``index.exact_below`` of them; then they become a segment.
 from __future__ import annotations
 
 import logging
-import math
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from crem.config import IndexConfig
+from crem.forecast.vector_index import cells_of
 from pipelines.search.index_dataset import VECTOR_INDEX, open_dataset
 from pipelines.tables.storage import Folder
 
@@ -23,9 +23,6 @@ __all__ = ["index_columns", "index_vectors"]
 
 log = logging.getLogger(__name__)
 
-_SEGMENT_ROWS = 8_000_000
-"""At 1,536 dimensions the sample that trains it (256 vectors a cell) takes 4.5 GB. Source: ours."""
-_MOST_CELLS = 65_536
 _FEWEST_ROWS = 256
 """Fewer train no quantiser."""
 _PQ_DIMENSIONS = 4
@@ -73,8 +70,8 @@ def index_vectors(
             log.info("%d new vectors are compared exactly until there are more", sum(waiting.values()))
         return quantiser
     segments = [
-        _Segment(dataset.version, tuple(group), _cells(count, config), quantiser, _sub_vectors(dim))
-        for group, count in _groups(waiting)
+        _Segment(dataset.version, tuple(group), cells_of(count, config), quantiser, _sub_vectors(dim))
+        for group, count in _groups(waiting, config.segment_rows)
     ]
     log.info("building %s in %d segments", quantiser, len(segments))
     built = [pickle.loads(segment) for segment in each(partial(_build_segment, target=target), segments)]
@@ -114,20 +111,16 @@ def _build_segment(segment: _Segment, *, target: Folder) -> bytes:
     return pickle.dumps(built)
 
 
-def _cells(rows: int, config: IndexConfig) -> int:
-    return min(config.cells or max(1, round(math.sqrt(rows))), _MOST_CELLS, rows)
-
-
 def _sub_vectors(dim: int) -> int:
     return next(dim // width for width in (_PQ_DIMENSIONS, 2, 1) if dim % width == 0)
 
 
-def _groups(counts: dict[int, int]) -> Iterable[tuple[list[int], int]]:
-    """Fragments in groups of up to ``_SEGMENT_ROWS`` rows, and the rows of each."""
+def _groups(counts: dict[int, int], most: int) -> Iterable[tuple[list[int], int]]:
+    """Fragments in groups of up to ``most`` rows, and the rows of each."""
     group: list[int] = []
     rows = 0
     for number, count in sorted(counts.items()):
-        if group and rows + count > _SEGMENT_ROWS:
+        if group and rows + count > most:
             yield group, rows
             group, rows = [], 0
         group.append(number)

@@ -66,6 +66,7 @@ def _quieten_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     if log.isEnabledFor(logging.DEBUG):
         return
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no progress bars
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.WARNING)
