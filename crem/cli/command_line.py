@@ -1,9 +1,9 @@
 """From the words of a command line to a job and its arguments.
 
-Each job is a typed function (``corpus_jobs``, ``model_jobs``, ``operations``); cyclopts reads its signature and
-docstring. Chosen over typer, because its parse errors are public exceptions, one line with the nearest job or option
-(typer's are a private copy of click's), and because completers and parameters passed by the caller belong to the
-signature. Around it: ``section.key=value`` words are taken out first, so that they may stand anywhere before a
+Each job is a typed function (``corpus_jobs``, ``model_jobs``, ``evaluation_jobs``, ``operations``); cyclopts reads its
+signature and docstring. Chosen over typer, because its parse errors are public exceptions, one line with the nearest
+job or option (typer's are a private copy of click's), and because completers and parameters passed by the caller belong
+to the signature. Around it: ``section.key=value`` words are taken out first, so that they may stand anywhere before a
 ``--``.
 """
 

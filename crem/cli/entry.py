@@ -9,9 +9,14 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-import crem.cli.corpus_jobs  # registers the jobs, in the order of crem --help
+# The jobs register themselves, in the order of crem --help.
+# isort: off
+import crem.cli.corpus_jobs
 import crem.cli.model_jobs
+import crem.cli.evaluation_jobs
 import crem.cli.operations  # noqa: F401
+
+# isort: on
 from crem.cli.command_line import CommandLine, parse
 from crem.config import load_config
 from crem.errors import ConfigError, CremError

@@ -1,10 +1,11 @@
-"""The jobs on models, one function each. What a function imports is loaded only when its job runs."""
+"""The jobs that make a model and find with it: train, embed, index, search, answer. What a function imports is loaded
+only when its job runs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -223,6 +224,7 @@ def search(
     k: Annotated[int, Parameter(name="-k")] = 10,
     where: str | None = None,
     hybrid: bool = False,
+    rerank: bool = False,
     json_lines: Annotated[bool, Parameter(name="--json")] = False,
     preset: Preset = "micro",
     options: Options | None = None,
@@ -242,90 +244,18 @@ def search(
         k: number of results
         where: condition on the columns of the index, in SQL
         hybrid: rank by the words of the text as well; the index needs index.full_text=true
+        rerank: order the best 100 by their chorus states (MaxSim); the index needs those of embed.states=true
         json_lines: print JSON lines
     """
     from pipelines.search.index_text import hit_json, hit_line
     from pipelines.search.search import Query, search
 
-    images = tuple(Path(p) if "://" not in p else p for p in image or ())
-    for rank, hit in enumerate(search(index, model, Query(text, images, k, where, hybrid=hybrid)), 1):
+    query = Query(text, _images(image), k, where, hybrid=hybrid, rerank=rerank)
+    hits = search(index, model, query)
+    for rank, hit in enumerate(hits, 1):
         print(hit_json(rank, hit) if json_lines else hit_line(rank, hit))
 
 
-@job
-def evaluate(
-    prepared: Place,
-    /,
-    *settings: Setting,
-    model: str,
-    out: str,
-    preset: Preset = "micro",
-    options: Options | None = None,
-    config: Config,
-) -> None:
-    """Precision@1 and @10 per direction and split, answers native and compressed, cache sizes.
-
-    example:
-      crem evaluate out/demo/prepared --model out/demo/model --out out/demo/evaluation
-
-    Args:
-        prepared: prepared tables with test splits
-        model: checkpoint folder or URI
-        out: folder or URI for evaluation.json
-    """
-    from pipelines.evaluation.evaluate import evaluate
-    from pipelines.evaluation.evaluation_text import evaluation_table
-
-    print(evaluation_table(evaluate(model, prepared, out, config)))
-
-
-@job
-def ablate(
-    prepared: Place,
-    /,
-    *settings: Setting,
-    out: str,
-    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
-    only: Literal["table3", "table4", "figure4"] | None = None,
-    report: bool = False,
-    preset: Preset = "micro",
-    options: Options | None = None,
-    config: Config,
-) -> None:
-    """Train and evaluate the paper's ablations with seeds and error bars, beside the paper's figures.
-
-    example:
-      crem ablate out/prepared --out out/ablation --seeds 0 1 2 model.scratch=null model.backbone=out/base/model
-
-    Args:
-        prepared: prepared tables with test splits
-        out: folder or URI for runs and report; continues what it holds
-        seeds: seeds of every variant
-        only: only the variants of one of them
-        report: run nothing; report what is finished
-    """
-    from pipelines.ablation.ablate import ablate
-    from pipelines.ablation.ablation_text import ablation_table
-
-    print(ablation_table(ablate(prepared, out, config, seeds=seeds, only=only, report_only=report)))
-
-
-@job
-def demo(
-    *settings: Setting,
-    out: str = "out/demo",
-    preset: Preset = "micro+demo",
-    options: Options | None = None,
-    config: Config,
-) -> None:
-    """Run every job on the embedded emoji corpus and write report.html.
-
-    example:
-      crem demo --out out/demo
-
-    Args:
-        out: folder of the results
-    """
-    from pipelines.demo.demo import demo
-
-    print(demo(out, config))
+def _images(names: list[str] | None) -> tuple[Path | str, ...]:
+    """Images of a query: paths are read as they are, URIs by the settings of the model."""
+    return tuple(Path(name) if "://" not in name else name for name in names or ())

@@ -20,7 +20,7 @@ import numpy as np
 
 from crem.errors import CremError
 from pipelines.demo.demo_report import Chat, Search, SearchHit, ServeReport
-from pipelines.search.search import VectorIndex
+from pipelines.search.opened_index import VectorIndex
 from pipelines.tables.prepared import PreparedRows, read_rows
 
 __all__ = ["serve_and_query"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pipelines.search.index_dataset import IndexSummary
-from pipelines.search.search import Hit
+from pipelines.search.opened_index import Hit
 
 __all__ = ["hit_json", "hit_line", "index_text"]
 

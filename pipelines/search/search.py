@@ -1,54 +1,26 @@
-"""``crem search``: an index opened for queries. A query by another model than the index was made by is refused.
+"""``crem search``: the items nearest to a text, an image, or both.
 
-A query compares vectors of unit length by their inner product, the cosine. Three things may be added to it: a filter on
-the columns, which is applied before the search (so that k rows are found if there are k); the ranks of a full-text
-search (hybrid); and a second look at the best candidates (``rerank``). Rows stay on storage: a search reads what it
-visits.
+A query is embedded by the model that made the index; one by another model is refused. How an index is searched:
+``opened_index``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-
 from crem.errors import CheckpointError, ConfigError
-from pipelines.search.index_dataset import PART_COLUMN, IndexSummary, open_dataset
-from pipelines.tables.schema import ArrowRow
-from pipelines.tables.storage import Folder
+from pipelines.search.opened_index import CANDIDATES, Hit, VectorIndex
 from pipelines.tables.vector_types import prefix_of
 
 if TYPE_CHECKING:
     import crem
 
-__all__ = ["Hit", "Query", "VectorIndex", "model_of", "search"]
+__all__ = ["Query", "find", "model_of", "search"]
 
-_LARGE = ("embedding", "states", "memory", PART_COLUMN)
-"""Columns that a hit does not show."""
-_CANDIDATES = 100
-"""Rows of each of the two searches of a hybrid one. Source: ours."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result, best first."""
-
-    id: Any
-    """As the items have it."""
-    score: float
-    """The cosine; of a hybrid search the sum of 1 / (60 + rank) over its two searches, and after re-ranking MaxSim."""
-    uri: str | None
-    text: str | None
-    columns: ArrowRow = field(default_factory=dict)
-    """Those of ``embed.keep``."""
-    row: int = -1
-    """Address in the dataset."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,139 +35,21 @@ class Query:
     """A condition on the columns, in SQL."""
     hybrid: bool = False
     """Whether the words of the text count as well."""
+    rerank: bool = False
+    """Whether MaxSim over the chorus states orders the best candidates."""
 
-
-class VectorIndex:
-    """An index opened for search, at the version that was complete when it was opened.
-
-    Raises:
-        ConfigError: there is no complete index, or it is damaged.
-    """
-
-    def __init__(self, place: str):
-        folder = Folder.at(place)
-        summary = IndexSummary.read(folder)
-        if summary is None:
-            raise ConfigError(
-                f"{place!r} is not an index (no {IndexSummary.FILE}, or one of an older crem); run crem index into it "
-                "first"
-            )
-        self.summary, self.folder, self._place = summary, folder, place
-        with self._damage_explained():
-            self._dataset = open_dataset(folder, summary.version)
-            if (rows := self._dataset.count_rows()) != summary.count:
-                raise ValueError(f"{IndexSummary.FILE} says {summary.count} vectors, and there are {rows}")
-        self._shown = [name for name in self._dataset.schema.names if name not in _LARGE]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model that made the vectors."""
-        return self.summary.fingerprint
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of the dataset; its metadata has the stamps of ``crem embed``."""
-        return self._dataset.schema
-
-    def search(self, vectors: NDArray[np.float32], k: int, where: str | None = None) -> list[list[Hit]]:
-        """The ``k`` best hits of each of the query vectors [N, dim], fewer if the index holds fewer.
-
-        Args:
-            where: a condition on the columns, in SQL; hits meet it.
+    def check(self) -> None:
+        """Refuse a query that looks for nothing.
 
         Raises:
-            ConfigError: ``k`` or ``where`` cannot be used, or the index is damaged.
+            ConfigError: with what to give.
         """
-        if k < 1:
-            raise ConfigError(f"k={k} asks for no result; give 1 or more")
-        return [self._hits(self._nearest(vector, k, where), "_distance") for vector in vectors]
-
-    def hybrid(self, vector: NDArray[np.float32], words: str, k: int, where: str | None = None) -> list[Hit]:
-        """The ``k`` best by the ranks of two searches: by the vector, and for the words in the texts.
-
-        Raises:
-            ConfigError: the index has no full-text index, or as in ``search``.
-        """
-        from lancedb.rerankers import RRFReranker  # three seconds of imports
-
-        if not self.summary.full_text:
-            raise ConfigError(
-                f"the index {self._place!r} has no index of words; run crem index into it with index.full_text=true"
-            )
-        most = max(k, _CANDIDATES)
-        by_vector = self._nearest(vector, most, where)
-        with self._damage_explained(where):
-            by_words = self._dataset.scanner(
-                columns=[*self._shown, "_score"],
-                full_text_query={"columns": ["text"], "query": words},
-                limit=most,
-                **self._filter(where),
-            ).to_table()
-        if not by_words.num_rows:
-            return self._hits(by_vector.slice(0, k), "_distance")
-        ranked = RRFReranker().rerank_hybrid(
-            words, by_vector.drop_columns(["_distance"]), by_words.drop_columns(["_score"])
-        )
-        return self._hits(ranked.slice(0, k), "_relevance_score")
-
-    def column(self, rows: Sequence[int], name: str) -> list[Any]:
-        """The values of a column at the addresses of hits, in their order."""
-        with self._damage_explained():
-            taken = self._dataset._take_rows(list(rows), columns=[name])
-            return [value.as_py() if not pa.types.is_list(taken[name].type) else value for value in taken[name]]
-
-    def _nearest(self, vector: NDArray[np.float32], k: int, where: str | None) -> pa.Table:
-        nearest = {
-            "column": "embedding",
-            "q": np.ascontiguousarray(vector, np.float32),
-            "k": min(k, self.summary.count),
-            "metric": "dot",
-            "nprobes": self.summary.probes,
-            "refine_factor": self.summary.refine,
-        }
-        with self._damage_explained(where):
-            return self._dataset.scanner(
-                columns=[*self._shown, "_distance"], nearest=nearest, **self._filter(where)
-            ).to_table()
-
-    @staticmethod
-    def _filter(where: str | None) -> dict[str, Any]:
-        return {"with_row_id": True} | ({"filter": where, "prefilter": True} if where else {})
-
-    def _hits(self, found: pa.Table, score: str) -> list[Hit]:
-        kept = [name for name in self._shown if name not in ("id", "uri", "text")]
-        return [
-            Hit(
-                id=row["id"],
-                score=1 - row[score] if score == "_distance" else row[score],
-                uri=row["uri"],
-                text=row["text"],
-                columns={name: row[name] for name in kept},
-                row=row["_rowid"],
-            )
-            for row in found.to_pylist()
-        ]
-
-    @contextmanager
-    def _damage_explained(self, where: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError, pa.ArrowException, ValueError) as error:
-            detail = " ".join(str(error).split())[:300]
-            if where is not None and _is_of_filter(error):
-                columns = ", ".join(f"{name} ({self._dataset.schema.field(name).type})" for name in self._shown)
-                raise ConfigError(f"--where {where!r} cannot be used: {detail}; the columns are {columns}") from error
-            raise ConfigError(
-                f"the index {self._place!r} is damaged: {type(error).__name__}: {detail}; run crem index into it again"
-                " with --fresh"
-            ) from error
-
-
-def _is_of_filter(error: Exception) -> bool:
-    """Whether Lance complains of the filter, for which it has no exception of its own."""
-    return isinstance(error, ValueError) and any(
-        words in str(error) for words in ("Schema error", "parsing statement", "filter expression", "sql parser", "SQL")
-    )
+        if not self.text and not self.images:
+            raise ConfigError('nothing to look for; give a text, such as "a red apple", or --image FILE')
+        if self.hybrid and not self.text:
+            raise ConfigError("--hybrid looks for words, and there is no text; give one, or leave --hybrid out")
+        if self.k < 1:
+            raise ConfigError(f"k={self.k} asks for no result; give 1 or more")
 
 
 def model_of(index: VectorIndex, model: str | Path | crem.Crem) -> crem.Crem:
@@ -228,15 +82,27 @@ def search(index: str, model: str | Path | crem.Crem | None, query: Query) -> li
         CheckpointError: another model made the index.
         ItemError: the query cannot be embedded.
     """
-    import crem
-
-    if not query.text and not query.images:
-        raise ConfigError('nothing to look for; give a text, crem search "a red apple", or --image FILE')
-    if query.hybrid and not query.text:
-        raise ConfigError("--hybrid looks for words, and there is no text; give one, or leave --hybrid out")
+    query.check()
     opened = VectorIndex(index)
-    loaded = model_of(opened, model or opened.summary.model)
-    vector = prefix_of(loaded.embed([crem.Item(text=query.text, images=query.images)]), opened.summary.dim)
+    if query.rerank:
+        opened.require("states")  # before the model is loaded
+    return find(opened, model_of(opened, model or opened.summary.model), query)
+
+
+def find(opened: VectorIndex, model: crem.Crem, query: Query) -> list[Hit]:
+    """``search`` in an index that is open, by the model that made it."""
+    import crem
+    from crem.data.sequence import CutCount
+
+    query.check()
+    sequence = model.prepare(crem.Item(text=query.text, images=query.images))
+    if (sentence := CutCount.of([sequence]).sentence("queries", model.config.prompt.max_text_tokens)) is not None:
+        log.warning("%s", sentence)
+    encoded = model.encode_prepared([sequence], states=query.rerank)
+    vector = prefix_of(encoded.vectors, opened.summary.dim)
+    count = max(query.k, CANDIDATES) if query.rerank else query.k
     if query.hybrid and query.text:
-        return opened.hybrid(vector[0], query.text, query.k, query.where)
-    return opened.search(vector, query.k, query.where)[0]
+        hits = opened.hybrid(vector[0], query.text, count, query.where)
+    else:
+        hits = opened.search(vector, count, query.where)[0]
+    return hits if encoded.states is None else opened.rerank(hits, encoded.states[0], query.k)

@@ -20,7 +20,7 @@ from crem.cli import main
 from crem.errors import ConfigError
 from pipelines.search import index as index_job
 from pipelines.search.index_dataset import IndexSummary
-from pipelines.search.search import VectorIndex
+from pipelines.search.opened_index import VectorIndex
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
 

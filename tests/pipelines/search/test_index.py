@@ -18,7 +18,8 @@ from crem.config import load_config
 from crem.errors import CheckpointError, ConfigError
 from pipelines.embedding.embed import embed
 from pipelines.search.index import build
-from pipelines.search.search import Query, VectorIndex, search
+from pipelines.search.opened_index import VectorIndex
+from pipelines.search.search import Query, search
 from pipelines.tables import schema
 from pipelines.tables.storage import Folder
 from tests.pipelines.conftest import encoded, random_image, write_rows
