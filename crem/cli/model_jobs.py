@@ -4,6 +4,7 @@ only when its job runs."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -225,6 +226,7 @@ def search(
     where: str | None = None,
     hybrid: bool = False,
     rerank: bool = False,
+    html: str | None = None,
     json_lines: Annotated[bool, Parameter(name="--json")] = False,
     preset: Preset = "micro",
     options: Options | None = None,
@@ -245,6 +247,7 @@ def search(
         where: condition on the columns of the index, in SQL
         hybrid: rank by the words of the text as well; the index needs index.full_text=true
         rerank: order the best 100 by their chorus states (MaxSim); the index needs those of embed.states=true
+        html: also write the hits as a page with their pictures, read from where the items came from
         json_lines: print JSON lines
     """
     from pipelines.search.index_text import hit_json, hit_line
@@ -254,6 +257,11 @@ def search(
     hits = search(index, model, query)
     for rank, hit in enumerate(hits, 1):
         print(hit_json(rank, hit) if json_lines else hit_line(rank, hit))
+    if html is not None:
+        from pipelines.search.hits_page import write_hits_page
+
+        write_hits_page(html, index, query, hits, config)
+        print(f"page: {html}", file=sys.stderr if json_lines else sys.stdout)
 
 
 def _images(names: list[str] | None) -> tuple[Path | str, ...]:

@@ -1,4 +1,4 @@
-"""``crem search --rerank`` by the command line, on items that are embedded once."""
+"""``crem search`` with ``--rerank`` and ``--html`` by the command line, on items that are embedded once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 
 import crem
 from crem.cli import main
-from crem.config import load_config
+from crem.config import ImageAccess, load_config
 from pipelines.embedding.embed import embed
+from pipelines.search.hit_pictures import HitPictures
 from pipelines.search.index import build
+from pipelines.search.opened_index import Hit
 from tests.pipelines.conftest import encoded, random_image, write_rows
 from tests.pipelines.search.test_index import unit, write_embeddings
 from tests.pipelines.search.test_late_interaction import plain
@@ -88,3 +90,55 @@ def test_an_index_without_states_names_the_setting(tmp_path: Path, capsys: pytes
     assert main(["search", "apple", "--rerank", "--index", str(tmp_path / "i")]) == 2
     shown = capsys.readouterr().err
     assert "has no chorus states" in shown and "run crem embed with embed.states=true --fresh" in shown
+
+
+@pytest.mark.ray
+def test_the_page_shows_pictures_texts_and_what_cannot_be_read(
+    items: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "hits.html"
+    search = ["search", "--image", str(items.picture(3)), "--index", items.index, "-k", "9"]
+    gone, cut = items.picture(5), items.picture(6)
+    kept = {path: path.read_bytes() for path in (gone, cut)}
+    gone.unlink()
+    cut.write_bytes(b"<script>")
+    try:
+        found = run(capsys, *search, "--html", str(page))
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+    assert len(found) == 9, "the hits are there without their pictures"
+    shown = page.read_text(encoding="utf-8")
+    assert shown.count('<img src="data:image/png;base64,') == 1 + PICTURES - 2
+    assert "image_missing: &#39;p5.png&#39; does not exist in the corpus folder" in shown
+    assert "image_corrupt: 8 bytes that are not an image" in shown
+    assert "a &lt;b&gt;red&lt;/b&gt; apple" in shown and "<b>red" not in shown and "<script" not in shown
+    for hit in found:
+        assert f"<dt>id</dt><dd>{hit['id']}</dd>" in shown and f"{hit['score']:.4f}" in shown
+    assert 'src="http' not in shown and 'href="' not in shown, "it loads nothing"
+    assert main([*search, "--html", str(tmp_path / "nowhere" / "hits.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main([*search, "--html", "s3://bucket/hits.html"]) == 2
+    assert "give a file on this machine" in capsys.readouterr().err
+
+
+def test_pictures_are_read_only_where_it_is_allowed(tmp_path: Path) -> None:
+    items, elsewhere = tmp_path / "items", tmp_path / "elsewhere"
+    items.mkdir()
+    elsewhere.mkdir()
+    write_rows(items / "rows.jsonl", [{"text": "a"}])
+    (elsewhere / "a.png").write_bytes(encoded(random_image(1)))
+    hits = [
+        Hit(0, 1.0, uri, None) for uri in (str(elsewhere / "a.png"), "../elsewhere/a.png", "http://127.0.0.1/a.png")
+    ]
+    limits = load_config("micro").model.image
+    pictures = HitPictures(str(items / "rows.jsonl"), limits, ImageAccess())
+    assert [found.missing.partition(":")[0] for found in map(pictures, hits) if found] == ["uri_refused"] * 3
+    allowed = HitPictures(str(items / "rows.jsonl"), limits, ImageAccess(image_roots=[str(elsewhere)]))(hits[0])
+    assert allowed is not None and allowed.url.startswith("data:image/png") and allowed.size == "24 x 20"
+    no_uri = pictures(Hit(0, 1.0, None, None))
+    assert no_uri is not None and "the item has no uri" in no_uri.missing
+    assert pictures(Hit(0, 1.0, None, "a text")) is None
+    for source, reason in ((None, "does not say where"), (str(tmp_path / "gone"), "does not exist")):
+        missing = HitPictures(source, limits, ImageAccess())(hits[0])
+        assert missing is not None and reason in missing.missing
