@@ -264,6 +264,67 @@ def search(
         print(f"page: {html}", file=sys.stderr if json_lines else sys.stdout)
 
 
+@job
+def answer(
+    question: Place,
+    /,
+    *settings: Setting,
+    find: str | None = None,
+    image: list[str] | None = None,
+    index: str = "out/demo/index",
+    model: str | None = None,
+    k: Annotated[int, Parameter(name="-k")] = 1,
+    where: str | None = None,
+    hybrid: bool = False,
+    rerank: bool = False,
+    max_tokens: int = 64,
+    json_lines: Annotated[bool, Parameter(name="--json")] = False,
+    preset: Preset = "micro",
+    options: Options | None = None,
+    config: Config,
+) -> None:
+    """Find items and answer a question about each from its stored memory alone, without its text or picture.
+
+    There is one answer for each source, under its score and name; -k says for how many. The index needs the memories
+    that crem embed writes by embed.memory=bf16 or int8.
+
+    example:
+      crem answer "Which group does it belong to?" --find "red apple" --index out/index
+      crem answer "What is this?" --image photo.png --index out/index -k 3
+
+    Args:
+        question: what to answer; it also finds the sources, where neither --find nor --image is given
+        find: text that finds the sources
+        image: image that finds the sources; may be repeated
+        index: index folder or URI
+        model: checkpoint; by default the one named in the index
+        k: number of sources, each with an answer of its own
+        where: condition on the columns of the index, in SQL
+        hybrid: rank by the words of the text as well; the index needs index.full_text=true
+        rerank: order the best 100 by their chorus states (MaxSim); the index needs those of embed.states=true
+        max_tokens: most tokens of an answer
+        json_lines: print JSON lines, each when its answer is complete
+    """
+    from pipelines.search.index_text import answer_json, hit_line
+    from pipelines.search.memory_answers import answers
+    from pipelines.search.search import Query
+
+    images = _images(image)
+    text = question if find is None and not images else find
+    query = Query(text, images, k, where, hybrid=hybrid, rerank=rerank)
+    found = 0
+    for found, sourced in enumerate(answers(index, model, question, query, max_new_tokens=max_tokens), 1):
+        if not json_lines:
+            print(hit_line(found, sourced.hit), end="\n     ", flush=True)
+        for piece in sourced.pieces:
+            if not json_lines:
+                print(piece if isinstance(piece, str) else "\n", end="", flush=True)
+            elif not isinstance(piece, str):
+                print(answer_json(found, sourced.hit, piece), flush=True)
+    if not found:
+        print("no item meets the condition; there is no answer", file=sys.stderr)
+
+
 def _images(names: list[str] | None) -> tuple[Path | str, ...]:
     """Images of a query: paths are read as they are, URIs by the settings of the model."""
     return tuple(Path(name) if "://" not in name else name for name in names or ())

@@ -1,13 +1,17 @@
-"""What ``crem index`` and ``crem search`` print."""
+"""What ``crem index``, ``crem search`` and ``crem answer`` print."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from pipelines.search.index_dataset import IndexSummary
 from pipelines.search.opened_index import Hit
 
-__all__ = ["hit_json", "hit_line", "index_text"]
+if TYPE_CHECKING:
+    from crem.model.answers import Answer
+
+__all__ = ["answer_json", "hit_json", "hit_line", "index_text"]
 
 
 def index_text(summary: IndexSummary) -> str:
@@ -40,5 +44,20 @@ def hit_line(rank: int, hit: Hit) -> str:
 
 def hit_json(rank: int, hit: Hit) -> str:
     """A hit as a line of JSON; values that JSON has no word for become text."""
+    return json.dumps(_values(rank, hit), ensure_ascii=False, default=str)
+
+
+def answer_json(rank: int, hit: Hit, answer: Answer) -> str:
+    """An answer and its source as a line of JSON."""
+    said = {
+        "answer": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "finish_reason": answer.finish_reason,
+    }
+    return json.dumps(said | {"source": _values(rank, hit)}, ensure_ascii=False, default=str)
+
+
+def _values(rank: int, hit: Hit) -> dict[str, Any]:
     values = {"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}
-    return json.dumps(values | ({"columns": hit.columns} if hit.columns else {}), ensure_ascii=False, default=str)
+    return values | ({"columns": hit.columns} if hit.columns else {})

@@ -1,4 +1,4 @@
-"""``crem search`` with ``--rerank`` and ``--html`` by the command line, on items that are embedded once."""
+"""``crem search --rerank``, ``--html`` and ``crem answer`` by the command line, on items that are embedded once."""
 
 from __future__ import annotations
 
@@ -85,11 +85,56 @@ def test_rerank_orders_by_max_sim(items: Embedded, capsys: pytest.CaptureFixture
     assert run(capsys, *search, "--rerank", "--where", "price > 1000") == []
 
 
-def test_an_index_without_states_names_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.ray
+def test_answers_come_from_the_stored_memories_alone(items: Embedded, capsys: pytest.CaptureFixture[str]) -> None:
+    model, question = crem.load(items.model), "what is this?"
+    contents = [*(items.picture(n) for n in range(PICTURES)), "a <b>red</b> apple"]
+    memories = model.remember(contents, dtype="bf16")
+    expected = model.answer_memories(memories, [question] * len(contents), max_new_tokens=8)
+    query = items.folder / "query.png"
+    query.write_bytes(items.picture(3).read_bytes())
+    words = ["--image", str(query), "--index", items.index, "--max-tokens", "8"]
+    kept = (items.folder / "items").rename(items.folder / "away")
+    try:
+        (nearest,) = run(capsys, "answer", question, *words)
+        every = run(capsys, "answer", question, *words, "-k", "9", "--rerank")
+        some = run(capsys, "answer", question, *words, "-k", "2", "--where", "price > 5 AND price < 80")
+        assert main(["answer", question, *words, "-k", "9", "--rerank"]) == 0
+        streamed = capsys.readouterr().out
+    finally:
+        kept.rename(items.folder / "items")
+    assert nearest["source"]["id"] == "p3" and nearest["source"]["uri"] == "p3.png"
+    assert nearest["source"]["score"] == pytest.approx(1, abs=1e-4)
+    of = {f"p{n}" if n < PICTURES else "t": answer for n, answer in enumerate(expected)}
+    assert len(every) == 9 and {a["source"]["id"]: a["answer"] for a in every} == {i: a.text for i, a in of.items()}
+    assert len({answer["answer"] for answer in every}) > 1, "they depend on the memory"
+    assert nearest["answer"] == of["p3"].text and nearest["completion_tokens"] == of["p3"].completion_tokens
+    assert {answer["source"]["id"] for answer in some} == {"p6", "p7"}
+    for rank, answer in enumerate(every, 1):
+        source = answer["source"]
+        assert f"{rank:>3}  {source['score']:+.4f}  {source['uri'] or source['text']}" in streamed
+        assert f"     {answer['answer']}\n" in streamed
+    own = model.generate_compressed(contents, question, max_new_tokens=8)
+    assert sum(a == of[i].text for a, i in zip(own, of, strict=True)) >= 7, "bf16 rounds"
+
+    assert run(capsys, "answer", question, "--find", "apple", "--hybrid", "--index", items.index)
+    assert main(["answer", question, *words, "--where", "price > 1000"]) == 0
+    assert "no item meets the condition" in capsys.readouterr().err
+    for wrong, message in (([" "], "there is no question"), ([question, "--max-tokens", "0"], "leaves no room")):
+        assert main(["answer", *wrong, "--index", items.index]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_index_without_states_or_memories_names_the_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build(str(write_embeddings(tmp_path / "e" / "a.parquet", unit(3))), str(tmp_path / "i"), load_config("micro"))
     assert main(["search", "apple", "--rerank", "--index", str(tmp_path / "i")]) == 2
     shown = capsys.readouterr().err
     assert "has no chorus states" in shown and "run crem embed with embed.states=true --fresh" in shown
+    assert main(["answer", "what is this?", "--index", str(tmp_path / "i")]) == 2
+    shown = capsys.readouterr().err
+    assert "has no chorus memories" in shown and "run crem embed with embed.memory=bf16 --fresh" in shown
 
 
 @pytest.mark.ray
