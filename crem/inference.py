@@ -107,7 +107,7 @@ class Crem(Forwards):
 
         Args:
             items: ``crem.Item``, or a plain text, image, image bytes or ``Path``.
-            batch_size: items per forward; the result does not depend on it.
+            batch_size: most items of a forward; the result does not depend on it.
             instruction: embedding instruction of the items without one.
             chorus_tokens: K' of a nested checkpoint for this call; vectors of different K' are not comparable.
 

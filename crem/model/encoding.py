@@ -60,6 +60,7 @@ def encode(
     memories: dict[int, ChorusMemory] = {}
     on_gpu = model.device.type == "cuda"  # which computes a batch while the next one is padded and sent
     pending: tuple[list[int], Tensor] | None = None
+    batch_tokens = batch_tokens or default_batch_tokens(model.device)
     for rows in batches_by_length([sequence.tokens for sequence in sequences], batch_size, batch_tokens):
         if before_batch is not None:
             before_batch(len(rows))
@@ -87,11 +88,11 @@ def default_batch_tokens(device: torch.device) -> int:
     return 4_096 if device.type == "cpu" else 16_384  # a larger batch leaves the caches of a CPU
 
 
-def batches_by_length(lengths: Sequence[int], most: int, most_tokens: int | None) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], most: int, most_tokens: int) -> Iterator[list[int]]:
     """Places of sequences, the shortest first, in batches of at most so many items and padded tokens."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        full = len(batch) == most or (most_tokens is not None and (len(batch) + 1) * lengths[place] > most_tokens)
+        full = len(batch) == most or (len(batch) + 1) * lengths[place] > most_tokens
         if batch and full:
             yield batch
             batch = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,6 @@ from crem.checkpoint import save_model
 from crem.config import load_config
 from crem.data.sequence import PreparedSequence
 from crem.model.backbone import compile_layers
-from crem.model.encoding import default_batch_tokens
 from pipelines.embedding import embed_run
 from pipelines.embedding.embed import embed
 from pipelines.embedding.window_embedder import WindowCounts
@@ -82,7 +82,7 @@ def bare(model: crem.Crem, sequences: list[PreparedSequence]) -> float:
     """Items that are prepared and in memory, in windows of 4,096 as the job has them."""
     began = time.perf_counter()
     for at in range(0, len(sequences), 4096):
-        model.embed_prepared(sequences[at : at + 4096], batch_tokens=default_batch_tokens(model.device))
+        model.embed_prepared(sequences[at : at + 4096])
     return time.perf_counter() - began
 
 
@@ -90,7 +90,7 @@ def plain(model: crem.Crem, sequences: list[PreparedSequence]) -> float:
     """The same, 32 at a time in the order in which they come, padded to the longest."""
     began = time.perf_counter()
     for at in range(0, len(sequences), PLAIN_BATCH):
-        model.embed_prepared(sequences[at : at + PLAIN_BATCH], batch_size=PLAIN_BATCH)
+        model.embed_prepared(sequences[at : at + PLAIN_BATCH], batch_size=PLAIN_BATCH, batch_tokens=sys.maxsize)
     return time.perf_counter() - began
 
 

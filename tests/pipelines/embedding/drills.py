@@ -251,7 +251,7 @@ class DrillRun:
             code = job.wait(JOB_TIMEOUT_S)
             said = log.read_bytes()[at:].decode(errors="replace").strip().splitlines()
             drill.said = said[-3:]
-            if code == 0 or "no space left" not in said[-1]:
+            if code == 0 or not any(line.startswith("crem embed: no space left") for line in said[-4:]):
                 drill.outcome = f"status {code}"
                 return
             if any("Traceback" in line for line in said):

@@ -261,7 +261,7 @@ def test_a_second_job_on_one_output_is_refused(whole: Path, tmp_path: Path, tiny
 
 
 def test_batches_by_length() -> None:
-    assert list(batches_by_length([5, 1, 3, 9, 2], 2, None)) == [[1, 4], [2, 0], [3]]
+    assert list(batches_by_length([5, 1, 3, 9, 2], 2, 1000)) == [[1, 4], [2, 0], [3]]
     assert list(batches_by_length([5, 1, 3, 9, 2], 10, 10)) == [[1, 4, 2], [0], [3]]
     assert list(batches_by_length([50], 10, 10)) == [[0]], "one item may have more"
     assert list(batches_by_length([], 10, 10)) == []
