@@ -1,6 +1,7 @@
 """``crem embed`` against the bare model on the same items, and against batches of 32 in the order in which they come.
 
     python -m tests.bench.bench_embed [--texts 1000] [--images 100] [--repeats 3] [--compile]
+    python -m tests.bench.bench_embed --forwards    # the model alone, in several forms of batches
 
 Texts of 3 to 300 words, and images of four sizes; a random model of micro's shape that reads 1,024 tokens of a text, or
 ``--model``. Ray is started before, and the job has one actor. Its time without the start of its workers comes from its
@@ -16,6 +17,7 @@ import logging
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from pipelines.embedding.embed import embed
 from pipelines.embedding.window_embedder import WindowCounts
 from pipelines.tables import ray_tasks
 from tests.bench.steps import build
-from tests.bench.timing import table
+from tests.bench.timing import interleaved, table
 
 SIZES = ((64, 64), (128, 96), (96, 160), (224, 224))
 PLAIN_BATCH = 32
@@ -94,6 +96,21 @@ def plain(model: crem.Crem, sequences: list[PreparedSequence]) -> float:
     return time.perf_counter() - began
 
 
+def forwards(model: crem.Crem, sequences: list[PreparedSequence], repeats: int) -> None:
+    """The model alone: batches of 32 in the order in which items come, and sorted ones of so many tokens."""
+    sorted_of = {
+        f"sorted, up to {tokens:,} tokens": partial(model.embed_prepared, sequences, batch_tokens=tokens)
+        for tokens in (16_384, 4_096, 2_048)
+    }
+    ways = {"batches of 32": partial(plain, model, sequences), **sorted_of}
+    found = interleaved({name: lambda run=run: run for name, run in ways.items()}, repeats, str(model.device))
+    lines = [
+        [name, f"{s:.1f}", f"{len(sequences) / s:.0f}", f"{found['batches of 32'] / s:.2f}"]
+        for name, s in found.items()
+    ]
+    table(["", "s", "items/s", "times as fast"], lines)
+
+
 def _random_model(width: int, place: Path) -> Path:
     model, collator, _ = build(width, 224, "cpu")
     save_model(model.eval(), collator, place)
@@ -109,9 +126,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=128, help="of the random one")
     parser.add_argument("--gpus", type=int, choices=[0, 1], default=0)
     parser.add_argument("--compile", action="store_true", help="measure compiled layers too")
+    parser.add_argument("--forwards", action="store_true", help="the model alone, and no job")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
+    rows = items(args.texts, args.images)
+    folder = tempfile.TemporaryDirectory(prefix="crem-bench-")
+    place = str(Path(args.model or _random_model(args.width, Path(folder.name) / "model")).resolve())
+    model = crem.load(place, device="cuda" if args.gpus else "cpu")
+    sequences = [
+        model.prepare(crem.Item(text=row["text"], images=[row["bytes"]] if row["bytes"] else [])) for row in rows
+    ]
+    if args.forwards:
+        forwards(model, sequences, args.repeats)
+        return
     ray.init(
         address="local",
         num_cpus=2,
@@ -121,13 +149,6 @@ def main(argv: list[str] | None = None) -> None:
         logging_level="ERROR",
     )
     list(ray_tasks.stream(abs, range(4)))  # the first execution starts Ray Data's actors
-    rows = items(args.texts, args.images)
-    folder = tempfile.TemporaryDirectory(prefix="crem-bench-")
-    place = str(Path(args.model or _random_model(args.width, Path(folder.name) / "model")).resolve())
-    model = crem.load(place, device="cuda" if args.gpus else "cpu")
-    sequences = [
-        model.prepare(crem.Item(text=row["text"], images=[row["bytes"]] if row["bytes"] else [])) for row in rows
-    ]
     times: dict[str, list[float]] = {"job": [], "job, start apart": [], "bare model": [], "batches of 32": []}
     compiled = crem.load(place, device=model.device) if args.compile else None
     if compiled is not None:
