@@ -11,7 +11,6 @@ the version before. LanceDB opens the same folder: ``lancedb.connect(INDEX).open
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +22,7 @@ from pydantic import Field, JsonValue
 from crem.errors import ConfigError
 from pipelines.search.embedded_parts import EmbeddedPart
 from pipelines.tables.json_file import JsonFile
+from pipelines.tables.lance_store import store_options
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = [
@@ -115,12 +115,9 @@ class IndexedPart:
 
 
 def dataset_place(folder: Folder) -> tuple[str, dict[str, str] | None]:
-    """The URI of an index's dataset, and the options of Lance's own store.
-
-    That store takes credentials and endpoint from the environment, and refuses http unless told.
-    """
-    plain_http = not folder.is_local and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    return f"{folder.uri}/{DATASET}", {"allow_http": "true"} if plain_http else None
+    """The URI of an index's dataset, and the options of Lance's own store."""
+    uri = f"{folder.uri}/{DATASET}"
+    return uri, store_options(uri)
 
 
 def open_dataset(folder: Folder, version: int | None = None) -> Any:

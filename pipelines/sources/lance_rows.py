@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,13 +19,11 @@ from crem.errors import ConfigError, CremError
 from pipelines.sources.input_file import InputFile, storage_call
 from pipelines.sources.parquet_rows import parsed_batch
 from pipelines.sources.records import FileSchema, FileStamp, ParsedRow, RowRange, unreadable_file
-from pipelines.tables.storage import Folder
+from pipelines.tables.lance_store import is_of_storage, panicked, store_options
 
 __all__ = ["LanceRows"]
 
 _READ_ROWS = 64
-_OF_STORAGE = re.compile(r"Generic \w+ error|error sending request|timed? ?out|connection|HTTP (5|429)", re.IGNORECASE)
-"""How Lance says that a store does not answer; it has no exception for it."""
 
 
 class LanceRows:
@@ -142,10 +138,9 @@ def _failures_told_apart(file: InputFile) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        panicked = type(error).__name__ == "PanicException"  # of Rust, at a damaged file; it is no Exception
-        if isinstance(error, CremError) or not (panicked or isinstance(error, Exception)):
+        if isinstance(error, CremError) or not (panicked(error) or isinstance(error, Exception)):
             raise
-        if not Folder(file.folder).is_local and _OF_STORAGE.search(str(error)):
+        if is_of_storage(file.folder, error):
             raise OSError(errno.EIO, str(error)[:300]) from error
         raise unreadable_file(file.folder, file.name, f"{type(error).__name__}: {str(error)[:300]}") from error
 
@@ -165,7 +160,4 @@ def _open(uri: str, version: str) -> Any:
         import lance
     except ImportError as error:
         raise ConfigError(f"{uri} is a Lance dataset, which needs pylance; pip install pylance") from error
-    # Lance's own store reads the credentials and the endpoint from the environment, and refuses http unless told.
-    plain_http = "://" in uri and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    options = {"allow_http": "true"} if plain_http else None
-    return lance.dataset(uri, version=int(version) if version else None, storage_options=options)
+    return lance.dataset(uri, version=int(version) if version else None, storage_options=store_options(uri))
