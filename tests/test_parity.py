@@ -89,7 +89,7 @@ def stored(out: Path) -> Vectors:
 
 
 def parts(out: Path) -> list[Path]:
-    return sorted(out.glob("part-*.parquet"))
+    return sorted(out.glob("rows/part-*.parquet"))
 
 
 @pytest.fixture

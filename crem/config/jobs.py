@@ -158,6 +158,8 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     """Columns of the input that stand beside the vectors as they came in. Source: ours."""
     vector: Literal["fp32", "fp16", "int8", "binary"] = "fp32"
     """Type of the column ``embedding``: int8 has a column ``scale``, binary is the signs, 8 in a byte. Source: ours."""
+    output_format: Literal["parquet", "lance"] = "parquet"
+    """What the output is: Parquet files, or one Lance dataset. Source: the project's brief."""
     dims: int | None = Field(None, ge=1)
     """The first so many dimensions of a vector, of unit length again; ``null`` means all. Source: ours."""
     states: bool = False

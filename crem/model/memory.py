@@ -4,7 +4,7 @@ A memory has the keys and values of the item's K chorus tokens in every layer, a
 template before the sample is the same for every item and is not in it: the model computes that once. ``crem embed …
 embed.memory=bf16`` writes a memory for each item into the column ``memory`` and its layout into the schema's metadata:
 
-    table = pq.read_table("vectors/part-000000-0000.parquet")
+    table = pq.read_table("vectors/rows")
     layout = MemoryLayout.of(table.schema.metadata)
     memory = ChorusMemory.from_bytes(layout, table["memory"][0].as_py())
     crem.load("model").answer_memories([memory], ["What is it?"])     # ``embed.chorus_tokens``: load with that number

@@ -34,14 +34,15 @@ from pipelines.embedding.grow import grow_output, grown_already
 from pipelines.embedding.input_files import write_input_files
 from pipelines.embedding.item_loading import LoaderSettings
 from pipelines.embedding.item_table import item_files
+from pipelines.embedding.lance_dataset import commit_dataset, dataset_faults, withdraw_dataset
 from pipelines.embedding.live_parts import Growth
 from pipelines.embedding.output import (
+    PART_FOLDERS,
     EmbedManifest,
     EmbedPlan,
     ShardLedger,
     check_plan,
     ledger_file,
-    parts_of,
     read_ledgers,
 )
 from pipelines.embedding.output_columns import OutputColumns
@@ -105,9 +106,15 @@ def embed(
             not see a local ``source``, ``model`` or ``out``.
         CheckpointError: ``model`` cannot be loaded. StorageError: storage stayed away; the same command continues.
     """
+    settings = config.embed
+    if grow and settings.output_format == "lance":
+        raise ConfigError(
+            "--grow leaves rows that are gone in their parts, and a reader of a Lance dataset would find them; grow an "
+            "output of embed.output_format=parquet, and let crem index follow it: its Lance dataset has the rows that "
+            "count. Or give --fresh in place of --grow"
+        )
     table = item_files(source)
     require_outside(source, table, out)
-    settings = config.embed
     detection = detect_source(table, settings, section="embed")
     columns = OutputColumns.of(table, settings)
     draft = None if grow else draft_plan(table, settings.rows_per_task, None)
@@ -132,6 +139,7 @@ def embed(
         types = OutputTypes.of(settings, description, model)
         row_schema = columns.schema(types.stamp, types.memory)
         read_by = detection.reading() | {"columns_out": columns.described()} | types.stamp.types()
+        read_by["output_format"] = settings.output_format
         archives = [[archive.name, archive.size] for archive in reader.archives]
         plan = EmbedPlan(
             identity=identity_of(table, [archives, settings.rows_per_task]),
@@ -187,6 +195,10 @@ class _Job:
     load: ModelLoader
     read: Callable[[str], Collator]
 
+    @property
+    def in_lance(self) -> bool:
+        return self.config.output_format == "lance"
+
     def run(self, draft: DraftPlan | None, max_text_tokens: int, *, repair: bool) -> EmbedManifest:
         began, is_new = time.monotonic(), not check_plan(self.target, self.plan)
         earlier = EmbedManifest.read(self.target)
@@ -195,7 +207,8 @@ class _Job:
             remove_strangers(self.target, self.plan)
         bad = damaged_shards(self.target, read_ledgers(self.target), self.plan, thoroughly=repair)
         done = [ledger for ledger in read_ledgers(self.target) if ledger.shard not in bad]
-        if earlier is not None and not is_new and not bad and earlier.is_of(done):
+        whole = earlier is not None and not is_new and not bad and earlier.is_of(done)
+        if earlier is not None and whole and not (self.in_lance and dataset_faults(self.target, done)):
             log.info("%s holds the vectors of this input already; nothing to do", self.target.uri)
             self.target.remove(WORK)
             return earlier.model_copy(update={"resumed": earlier.rows_in, "items_per_s": 0.0})
@@ -209,6 +222,7 @@ class _Job:
         done = self._planned(done, work_plan, work, repair=repair)
         write_input_files(self.target, self.table, work, work_plan)
         self.target.remove(EmbedManifest.FILE)
+        withdraw_dataset(self.target)
         run = EmbedRun(
             self.target,
             work,
@@ -295,10 +309,12 @@ class _Job:
         if not manifest.embedded:
             raise ConfigError(
                 f"none of the {rows} items could be embedded: {manifest.failed}; the column error of {self.target.uri}/"
-                "part-*.parquet says why for each; mend them and run again with --fresh"
+                f"{PART_FOLDERS[self.config.output_format]} says why for each; mend them and run again with --fresh"
             )
-        manifest.write(self.target)
         in_threads(self.target.remove, stray_parts(self.target, ledgers))
+        if self.in_lance:
+            commit_dataset(self.target, ledgers, self.schema)
+        manifest.write(self.target)
         self.target.remove(WORK)
         if manifest.repeated_ids:
             log.warning("%d rows have an id that an earlier row has", manifest.repeated_ids)
@@ -313,34 +329,15 @@ class _Job:
         max_text_tokens: int,
         seconds: float,
     ) -> EmbedManifest:
-        failed: dict[str, int] = {}
-        for ledger in ledgers:
-            for reason, count in ledger.failed.items():
-                failed[reason] = failed.get(reason, 0) + count
         rows = sum(ledger.rows for ledger in ledgers)
-        return EmbedManifest(
-            identity=self.plan.identity,
-            fingerprint=self.plan.fingerprint,
-            dim=self.plan.dim,
-            model=self.plan.model,
-            rows_in=rows,
-            rows_out=rows,
-            embedded=sum(ledger.embedded for ledger in ledgers),
-            errors=sum(failed.values()),
-            failed=dict(sorted(failed.items())),
+        return EmbedManifest.of(
+            self.plan,
+            ledgers,
             resumed=resumed,
             items_per_s=round((rows - resumed) / seconds, 1),
             seconds=round(seconds, 1),
             idle=progress.idle(),
             cost=progress.entry().cost,
-            shards=len(ledgers),
-            parts=len(parts_of(ledgers)),
             repeated_ids=repeated_ids(self.target, ledgers),
-            embedded_again=sum(ledger.embedded_again for ledger in ledgers),
-            prepared_again=sum(ledger.prepared_again for ledger in ledgers),
-            tokens=sum(ledger.tokens for ledger in ledgers),
-            device_s=round(sum(ledger.device_s for ledger in ledgers), 3),
-            cut=sum(ledger.cut for ledger in ledgers),
-            longest_text=max(ledger.longest_text for ledger in ledgers),
             max_text_tokens=max_text_tokens,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipelines.tables.json_file import JsonFile
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
+from pipelines.tables.vector_parts import read_part
 
 __all__ = [
     "GENERATION",
@@ -176,11 +178,7 @@ def read_gone(output: Folder, growth: Growth) -> dict[str, NDArray[np.int64]]:
 
 def gone_failed(part: LivePart, *, folder: Folder) -> dict[str, int]:
     """In a worker: rows with an error among those that are gone, by reason."""
-
-    def read() -> pa.ChunkedArray:
-        with folder.open(part.file.name) as file:
-            return pq.ParquetFile(file).read(columns=["error"])["error"]
-
-    errors = require_storage(f"reading {folder.uri}/{part.file.name}", read)
+    read = partial(read_part, folder, part.file.name, ["error"])
+    errors = require_storage(f"reading {folder.uri}/{part.file.name}", read)["error"]
     gone = errors.filter(pa.array(~part.is_live(0, len(errors)))).drop_null()
     return dict(Counter(error.partition(":")[0] for error in gone.to_pylist()))

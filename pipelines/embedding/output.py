@@ -1,5 +1,10 @@
 """What ``crem embed`` leaves in its output folder: parts, a ledger of each shard, the plan, and the manifest.
 
+    rows/part-*.parquet        the parts, with nothing else beside them: any reader of Parquet takes the folder
+    rows.lance/                or, with embed.output_format=lance, a Lance dataset (``lance_dataset``)
+    ledger/shard-*.json        what each shard holds
+    plan.json, manifest.json, input/, progress.jsonl
+
 ``plan.json`` is written first and says what the parts are of: the model, the input and the settings that decide
 vectors. A run into a folder with another plan is refused. A *shard* is a group of pieces of the plan, up to a million
 rows. Its vectors are staged in ``_work``, window by window, and become parts when all are there; then its ledger is
@@ -10,8 +15,9 @@ written last.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -24,7 +30,9 @@ from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder, JobKind
 
 __all__ = [
+    "DATASET",
     "LEDGER",
+    "PART_FOLDERS",
     "PROGRESS",
     "EmbedManifest",
     "EmbedPlan",
@@ -33,6 +41,7 @@ __all__ = [
     "create_ledger",
     "ledger_file",
     "part_name",
+    "part_sizes",
     "parts_of",
     "read_ledger",
     "read_ledgers",
@@ -40,6 +49,10 @@ __all__ = [
 
 LEDGER = "ledger"
 """Folder of the ledgers."""
+DATASET = "rows.lance"
+"""Folder of the Lance dataset."""
+PART_FOLDERS = {"parquet": "rows", "lance": f"{DATASET}/data"}
+"""Where parts are, by ``embed.output_format``."""
 PROGRESS = "progress.jsonl"
 """What the jobs said while they ran (``embed_progress``)."""
 
@@ -64,6 +77,10 @@ class EmbedPlan(JsonFile):
     """How the input is read, and the columns of the output and their types."""
     row_bytes: int
     """Of the vector, the states and the memory of a row."""
+
+    @property
+    def output_format(self) -> str:
+        return str(self.settings.get("output_format", "parquet"))
 
     @property
     def input(self) -> str:
@@ -102,6 +119,9 @@ class ShardLedger(BaseModel):
     identity: str = ""
     """Of the plan."""
     parts: tuple[PartFile, ...]
+    """Their names are paths from the output."""
+    fragments: tuple[dict[str, Any], ...] = ()
+    """What Lance says of each part, where they are fragments of a Lance dataset."""
     committed: str
     """Time, UTC."""
 
@@ -155,6 +175,34 @@ class EmbedManifest(JsonFile):
     max_text_tokens: int = 0
     """The model's limit."""
 
+    @classmethod
+    def of(cls, plan: EmbedPlan, ledgers: list[ShardLedger], **of_run: Any) -> Self:
+        """Of a run whose shards are all done; ``of_run`` has what the ledgers do not say."""
+        failed = Counter[str]()
+        for ledger in ledgers:
+            failed.update(ledger.failed)
+        rows = sum(ledger.rows for ledger in ledgers)
+        return cls(
+            identity=plan.identity,
+            fingerprint=plan.fingerprint,
+            dim=plan.dim,
+            model=plan.model,
+            rows_in=rows,
+            rows_out=rows,
+            embedded=sum(ledger.embedded for ledger in ledgers),
+            errors=failed.total(),
+            failed=dict(sorted(failed.items())),
+            shards=len(ledgers),
+            parts=len(parts_of(ledgers)),
+            embedded_again=sum(ledger.embedded_again for ledger in ledgers),
+            prepared_again=sum(ledger.prepared_again for ledger in ledgers),
+            tokens=sum(ledger.tokens for ledger in ledgers),
+            device_s=round(sum(ledger.device_s for ledger in ledgers), 3),
+            cut=sum(ledger.cut for ledger in ledgers),
+            longest_text=max(ledger.longest_text for ledger in ledgers),
+            **of_run,
+        )
+
     def is_of(self, ledgers: list[ShardLedger]) -> bool:
         """Whether these are the ledgers of all of its shards."""
         found = [ledger.shard for ledger in ledgers]
@@ -193,6 +241,11 @@ def check_plan(target: Folder, plan: EmbedPlan, *, grow: bool = False) -> bool:
             f"{target.uri} was begun from other input: {earlier.input}, and now it is {plan.input}; "
             "choose another --out, give --fresh, or, where the same source has grown or changed, --grow"
         )
+    if "output_format" not in earlier.settings:
+        raise ConfigError(
+            f"{target.uri} is of an older crem, whose parts stand beside {EmbedPlan.FILE}; crem index and crem verify "
+            f"read them, and new ones go into {PART_FOLDERS['parquet']}/: choose another --out, or give --fresh"
+        )
     changed = [name for name in plan.settings if earlier.settings.get(name) != plan.settings[name]]
     if changed:
         raise ConfigError(
@@ -203,9 +256,19 @@ def check_plan(target: Folder, plan: EmbedPlan, *, grow: bool = False) -> bool:
     return True
 
 
-def part_name(shard: int, number: int, commit: str) -> str:
-    """File name of a part of a shard. ``commit`` names the attempt that wrote it: no other ever writes over it."""
-    return f"part-{shard:06d}-{number:04d}-{commit}.parquet"
+def part_name(shard: int, number: int, commit: str, output_format: str = "parquet") -> str:
+    """Path of a part of a shard. ``commit`` names the attempt that wrote it: no other ever writes over it."""
+    return f"{PART_FOLDERS[output_format]}/part-{shard:06d}-{number:04d}-{commit}.{output_format}"
+
+
+def part_sizes(target: Folder) -> dict[str, int]:
+    """Bytes of every file where parts are, by its path; names that readers of such folders skip are left out."""
+    return {
+        f"{folder}/{name}": size
+        for folder in PART_FOLDERS.values()
+        for name, size in target.child(folder).sizes().items()
+        if not name.startswith((".", "_"))
+    }
 
 
 def ledger_file(shard: int) -> str:

@@ -29,6 +29,7 @@ __all__ = ["ColumnFaults", "OutputColumns", "typed"]
 ColumnFaults = dict[int, str]
 """What is wrong with a value, by the place of its row."""
 _FILES, _ROWS = 8, 64
+_OF_LANCE = ("_rowid", "_rowaddr", "_rowoffset", "_distance", "_score", "_relevance_score")
 _OWN = ("embedding", "scale", "error", "uri", "text", "states", "memory", "id")
 
 
@@ -56,6 +57,12 @@ class OutputColumns:
         for name in keep:
             if name in _OWN:
                 raise ConfigError(f"embed.keep names {name!r}, which every output has; leave it out")
+            if settings.output_format == "lance" and ("." in name or name in _OF_LANCE):
+                raise ConfigError(
+                    f"embed.keep names {name!r}, which no column of a Lance dataset may be called: "
+                    + ("there a dot names a field of a struct" if "." in name else "Lance has a column of that name")
+                    + "; rename it in the input, or leave embed.output_format=lance out"
+                )
             if name not in present:
                 near = nearest_name(name, present)
                 hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(present)[:12])}"

@@ -13,17 +13,18 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.embedding.attempts import ATTEMPTS
+from pipelines.embedding.lance_dataset import write_fragment
 from pipelines.embedding.output import EmbedPlan, ShardLedger, create_ledger, ledger_file, part_name, read_ledger
 from pipelines.embedding.window_embedder import WindowCounts, counts_of, staged_place
 from pipelines.tables.hashing_sink import HashingSink
@@ -78,11 +79,19 @@ def commit_shard(shard: int, pieces: range, *, target: Folder, work: Folder, pla
     rows = sum(window.counts.rows for window in staged)
     commit = uuid.uuid4().hex[:8]
     per_part = max(1, PART_BYTES // plan.row_bytes)
-    parts = [
-        _write_part(target, part_name(shard, number, commit), folder, staged, start, min(rows, start + per_part), plan)
-        for number, start in enumerate(range(0, rows, per_part))
-    ]
+    parts: list[PartFile] = []
+    fragments: list[dict[str, Any]] = []
+    for number, start in enumerate(range(0, rows, per_part)):
+        name = part_name(shard, number, commit, plan.output_format)
+        tables = partial(_groups, folder, staged, start, min(rows, start + per_part), plan)
+        if plan.output_format == "lance":
+            part, fragment = write_fragment(target, work, name, tables())
+            fragments.append(fragment)
+        else:
+            part = _write_parquet(target, name, tables, plan)
+        parts.append(part)
     ledger = _ledger(shard, pieces, [window.counts for window in staged], parts, plan)
+    ledger = ledger.model_copy(update={"fragments": tuple(fragments)})
     if create_ledger(target, ledger):
         return _cleared(work, ledger)
     if (earlier := _committed(target, shard, plan)) is not None:
@@ -124,14 +133,10 @@ def _counts(folder: Folder, name: str) -> WindowCounts:
     return require_storage(f"reading {folder.uri}/{name}", read)
 
 
-def _write_part(
-    target: Folder, name: str, folder: Folder, staged: list[_Staged], start: int, stop: int, plan: EmbedPlan
-) -> PartFile:
-    rows_of_group = max(1, _GROUP_BYTES // plan.row_bytes)
-
+def _write_parquet(target: Folder, name: str, tables: Callable[[], Iterator[pa.Table]], plan: EmbedPlan) -> PartFile:
     def write(file: IO[bytes]) -> PartFile:
-        sink, writer = HashingSink(file), None
-        for group in _groups(_rows(folder, staged, start, stop), rows_of_group):
+        sink, writer, rows = HashingSink(file), None, 0
+        for group in tables():
             writer = writer or pq.ParquetWriter(
                 cast(IO[bytes], sink),
                 group.schema,
@@ -140,12 +145,17 @@ def _write_part(
                 write_statistics=["id"],
                 write_page_checksum=True,
             )
-            writer.write_table(group, row_group_size=rows_of_group)
+            writer.write_table(group, row_group_size=_rows_of_group(plan))
+            rows += len(group)
         assert writer is not None, "a part has rows"
         writer.close()
-        return sink.part("embeddings", name, stop - start)
+        return sink.part("embeddings", name, rows)
 
     return target.write_stream(write, name)
+
+
+def _rows_of_group(plan: EmbedPlan) -> int:
+    return max(1, _GROUP_BYTES // plan.row_bytes)
 
 
 def _rows(folder: Folder, staged: list[_Staged], start: int, stop: int) -> Iterator[pa.Table]:
@@ -159,10 +169,11 @@ def _rows(folder: Folder, staged: list[_Staged], start: int, stop: int) -> Itera
         yield table.slice(max(0, start - first), min(stop, last) - max(start, first)).replace_schema_metadata(metadata)
 
 
-def _groups(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of a multiple of so many, but for the last."""
+def _groups(folder: Folder, staged: list[_Staged], start: int, stop: int, plan: EmbedPlan) -> Iterator[pa.Table]:
+    """The same rows in tables of a multiple of those of a row group, but for the last."""
     held: list[pa.Table] = []
-    for table in tables:
+    rows = _rows_of_group(plan)
+    for table in _rows(folder, staged, start, stop):
         held.append(table)
         count = sum(len(some) for some in held)
         if count >= rows:

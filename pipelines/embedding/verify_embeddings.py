@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 from collections import Counter
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from crem.errors import ConfigError
 from pipelines.corpus.work_plan import WORK
 from pipelines.embedding.input_files import INPUT
+from pipelines.embedding.lance_dataset import dataset_faults, withdraw_dataset
 from pipelines.embedding.live_parts import (
     GENERATION,
     Growth,
@@ -28,12 +28,15 @@ from pipelines.embedding.live_parts import (
     read_gone,
 )
 from pipelines.embedding.output import (
+    DATASET,
     LEDGER,
+    PART_FOLDERS,
     PROGRESS,
     EmbedManifest,
     EmbedPlan,
     ShardLedger,
     ledger_file,
+    part_sizes,
     parts_of,
     read_ledger,
     read_ledgers,
@@ -43,7 +46,7 @@ from pipelines.tables.manifest import PartFile
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import require_storage
-from pipelines.tables.vector_parts import part_footer, read_part
+from pipelines.tables.vector_parts import checksum_of, part_footer, read_part
 
 __all__ = [
     "EmbedVerification",
@@ -63,7 +66,6 @@ log = logging.getLogger(__name__)
 
 _HERE_IDS = 2_000_000
 """Ids that the driver compares; more are brought together by shuffles."""
-_PIECE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def _verify_run(folder: Folder) -> EmbedVerification:
             for name, value in sums.items()
             if getattr(manifest, name) != value
         ]
+        if plan.output_format == "lance":
+            faults += dataset_faults(folder, ledgers)
         repeated = None if faults else repeated_ids(folder, ledgers)
         if repeated is not None and repeated != manifest.repeated_ids:
             faults.append(f"{repeated} ids are repeated, and {manifest.FILE} says {manifest.repeated_ids}")
@@ -174,7 +178,7 @@ def damaged_shards(target: Folder, ledgers: list[ShardLedger], plan: EmbedPlan, 
         for ledger in ledgers:
             faults |= {part.name: fault for part in ledger.parts for fault in _ledger_faults(ledger)}
     else:
-        sizes = target.sizes()
+        sizes = part_sizes(target)
         faults = {
             part.name: f"{part.name} has {sizes.get(part.name, 'no')} bytes and was written with {part.bytes}"
             for part in parts_of(ledgers)
@@ -218,16 +222,19 @@ def remove_strangers(target: Folder, plan: EmbedPlan) -> None:
 
 
 def stray_parts(target: Folder, ledgers: list[ShardLedger]) -> list[str]:
-    """Parts that no ledger lists: of an attempt that did not get its shard, or from elsewhere."""
+    """Files among the parts that no ledger lists: of an attempt that did not get its shard, or from elsewhere."""
     listed = {part.name for part in parts_of(ledgers)}
-    return [name for name in target.files(".parquet") if name not in listed]
+    return [name for name in part_sizes(target) if name not in listed]
 
 
 def remove_output(target: Folder) -> None:
     """Remove what an earlier embedding run left."""
+    withdraw_dataset(target)
     for name in (Growth.FILE, EmbedManifest.FILE, INPUT, LEDGER, WORK, PROGRESS, EmbedPlan.FILE):
         target.remove(name)
-    in_threads(target.remove, target.files(".parquet"))
+    in_threads(target.remove, [*part_sizes(target), *target.files(".parquet")])  # the latter of older versions of crem
+    for name in (*PART_FOLDERS.values(), DATASET):
+        target.remove(name)
     for folder in target.folders():
         if folder.startswith(GENERATION):
             target.remove(folder)
@@ -296,6 +303,9 @@ def _ledger_faults(ledger: ShardLedger) -> list[str]:
         faults.append(f"shard {ledger.shard}: {ledger.rows} rows are not {ledger.embedded} embedded + {failed} failed")
     if ledger.rows != parts:
         faults.append(f"shard {ledger.shard} has {ledger.rows} rows, and its parts have {parts}")
+    described = [(f"{PART_FOLDERS['lance']}/{f['files'][0]['path']}", f["physical_rows"]) for f in ledger.fragments]
+    if ledger.fragments and described != [(part.name, part.rows) for part in ledger.parts]:
+        faults.append(f"shard {ledger.shard} lists other fragments than parts")
     return faults
 
 
@@ -311,17 +321,8 @@ def _faults_by_part(folder: Folder, ledgers: list[ShardLedger], plan: EmbedPlan 
 
 def _fault(part: PartFile, *, folder: Folder, plan: EmbedPlan | None) -> tuple[str, str] | None:
     """In a worker: what is wrong with a part, if anything is."""
-
-    def checksum() -> tuple[str, int]:
-        digest, size = hashlib.blake2b(digest_size=16), 0
-        with folder.open(part.name) as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-                size += len(piece)
-        return digest.hexdigest(), size
-
     try:
-        found, size = require_storage(f"reading {folder.uri}/{part.name}", checksum)
+        found, size = require_storage(f"reading {folder.uri}/{part.name}", partial(checksum_of, folder, part.name))
     except FileNotFoundError:
         return part.name, f"{part.name} is missing"
     if found != part.checksum:

@@ -20,7 +20,7 @@ import ray
 from numpy.typing import NDArray
 
 from crem.errors import ConfigError
-from pipelines.search.embedded_parts import survey
+from pipelines.search.embedded_parts import EmbeddedPart, survey
 from pipelines.search.index_dataset import IndexSummary, open_dataset
 from pipelines.tables import ray_tasks
 from pipelines.tables.schema import EmbeddingStamp
@@ -37,10 +37,12 @@ _INDEX_PIECE = 32_768
 
 @dataclass(frozen=True)
 class VectorPiece:
-    """What a worker reads at a time: some files of vectors, or a range of rows of an index."""
+    """What a worker reads at a time: some files of vectors, a part of an output, or a range of rows of an index."""
 
     folder: Folder
     files: tuple[str, ...]
+    part: EmbeddedPart | None = None
+    """Which rows of the only file count."""
     first: int = 0
     """Of the index, its first row; an index has no ``files``."""
     version: int | None = None
@@ -98,13 +100,13 @@ def open_vectors(places: Sequence[str]) -> GivenVectors:
             known = _indexed_ids(folder, summary.version)
             starts = range(0, len(known), _INDEX_PIECE)
             ids += [known[at : at + _INDEX_PIECE] for at in starts]
-            pieces += [VectorPiece(folder, (), at, summary.version) for at in starts]
+            pieces += [VectorPiece(folder, (), first=at, version=summary.version) for at in starts]
             continue
         embedded = survey(folder)
         stamps.append(embedded.stamp.of_vectors())
         exact &= embedded.stamp.vector == "fp32"
-        pieces += [VectorPiece(folder, (name,)) for name in embedded.names]
-        ids += ray_tasks.on_nodes(partial(_ids, folder), embedded.names)
+        pieces += [VectorPiece(folder, (part.name,), part) for part in embedded.parts]
+        ids += ray_tasks.on_nodes(partial(_ids, folder), embedded.parts)
     first = stamps[0]
     for place, stamp in zip(places, stamps, strict=True):
         if (stamp.fingerprint, stamp.chorus_tokens) != (first.fingerprint, first.chorus_tokens):
@@ -126,7 +128,8 @@ def read_piece(piece: VectorPiece, wanted: NDArray[np.int64]) -> tuple[NDArray[n
         dataset = open_dataset(piece.folder, piece.version)
         rows = dataset.take((wanted + piece.first).tolist(), columns=["embedding"])
         return unit_vectors(rows), np.ones(len(wanted), np.bool_)
-    taken = pa.concat_tables([_columns(piece.folder, name, "embedding") for name in piece.files]).take(wanted)
+    rows = pa.concat_tables([_columns(piece.folder, name, "embedding") for name in piece.files])
+    taken = (rows if piece.part is None else piece.part.keep(rows)).take(wanted)
     return unit_vectors(taken), taken["embedding"].combine_chunks().is_valid().to_numpy(zero_copy_only=False)
 
 
@@ -144,14 +147,17 @@ def _indexed_ids(folder: Folder, version: int) -> NDArray[np.int64]:
     return ids
 
 
-def _ids(folder: Folder, name: str) -> NDArray[np.int64]:
-    ids: NDArray[np.int64] = _columns(folder, name, "id")["id"].to_numpy()
+def _ids(folder: Folder, part: EmbeddedPart) -> NDArray[np.int64]:
+    """Of the rows of a part that count; here its bytes are compared, once for all reads of the run."""
+    rows = part.keep(_columns(folder, part.name, "id", checksum=part.file_checksum))
+    ids: NDArray[np.int64] = rows["id"].to_numpy()
     return ids
 
 
-def _columns(folder: Folder, name: str, *columns: str) -> pa.Table:
+def _columns(folder: Folder, name: str, *columns: str, checksum: str | None = None) -> pa.Table:
+    read = partial(read_part, folder, name, columns, checksum=checksum)
     try:
-        return require_storage(f"reading {folder.uri}/{name}", partial(read_part, folder, name, columns))
+        return require_storage(f"reading {folder.uri}/{name}", read)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"{folder.uri}/{name} cannot be read ({error}); run crem embed into that folder again: it replaces what is "

@@ -5,30 +5,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crem.errors import ConfigError
 from pipelines.embedding.live_parts import Growth, LivePart, live_parts
-from pipelines.embedding.output import EmbedManifest, EmbedPlan
+from pipelines.embedding.output import DATASET, PART_FOLDERS, EmbedManifest, EmbedPlan
 from pipelines.tables.manifest import PartFile
 from pipelines.tables.part_reads import in_threads
 from pipelines.tables.schema import EmbeddingStamp
 from pipelines.tables.storage import Folder
 from pipelines.tables.storage_retry import StorageFault, require_storage, storage_fault
-from pipelines.tables.vector_parts import PartFooter, part_footer
+from pipelines.tables.vector_parts import PartFooter, checksum_of, open_part_rows, part_footer
 from pipelines.tables.vector_types import unit_vectors, vector_columns
 
 __all__ = ["EmbeddedPart", "EmbeddedParts", "rows_of_part", "survey"]
 
 _BATCH_ROWS = 8192
-_PIECE_BYTES = 8 * 2**20
 _LEFT_OUT = ("error", "scale")
 """Columns of an output that its rows with a float32 vector do not need."""
 
@@ -46,6 +43,18 @@ class EmbeddedPart:
     gone: tuple[tuple[int, int], ...] = ()
     """Ranges of rows that do not."""
 
+    @property
+    def file_checksum(self) -> str:
+        """Of the bytes alone."""
+        return self.checksum.partition("-")[0]
+
+    def keep(self, table: pa.Table, first: int = 0) -> pa.Table:
+        """``LivePart.keep``."""
+        file = PartFile(
+            table="embeddings", name=self.name, rows=self.rows, bytes=self.bytes, checksum=self.file_checksum
+        )
+        return LivePart(file, np.array(self.gone, np.int64).reshape(-1, 2)).keep(table, first)
+
 
 @dataclass(frozen=True)
 class EmbeddedParts:
@@ -58,11 +67,6 @@ class EmbeddedParts:
     """Of the rows that ``rows_of_part`` yields."""
     source: str | None
     """Where the items came from."""
-
-    @property
-    def names(self) -> list[str]:
-        """File names of the parts."""
-        return [part.name for part in self.parts]
 
     @property
     def rows(self) -> int:
@@ -85,6 +89,11 @@ def survey(
     manifest, plan, growth = EmbedManifest.read(source), EmbedPlan.read(source), Growth.read(source)
     listed = live_parts(source) if growth is not None or (manifest is not None and manifest.shards) else None
     names = [part.file.name for part in listed] if listed is not None else source.files(".parquet")
+    above = Folder.at(source.uri.rpartition("/")[0] or "/")
+    if plan is None and source.name in (*PART_FOLDERS.values(), DATASET) and EmbedPlan.read(above) is not None:
+        raise ConfigError(
+            f"{source.uri} is inside an output of crem embed, whose ledgers say what counts; give {above.uri}"
+        )
     if not names and not source.exists(EmbedPlan.FILE):
         raise ConfigError(f"{source.uri} holds no Parquet files of embeddings; run crem embed into it first")
     if manifest is None and growth is None and source.exists(EmbedPlan.FILE):
@@ -117,12 +126,11 @@ def rows_of_part(source: Folder, part: EmbeddedPart, columns: list[str]) -> Iter
         ConfigError: the part is missing or damaged. OSError: the storage does not answer for now.
     """
     try:
-        with source.open(part.name) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            needed = list(dict.fromkeys([*columns, *vector_columns(parquet.schema_arrow.names)]))
-            live, first = LivePart(_file(part), np.array(part.gone, np.int64).reshape(-1, 2)), 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=needed, use_threads=False):
-                table = live.keep(pa.table(batch), first)
+        with open_part_rows(source, part.name, part.file_checksum) as opened:
+            needed = list(dict.fromkeys([*columns, *vector_columns(opened.footer.schema.names)]))
+            first = 0
+            for batch in opened.batches(_BATCH_ROWS, needed):
+                table = part.keep(pa.table(batch), first)
                 first += batch.num_rows
                 yield _searchable(table.filter(table["embedding"].is_valid()), columns)
     except (pa.ArrowException, OSError) as error:
@@ -164,22 +172,9 @@ def _part(part: LivePart) -> EmbeddedPart:
     return EmbeddedPart(part.file.name, part.state, part.rows, part.file.bytes, gone)
 
 
-def _file(part: EmbeddedPart) -> PartFile:
-    return PartFile(table="embeddings", name=part.name, rows=part.rows, bytes=part.bytes, checksum=part.checksum)
-
-
 def _hashed(source: Folder, names: list[str], footers: list[PartFooter]) -> tuple[EmbeddedPart, ...]:
     """The parts of an output without ledgers, each read once for its checksum."""
-
-    def checksum(name: str) -> tuple[str, int]:
-        digest, size = hashlib.blake2b(digest_size=16), 0
-        with source.open(name) as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-                size += len(piece)
-        return digest.hexdigest(), size
-
-    sums = in_threads(checksum, names)
+    sums = in_threads(partial(checksum_of, source), names)
     return tuple(
         EmbeddedPart(name, digest, footer.rows, size)
         for name, (digest, size), footer in zip(names, sums, footers, strict=True)

@@ -122,7 +122,7 @@ def write_ledgers(out: Folder, plan: WorkPlan) -> None:
         parts = tuple(
             PartFile(
                 table="embeddings",
-                name=f"part-{shard:06d}-{number:04d}-00000000.parquet",
+                name=f"rows/part-{shard:06d}-{number:04d}-00000000.parquet",
                 rows=min(_PART_ROWS, rows - start),
                 bytes=256 * 2**20,
                 checksum="0" * 32,

@@ -153,11 +153,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def table(folder: Path | str) -> list[dict[str, Any]]:
-    """All rows of a folder of Parquet files."""
-    return [row for file in sorted(Path(folder).glob("*.parquet")) for row in pq.ParquetFile(file).read().to_pylist()]
+    """All rows of a folder of Parquet files, or of the folder ``rows`` in it."""
+    files = sorted(Path(folder).glob("*.parquet")) or sorted(Path(folder).glob("rows/*.parquet"))
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
 
 
 def part_of(folder: Path, shard: int) -> Path:
     """The only part of a shard of vectors."""
-    (part,) = folder.glob(f"part-{shard:06d}-0000-*.parquet")
+    (part,) = folder.glob(f"rows/part-{shard:06d}-0000-*.parquet")
     return part

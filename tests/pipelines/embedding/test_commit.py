@@ -75,7 +75,7 @@ def test_a_job_that_wakes_up_after_it_was_taken_over_overwrites_nothing(tmp_path
     )  # fmt: skip
     try:
         wait_for((marks / "at the ledger").exists, stopped)
-        assert len(list(out.glob("part-*"))) == 1 and not list(out.glob("ledger/*"))
+        assert len(list(out.glob("rows/part-*"))) == 1 and not list(out.glob("ledger/*"))
         os.killpg(stopped.pid, signal.SIGSTOP)
         lease = json.loads((out / LEASE).read_text())
         lease["heartbeat"] -= 1000  # as if it had been stopped for so long

@@ -143,7 +143,7 @@ def test_files_carry_the_fingerprint_and_plain_vectors(
 ) -> None:
     out, counts = embedded
     model = crem.load(tiny_model_dir)
-    for file in out.glob("*.parquet"):
+    for file in out.glob("rows/*.parquet"):
         found = pq.ParquetFile(file).schema_arrow
         assert found.field("embedding").type == pa.list_(pa.float32(), model.dim)
         assert json.loads(found.metadata[b"crem"]) == {
@@ -171,7 +171,7 @@ def test_images_of_prepared_tables_and_resuming(
     first = embed(tiny_model_dir, str(prepared), str(out), small)
     assert (first.rows_in, first.embedded, first.errors, first.resumed) == (manifest.images, 8, 0, 0)
     assert {row["id"]: row["uri"] for row in table(out)} == images
-    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("rows/*.parquet")}
     assert len(before) >= 3
     complete = table(out)
 
@@ -181,7 +181,7 @@ def test_images_of_prepared_tables_and_resuming(
     lost.unlink()  # as if the run had been killed there
     (out / "manifest.json").unlink()
     again = embed(tiny_model_dir, str(prepared), str(out), small)
-    after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    after = {file.name: file.stat().st_mtime_ns for file in out.glob("rows/*.parquet")}
     assert {n for n in before if before[n] == after.get(n)} == set(before) - {lost.name}
     assert (again.rows_out, again.resumed) == (8, 8 - rows)
     assert [row["id"] for row in table(out)] == [row["id"] for row in complete]

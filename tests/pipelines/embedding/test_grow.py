@@ -133,12 +133,12 @@ def test_a_corpus_grows_and_shrinks(
     state = Growth.read(Folder.at(out))
     assert state is not None and [g.gone for g in state.generations] == [20, 0]
 
-    part = next((out / "generation-000001").glob("part-*"))
+    part = next((out / "generation-000001" / "rows").glob("part-*"))
     data = bytearray(part.read_bytes())
     data[len(data) // 3] ^= 1
     part.write_bytes(data)
     (fault,) = verify_embeddings(str(out)).faults
-    assert fault.startswith("generation-000001/part-000000")
+    assert fault.startswith("generation-000001/rows/part-000000")
     repaired = run(out, grow=True, repair=True)
     assert (repaired.rows_in, repaired.gone) == (40, 20) and rows_of(out) == rows_of(fresh)
     assert not verify_embeddings(str(out)).faults

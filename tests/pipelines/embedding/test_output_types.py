@@ -122,7 +122,7 @@ def test_index_and_verify_read_other_types(source: Path, tiny_model_dir: str, tm
     own = model.embed(items_of(source))
     found = unit_vectors(part_of(out))[np.arange(9) != BAD]
     np.testing.assert_allclose(found, own if vector == "fp16" else np.sign(own) / np.sqrt(48), atol=1e-3)
-    part = next(out.glob("*.parquet"))
+    part = next(out.glob("rows/*.parquet"))
     table = pq.read_table(part)
     plan = EmbedPlan.read(Folder.at(out))
     assert plan is not None and plan.row_bytes == {"fp16": 96, "binary": 6}[vector] and table.num_rows == 9

@@ -150,7 +150,7 @@ def rewritten(change: Callable[[pa.Table], pa.Table], **ledger_rows: int) -> Cal
 
     def rewrite(part: Path) -> None:
         pq.write_table(change(pq.read_table(part)), part)
-        (file,) = (path for path in part.parent.glob("ledger/*") if part.name in path.read_text())
+        (file,) = (path for path in part.parents[1].glob("ledger/*") if part.name in path.read_text())
         ledger = json.loads(file.read_text())
         data = part.read_bytes()
         checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -161,11 +161,11 @@ def rewritten(change: Callable[[pa.Table], pa.Table], **ledger_rows: int) -> Cal
 
 
 def without_its_ledger(part: Path) -> None:
-    (part.parent / "ledger" / "shard-000002.json").unlink()
+    (part.parents[1] / "ledger" / "shard-000002.json").unlink()
 
 
 def ledger_cut_short(part: Path) -> None:
-    file = part.parent / "ledger" / "shard-000002.json"
+    file = part.parents[1] / "ledger" / "shard-000002.json"
     file.write_text(file.read_text()[:100])
 
 
@@ -175,9 +175,9 @@ def foreign_part(part: Path) -> None:
 
 def foreign_shard(part: Path) -> None:
     """Of another model, with a ledger and a part that fit each other."""
-    ledger = json.loads((part.parent / "ledger" / "shard-000002.json").read_text())
+    ledger = json.loads((part.parents[1] / "ledger" / "shard-000002.json").read_text())
     other = ledger | {"shard": 9, "fingerprint": "f" * 16}
-    (part.parent / "ledger" / "shard-000009.json").write_text(json.dumps(other))
+    (part.parents[1] / "ledger" / "shard-000009.json").write_text(json.dumps(other))
 
 
 def swapped(table: pa.Table) -> pa.Table:
@@ -198,7 +198,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (rewritten(lambda table: table.replace_schema_metadata(None)), "{part} is of model None, and the output of"),
     (without_its_ledger, "shard 2 is missing"),
     (ledger_cut_short, "ledger/shard-000002.json is damaged"),
-    (foreign_part, "part-000009-0000.parquet belongs to no shard"),
+    (foreign_part, "rows/part-000009-0000.parquet belongs to no shard"),
     (foreign_shard, "shard 9 is of model ffffffffffffffff"),
 ]
 
@@ -229,11 +229,11 @@ def test_repair_mends_a_fault_and_nothing_else(
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     fault(part_of(out, 2))
-    times = {path.name: path.stat().st_mtime_ns for path in out.glob("part-00000[013]-*.parquet")}
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("rows/part-00000[013]-*.parquet")}
     manifest = embed(tiny_model_dir, str(whole.parent / "items.jsonl"), str(out), CONFIG, repair=True)
     assert (manifest.rows_out, manifest.resumed) in ((ROWS, ROWS - 18), (ROWS, ROWS))
-    assert len(times) == 3 and all((out / name).stat().st_mtime_ns == time for name, time in times.items())
-    assert len(list(out.glob("*.parquet"))) == 4 and len(list(out.glob("ledger/*"))) == 4
+    assert len(times) == 3 and all((out / "rows" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert len(list(out.glob("rows/*"))) == 4 and len(list(out.glob("ledger/*"))) == 4
     assert_same(out, whole)
     assert not verify_embeddings(str(out)).faults
 

@@ -18,6 +18,7 @@ from pipelines.embedding.output import EmbedPlan
 from pipelines.mining import given_vectors
 from pipelines.mining.given_vectors import GivenVectors, VectorPiece, open_vectors, read_piece
 from pipelines.mining.mine import MineSummary, mine
+from pipelines.search.embedded_parts import EmbeddedPart
 from pipelines.search.index import build
 from pipelines.tables import schema
 from pipelines.tables.manifest import read_manifest
@@ -57,6 +58,15 @@ def test_a_row_with_an_error_is_no_vector(tmp_path: Path) -> None:
     (tmp_path / "part-000001.parquet").write_bytes(b"half a part")
     with pytest.raises(ConfigError, match=r"part-000001\.parquet cannot be read .*run crem embed into that folder"):
         read_piece(piece, np.array([0]))
+
+
+def test_rows_that_are_gone_from_a_part_are_no_vectors(tmp_path: Path) -> None:
+    folder = write_vectors(tmp_path, [1, 2, 3, 1], [[1, 2], [3, 4], [5, 6], [7, 8]])
+    name = "part-000000.parquet"
+    part = EmbeddedPart(name, "checksum-of rows too", 2, 1, gone=((0, 2),))
+    assert given_vectors._ids(folder, part).tolist() == [3, 1]
+    vectors, _ = read_piece(VectorPiece(folder, (name,), part), np.array([1]))
+    assert vectors.tolist() == [[7, 8]], "the row of this id that counts, not the one before it"
 
 
 @pytest.mark.parametrize("settings", [[], ["index.exact_below=300"]])
