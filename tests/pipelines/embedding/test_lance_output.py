@@ -28,7 +28,7 @@ from pipelines.embedding.embed import embed
 from pipelines.embedding.output import read_ledgers
 from pipelines.embedding.verify_embeddings import verify_embeddings
 from pipelines.mining.given_vectors import open_vectors, read_piece
-from pipelines.search.search import VectorIndex
+from pipelines.search.opened_index import VectorIndex
 from pipelines.tables.lease import LEASE
 from pipelines.tables.storage import Folder
 from tests.bench.null_model import load_null_model
@@ -176,6 +176,10 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 def test_verify_finds_every_fault(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(whole)]) == 0
     assert f"{SHARDS} shards, {SHARDS} parts: {ROWS} rows, {ROWS - 1} embedded: all is well" in capsys.readouterr().out
+    shutil.copytree(whole, tmp_path / "searched")
+    lance.dataset(tmp_path / "searched" / "rows.lance").create_scalar_index("id", "BTREE")
+    assert main(["verify", str(tmp_path / "searched")]) == 0, "an index of another program is no fault"
+    capsys.readouterr()
     for fault, said in FAULTS:
         out = tmp_path / fault.__name__
         shutil.copytree(whole, out)
