@@ -298,7 +298,7 @@ def command(*words: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_on_object_storage_after_a_kill(tmp_path: Path, tiny_model_dir: str, s3_env: S3Server) -> None:
     """Driver and workers are killed when one shard is committed; then the command, ``verify`` and ``index``."""
-    out = Folder.at(f"s3://{s3_env.bucket}/lance")
+    out = Folder.at(f"s3://{s3_env.bucket}/embedded-in-lance")
     words = ("embed", items(tmp_path), "--model", tiny_model_dir, "--out", out.uri, *SETTINGS)
     job, deadline = command(*words), time.monotonic() + 300
     while not out.child("ledger").files():
