@@ -88,6 +88,7 @@ def test_an_index_is_opened_in_pieces_and_keeps_its_vectors(
     assert valid.all() and found.tolist() == vectors[[699, 600]].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_vectors_alone_need_no_model(prepared: str, mined: tuple[Path, MineSummary], tmp_path: Path) -> None:
     """The vectors that a run kept give the same bytes, and nothing is embedded."""

@@ -54,6 +54,8 @@ def test_int8_has_a_scale_and_binary_its_bits_in_order() -> None:
             np.testing.assert_allclose(np.array(row["embedding"]) * row["scale"], vector, atol=row["scale"] / 2)
     first = stored("binary")["embedding"][0].as_py()
     assert [byte >> (7 - bit) & 1 for byte in first for bit in range(8)] == (VECTORS[0] > 0).tolist()
+    zeros = stored_vectors(np.array([[0, 1, -1, 0, 0, 0, 0, 1]], np.float32), "binary", np.array([True]))
+    assert zeros["embedding"][0].as_py() == [0b01000001], "zero is not positive"
 
 
 def test_prefixes_have_unit_length() -> None:
