@@ -101,6 +101,16 @@ def test_entries_of_all_runs_stand_in_one_file(tmp_path: Path, monkeypatch: pyte
     assert {"time", "items_per_s", "tokens_per_s", "busy", "slowest", "seconds_left", "cost"} <= set(entries[0])
 
 
+def test_the_last_entry_is_of_the_whole_run(tmp_path: Path, clock: list[float]) -> None:
+    with progress(tmp_path) as job:
+        clock[0] += 10
+        job.add(window(device_s=9))
+        job.entry()
+        clock[0] += 10
+    last = json.loads((tmp_path / PROGRESS).read_text().splitlines()[-1])
+    assert (last["items_per_s"], last["busy"]) == (5, 0.45)
+
+
 def test_a_long_run_keeps_a_bounded_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed_progress, "_MOST_LINES", 10)
     for _ in range(100):
