@@ -88,6 +88,7 @@ def _configure_logging(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LANCE_LOG", "error")  # it warns of every dataset that it creates
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of a Ray started here; Ray Data's actors warn at "error"
     warnings.filterwarnings("ignore")
     for name in _CHATTY:

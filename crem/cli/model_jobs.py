@@ -305,7 +305,7 @@ def answer(
         max_tokens: most tokens of an answer
         json_lines: print JSON lines, each when its answer is complete
     """
-    from pipelines.search.index_text import answer_json, hit_line
+    from pipelines.search.index_text import answer_json, source_line
     from pipelines.search.memory_answers import answers
     from pipelines.search.search import Query
 
@@ -315,7 +315,7 @@ def answer(
     found = 0
     for found, sourced in enumerate(answers(index, model, question, query, max_new_tokens=max_tokens), 1):
         if not json_lines:
-            print(hit_line(found, sourced.hit), end="\n     ", flush=True)
+            print(source_line(found, sourced.hit), end="\n     ", flush=True)
         for piece in sourced.pieces:
             if not json_lines:
                 print(piece if isinstance(piece, str) else "\n", end="", flush=True)

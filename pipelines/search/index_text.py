@@ -11,7 +11,7 @@ from pipelines.search.opened_index import Hit
 if TYPE_CHECKING:
     from crem.model.answers import Answer
 
-__all__ = ["answer_json", "hit_json", "hit_line", "index_text"]
+__all__ = ["answer_json", "hit_json", "hit_line", "index_text", "source_line"]
 
 
 def index_text(summary: IndexSummary) -> str:
@@ -40,6 +40,11 @@ def hit_line(rank: int, hit: Hit) -> str:
     """A hit for a person to read."""
     columns = "".join(f"   {name}={value}" for name, value in hit.columns.items())
     return f"{rank:>3}  {hit.score:+.4f}  {hit.uri or hit.text or hit.id}{columns}"
+
+
+def source_line(rank: int, hit: Hit) -> str:
+    """A hit as the source of an answer."""
+    return f"{hit_line(rank, hit)}   id={hit.id}"
 
 
 def hit_json(rank: int, hit: Hit) -> str:

@@ -21,11 +21,13 @@ from tests.bench import (
     bench_decode,
     bench_embed_scale,
     bench_images,
+    bench_index,
     bench_reads,
     bench_step,
 )
 from tests.bench.live_memory import peak_bytes
 from tests.bench.steps import Accumulating, build, rows
+from tests.pipelines.search.test_index import unit, write_embeddings
 
 
 def cells(printed: str) -> list[list[str]]:
@@ -157,6 +159,16 @@ def test_bench_reads_footers(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [float(line.split(" | ")[2].rstrip(" |")) for line in capsys.readouterr().out.splitlines()[2:]]
     assert all(stored < default for stored, default in zip(sizes[::2], sizes[1::2], strict=True))
     assert sizes[::2] == sorted(sizes[::2], reverse=True), "larger row groups have smaller footers"
+
+
+def test_bench_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Exact search finds all; the stored bytes are those of the rows, whichever way they are searched."""
+    vectors = write_embeddings(tmp_path / "vectors" / "a.parquet", unit(300))
+    bench_index.main(["--vectors", str(vectors), "--rows", "2000", "--queries", "20", "--folder", str(tmp_path)])
+    exact, inverted = cells(capsys.readouterr().out)
+    assert exact[:3] == ["2,000", "exact", "1.0000"] and exact[7] == "0"
+    assert inverted[1].startswith("IVF_RQ") and 0.6 < float(inverted[2]) <= 1 and int(inverted[7].replace(",", "")) > 0
+    assert exact[6] == inverted[6] and int(exact[6]) > 64
 
 
 @pytest.mark.ray

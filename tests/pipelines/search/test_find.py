@@ -113,7 +113,7 @@ def test_answers_come_from_the_stored_memories_alone(items: Embedded, capsys: py
     for rank, answer in enumerate(every, 1):
         source = answer["source"]
         assert f"{rank:>3}  {source['score']:+.4f}  {source['uri'] or source['text']}" in streamed
-        assert f"     {answer['answer']}\n" in streamed
+        assert f"id={source['id']}\n     {answer['answer']}\n" in streamed
     own = model.generate_compressed(contents, question, max_new_tokens=8)
     assert sum(a == of[i].text for a, i in zip(own, of, strict=True)) >= 7, "bf16 rounds"
 
