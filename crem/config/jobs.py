@@ -154,6 +154,8 @@ class EmbedConfig(LayoutConfig, ImageAccess):
     side: Literal["query", "target"] | None = None
     """The side to embed of records that have two; needed for formats of pairs. Source: ours."""
 
+    id: tuple[str, ...] = ()
+    """Columns of the input that are the id; several are one together, a struct. By default ``id``. Source: ours."""
     keep: tuple[str, ...] = ()
     """Columns of the input that stand beside the vectors as they came in. Source: ours."""
     vector: Literal["fp32", "fp16", "int8", "binary"] = "fp32"

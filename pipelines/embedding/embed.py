@@ -277,8 +277,8 @@ class _Job:
         )
 
     def _warn(self, unknown: UnknownColumns) -> None:
-        """Say which columns are not read; those that are kept are not among them."""
-        kept = {column.name for column in self.columns.kept}
+        """Say which columns are not read; those that are kept, or the id, are not among them."""
+        kept = {*(column.name for column in self.columns.kept), *self.config.id}
         said = set(self.detection.warnings()) if unknown.counts else set()
         for line in self.detection.warnings(unknown):
             if line not in said and not any(line.startswith(f"column {name!r} ") for name in kept):

@@ -75,7 +75,7 @@ class ItemLoader:
                     settings.reader,
                     self.collator.limits,
                     self._prepare,
-                    id_name=settings.columns.id_name,
+                    id_names=settings.columns.id_names,
                     keep=settings.keep,
                 )
             except (CremError, OSError, MemoryError):
@@ -140,7 +140,7 @@ def _serve(settings: LoaderSettings) -> Callable[[SourceRow], tuple[LoadedItem, 
 
 
 def _failed(row: SourceRow, settings: LoaderSettings, error: ItemError) -> LoadedItem:
-    return item_table.failed_item(row, str(error), id_name=settings.columns.id_name, keep=settings.keep)
+    return item_table.failed_item(row, str(error), id_names=settings.columns.id_names, keep=settings.keep)
 
 
 @lru_cache(1)

@@ -13,6 +13,7 @@ from crem.config import ImageConfig
 from crem.data.items import ImageSource, Item
 from crem.data.sequence import PreparedSequence
 from crem.errors import ConfigError, ItemError
+from pipelines.embedding.output_columns import id_of
 from pipelines.formats.cells import parse_text
 from pipelines.formats.raw_rows import RawItem
 from pipelines.formats.record_reader import RecordReader
@@ -65,13 +66,13 @@ def load_item(
     limits: ImageConfig,
     prepare: Callable[[Item], PreparedSequence],
     *,
-    id_name: str = "id",
+    id_names: Sequence[str] = ("id",),
     keep: Sequence[str] = (),
 ) -> LoadedItem:
     """Read the item of one row and prepare it for the model.
 
     Args:
-        id_name: the column that is the id; a row without it has a hash of its content.
+        id_names: the columns that are the id; a row without has a hash of its content, or null where they are several.
         keep: columns whose values go along.
     """
     item, uri, sequence, failure = _NO_ITEM, None, None, None
@@ -87,15 +88,17 @@ def load_item(
     except ItemError as error:
         failure = str(error)
     kept = tuple((row.record or {}).get(name) for name in keep)
-    return LoadedItem(_item_id(row, item, id_name), sequence, failure, uri or _name_of(item), item.text, kept)
+    return LoadedItem(_item_id(row, item, id_names), sequence, failure, uri or _name_of(item), item.text, kept)
 
 
-def failed_item(row: SourceRow, error: str, *, id_name: str = "id", keep: Sequence[str] = ()) -> LoadedItem:
+def failed_item(
+    row: SourceRow, error: str, *, id_names: Sequence[str] = ("id",), keep: Sequence[str] = ()
+) -> LoadedItem:
     """The item of a row that was given up, by what its record says without being read."""
     record: RawRecord = row.record or {}
     uri, text = (value if isinstance(value := record.get(name), str) else None for name in ("uri", "text"))
     kept = tuple(record.get(name) for name in keep)
-    return LoadedItem(_item_id(row, _NO_ITEM, id_name), None, error, uri, text, kept)
+    return LoadedItem(_item_id(row, _NO_ITEM, id_names), None, error, uri, text, kept)
 
 
 def _name_of(item: RawItem) -> str | None:
@@ -104,10 +107,10 @@ def _name_of(item: RawItem) -> str | None:
     return first if isinstance(first, str) and len(first) < 2048 and not first.startswith("data:") else None
 
 
-def _item_id(row: SourceRow, item: RawItem, id_name: str) -> Any:
+def _item_id(row: SourceRow, item: RawItem, id_names: Sequence[str]) -> Any:
     record: RawRecord = row.record or {}
-    given = record.get(id_name)
-    if given is not None:
+    given = id_of(record, id_names)
+    if given is not None or len(id_names) > 1:  # a hash is no struct
         return given
     named = [c for c in ("text", "images", "image", "bytes", "uri") if record.get(c)]
     content: list[object] = [record[c] for c in named]

@@ -24,7 +24,7 @@ from pipelines.sources.records import RawRecord
 from pipelines.sources.sources import SourceFiles
 from pipelines.tables import schema
 
-__all__ = ["ColumnFaults", "OutputColumns", "typed"]
+__all__ = ["ColumnFaults", "OutputColumns", "id_of", "typed"]
 
 ColumnFaults = dict[int, str]
 """What is wrong with a value, by the place of its row."""
@@ -37,8 +37,8 @@ _OWN = ("embedding", "scale", "error", "uri", "text", "states", "memory", "id")
 class OutputColumns:
     """Of every file of an output."""
 
-    id_name: str
-    """The column of the input that is the id."""
+    id_names: tuple[str, ...]
+    """The columns of the input that are the id."""
     id: pa.DataType
     """int64 where the input has no such column: then the id is a hash of the content."""
     kept: tuple[pa.Field, ...]
@@ -51,7 +51,8 @@ class OutputColumns:
             ConfigError: no file has a column of ``keep``, or the output has one of this name already.
         """
         keep = settings.keep
-        id_name = next((theirs for theirs, ours in settings.columns.items() if ours == "id"), "id")
+        mapped = next((theirs for theirs, ours in settings.columns.items() if ours == "id"), "id")
+        id_names = settings.id or (mapped,)
         samples = sample_files(source)
         present = {name for sample in samples for name in sample.columns}
         for name in keep:
@@ -63,16 +64,23 @@ class OutputColumns:
                     + ("there a dot names a field of a struct" if "." in name else "Lance has a column of that name")
                     + "; rename it in the input, or leave embed.output_format=lance out"
                 )
-            if name not in present:
-                near = nearest_name(name, present)
-                hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(present)[:12])}"
-                raise ConfigError(f"embed.keep names {name!r}, and no sampled file has such a column; {hint}")
-        wanted = [name for name in (id_name, *keep) if name in present]
+        for setting, names in (("id", settings.id), ("keep", keep)):
+            for name in names:
+                if name not in present:
+                    near = nearest_name(name, present)
+                    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(present)[:12])}"
+                    raise ConfigError(f"embed.{setting} names {name!r}, and no sampled file has such a column; {hint}")
+        wanted = [name for name in dict.fromkeys((*id_names, *keep)) if name in present]
         records = _records(source, wanted) if wanted else []
-        own = _type_of([record.get(id_name) for record in records]) if id_name in present else pa.int64()
+        own = _type_of([id_of(record, id_names) for record in records]) if id_names[0] in present else pa.int64()
         return cls(
-            id_name, own, tuple(pa.field(name, _type_of([record.get(name) for record in records])) for name in keep)
+            id_names, own, tuple(pa.field(name, _type_of([record.get(name) for record in records])) for name in keep)
         )
+
+    @property
+    def id_text(self) -> str:
+        """For messages."""
+        return " + ".join(self.id_names)
 
     def schema(self, stamp: schema.EmbeddingStamp, memory: MemoryLayout | None = None) -> pa.Schema:
         """Of the output: that of ``schema.embeddings`` and the kept columns."""
@@ -83,6 +91,14 @@ class OutputColumns:
     def described(self) -> dict[str, str]:
         """Names and types, for a plan."""
         return {"id": str(self.id)} | {field.name: str(field.type) for field in self.kept}
+
+
+def id_of(record: RawRecord, names: Sequence[str]) -> Any:
+    """The id that a row has; of several columns an object, which is there if one of them is."""
+    if len(names) == 1:
+        return record.get(names[0])
+    found = {name: record.get(name) for name in names}
+    return None if all(value is None for value in found.values()) else found
 
 
 def typed(values: Sequence[Any], of: pa.DataType, name: str) -> tuple[pa.Array, ColumnFaults]:

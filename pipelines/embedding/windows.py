@@ -125,7 +125,7 @@ class WindowMaker:
         unknown: UnknownColumns | None = None,
     ) -> Window:
         """``unknown`` is given with the last window of the piece."""
-        ids, faults = typed([item.id for item in items], self.columns.id, self.columns.id_name)
+        ids, faults = typed([item.id for item in items], self.columns.id, self.columns.id_text)
         kept: list[pa.Array] = []
         for place, column in enumerate(self.columns.kept):
             values, more = typed([item.kept[place] for item in items], column.type, column.name)

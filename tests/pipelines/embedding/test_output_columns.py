@@ -18,7 +18,7 @@ from tests.pipelines.conftest import part_of, table, write_rows
 
 
 def made(rows: list[dict[str, Any]], folder: Path, model: str, *settings: str) -> tuple[list[dict[str, Any]], Any]:
-    source = write_rows(folder / ("items.jsonl" if rows[0]["id"] == 2**63 else "items.parquet"), rows)
+    source = write_rows(folder / ("items.jsonl" if rows[0].get("id") == 2**63 else "items.parquet"), rows)
     counts = embed(model, str(source), str(folder / "out"), load_config("micro", list(settings)))
     return table(folder / "out"), counts
 
@@ -46,6 +46,16 @@ def test_ids_keep_their_type(
 
 
 @pytest.mark.ray
+def test_several_columns_are_one_id(tmp_path: Path, tiny_model_dir: str) -> None:
+    rows = [{"shop": "a", "sku": n % 2, "text": f"t{n}", "price": n} for n in range(4)] + [{"text": "no id"}]
+    found, counts = made(rows, tmp_path, tiny_model_dir, "embed.id=[shop, sku]", "embed.keep=[price]")
+    assert [row["id"] for row in found[:4]] == [{"shop": "a", "sku": n % 2} for n in range(4)]
+    assert found[4]["id"] is None and found[4]["error"] is None
+    assert (counts.repeated_ids, counts.embedded, counts.rows_out) == (2, 5, 5)
+    with pytest.raises(ConfigError, match=r"embed\.id names 'Sku'.*did you mean 'sku'"):
+        made(rows, tmp_path / "b", tiny_model_dir, "embed.id=[shop, Sku]")
+
+
 def test_repeated_ids_and_values_that_do_not_fit_are_counted(
     tmp_path: Path, tiny_model_dir: str, local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
