@@ -18,6 +18,8 @@ from pipelines.tables.storage import Folder
 
 __all__ = ["hits_page", "write_hits_page"]
 
+_SHOWN = 100
+"""Hits that the page shows, each with up to some 170 kB of picture."""
 _TEXT = 2_000
 """Characters of a text that the page shows."""
 _CELL = 200
@@ -57,6 +59,7 @@ def hits_page(index: str, query: Query, hits: Sequence[Hit], config: RunConfig) 
             "count": summary.count,
             "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         },
+        found=len(hits),
         hits=[
             {
                 "rank": rank,
@@ -67,7 +70,7 @@ def hits_page(index: str, query: Query, hits: Sequence[Hit], config: RunConfig) 
                 "columns": [(name, _cut(str(value), _CELL)) for name, value in hit.columns.items()],
                 "picture": pictures(hit),
             }
-            for rank, hit in enumerate(hits, 1)
+            for rank, hit in enumerate(hits[:_SHOWN], 1)
         ],
     )
 

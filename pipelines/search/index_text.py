@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from crem.errors import shortened
 from pipelines.search.index_dataset import IndexSummary
 from pipelines.search.opened_index import Hit
 
@@ -37,14 +38,14 @@ def index_text(summary: IndexSummary) -> str:
 
 
 def hit_line(rank: int, hit: Hit) -> str:
-    """A hit for a person to read."""
-    columns = "".join(f"   {name}={value}" for name, value in hit.columns.items())
-    return f"{rank:>3}  {hit.score:+.4f}  {hit.uri or hit.text or hit.id}{columns}"
+    """A hit for a person to read; long texts are cut, and what a terminal would obey is left out."""
+    columns = "".join(f"   {name}={_plain(value)}" for name, value in hit.columns.items())
+    return f"{rank:>3}  {hit.score:+.4f}  {_plain(hit.uri or hit.text or hit.id)}{columns}"
 
 
 def source_line(rank: int, hit: Hit) -> str:
     """A hit as the source of an answer."""
-    return f"{hit_line(rank, hit)}   id={hit.id}"
+    return f"{hit_line(rank, hit)}   id={_plain(hit.id)}"
 
 
 def hit_json(rank: int, hit: Hit) -> str:
@@ -66,3 +67,8 @@ def answer_json(rank: int, hit: Hit, answer: Answer) -> str:
 def _values(rank: int, hit: Hit) -> dict[str, Any]:
     values = {"rank": rank, "id": hit.id, "score": hit.score, "uri": hit.uri, "text": hit.text}
     return values | ({"columns": hit.columns} if hit.columns else {})
+
+
+def _plain(value: object) -> str:
+    """In one line of characters that can be printed."""
+    return shortened(" ".join("".join(c if c.isprintable() else " " for c in str(value)).split()))

@@ -15,8 +15,11 @@ from crem.cli import main
 from crem.config import ImageAccess, load_config
 from pipelines.embedding.embed import embed
 from pipelines.search.hit_pictures import HitPictures
+from pipelines.search.hits_page import hits_page
 from pipelines.search.index import build
+from pipelines.search.index_text import source_line
 from pipelines.search.opened_index import Hit
+from pipelines.search.search import Query
 from tests.pipelines.conftest import encoded, random_image, write_rows
 from tests.pipelines.search.test_index import unit, write_embeddings
 from tests.pipelines.search.test_late_interaction import plain
@@ -187,3 +190,18 @@ def test_pictures_are_read_only_where_it_is_allowed(tmp_path: Path) -> None:
     for source, reason in ((None, "does not say where"), (str(tmp_path / "gone"), "does not exist")):
         missing = HitPictures(source, limits, ImageAccess())(hits[0])
         assert missing is not None and reason in missing.missing
+
+
+def test_a_page_shows_a_hundred_hits_and_says_how_many_there_are(tmp_path: Path) -> None:
+    build(str(write_embeddings(tmp_path / "e" / "a.parquet", unit(3))), str(tmp_path / "i"), load_config("micro"))
+    hits = [Hit(f"id-{n}", 1.0, None, f"text {n}") for n in range(1200)]
+    page = hits_page(str(tmp_path / "i"), Query("what"), hits, load_config("micro"))
+    assert page.count('<div class="hit">') == 100 and "id-99" in page and "id-100" not in page
+    assert "<b>1,200</b><span>hits<br>the first 100 are shown" in page
+
+
+def test_a_line_of_a_hit_is_one_line_that_a_terminal_does_not_obey() -> None:
+    hit = Hit("a\x1b[2Jb", 0.5, None, "one\ntwo\x1b[31m " + "x" * 500, {"kept": "c\rd"})
+    line = source_line(7, hit)
+    assert line.startswith("  7  +0.5000  one two [31m xxx") and line.endswith("   kept=c d   id=a [2Jb")
+    assert line.isprintable() and len(line) < 300 and "characters]" in line
