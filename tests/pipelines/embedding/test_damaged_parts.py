@@ -62,11 +62,12 @@ def test_a_damaged_index_or_plan_is_named_and_a_missing_part_is_missed(tmp_path:
         code, output = crem(*words)
         assert code == 2 and says in output and "Traceback" not in output, output
 
-    items, whole = index / "items.parquet", (index / "items.parquet").read_bytes()
+    (rows,) = (index / "vectors.lance" / "data").iterdir()
+    whole = rows.read_bytes()
     for damage in (half, zeros_in_the_middle):
-        items.write_bytes(damage(whole))
+        rows.write_bytes(damage(whole))
         refused(search, f"the index {str(index)!r} is damaged: ")
-    items.write_bytes(whole)
+    rows.write_bytes(whole)
     assert crem(*search)[0] == 0
     part = part_of(vectors, 0)
     part.rename(tmp_path / "part")

@@ -27,6 +27,7 @@ from pipelines.embedding.embed import embed
 from pipelines.embedding.output import EmbedManifest, EmbedPlan, read_ledgers
 from pipelines.embedding.verify_embeddings import repeated_ids, verify_embeddings
 from pipelines.embedding.window_embedder import WindowEmbedder
+from pipelines.search.embedded_parts import survey
 from pipelines.tables import ray_tasks, schema
 from pipelines.tables.lease import Lease
 from pipelines.tables.storage import Folder, JobKind
@@ -55,6 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: str, local_r
 def test_parts_hold_all_rows_in_order_with_the_vectors_of_the_model(whole: Path, tiny_model_dir: str) -> None:
     rows = table(whole)
     assert [row["id"] for row in rows] == list(range(ROWS))
+    assert pq.read_table(whole / "rows")["id"].to_pylist() == list(range(ROWS)), "nothing else is in the folder"
     own = crem.load(tiny_model_dir).embed([row["text"] for row in rows])
     assert (np.array([row["embedding"] for row in rows]) * own).sum(1).min() > 1 - 1e-5
     manifest = EmbedManifest.read(Folder.at(whole))
@@ -104,7 +106,7 @@ def test_a_run_that_was_killed_embeds_only_what_is_not_staged(
     staged = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.arrow")}
     assert len(staged) >= 3 and not (out / "manifest.json").exists()
     with pytest.raises(ConfigError, match="is an embedding run that was not finished"):
-        crem_index(out)
+        survey(Folder.at(out))
     manifest = embed(tiny_model_dir, source, str(out), CONFIG)
     assert manifest.resumed >= 6 * 3 and manifest.rows_out == ROWS
     assert_same(out, whole)
@@ -115,12 +117,6 @@ def assert_same(one: Path, other: Path) -> None:
     rows, expected = table(one), table(other)
     found, wanted = (np.array([row.pop("embedding") for row in of]) for of in (rows, expected))
     assert rows == expected and np.abs(found - wanted).max() < 1e-6
-
-
-def crem_index(out: Path) -> None:
-    from pipelines.search.embedded_parts import survey
-
-    survey(Folder.at(out))
 
 
 def flipped(part: Path) -> None:
@@ -173,6 +169,11 @@ def foreign_part(part: Path) -> None:
     shutil.copy(part, part.with_name("part-000009-0000.parquet"))
 
 
+def half_a_part(part: Path) -> None:
+    """As a process that was killed while it wrote leaves it; readers of the folder would stumble over it."""
+    part.with_name("part-000002-0000-cccccccc.parquet.1234.partial").write_bytes(part.read_bytes()[:1000])
+
+
 def foreign_shard(part: Path) -> None:
     """Of another model, with a ledger and a part that fit each other."""
     ledger = json.loads((part.parents[1] / "ledger" / "shard-000002.json").read_text())
@@ -199,6 +200,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (without_its_ledger, "shard 2 is missing"),
     (ledger_cut_short, "ledger/shard-000002.json is damaged"),
     (foreign_part, "rows/part-000009-0000.parquet belongs to no shard"),
+    (half_a_part, "rows/part-000002-0000-cccccccc.parquet.1234.partial belongs to no shard"),
     (foreign_shard, "shard 9 is of model ffffffffffffffff"),
 ]
 
@@ -249,6 +251,22 @@ def test_repeated_ids_are_counted_by_shuffles_too(whole: Path, tmp_path: Path, m
     monkeypatch.setattr(verifying, "_HERE_IDS", 0)
     monkeypatch.setattr(ray_tasks, "_IDS_PER_CPU", 10)
     assert repeated_ids(Folder.at(folder), ledgers) == 5
+
+
+@pytest.mark.ray
+def test_an_output_of_before_is_read_and_not_continued(whole: Path, tmp_path: Path, tiny_model_dir: str) -> None:
+    """Its parts stand beside ``plan.json``."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for part in (out / "rows").iterdir():
+        part.rename(out / part.name)
+    for file in [*(out / "ledger").iterdir(), out / "plan.json"]:
+        found = json.loads(file.read_text().replace("rows/part-", "part-"))
+        found.get("settings", {}).pop("output_format", None)
+        file.write_text(json.dumps(found))
+    assert verify_embeddings(str(out)).faults == () and survey(Folder.at(out)).rows == ROWS
+    with pytest.raises(ConfigError, match="is of an older crem, whose parts stand beside plan.json"):
+        embed(tiny_model_dir, str(whole.parent / "items.jsonl"), str(out), CONFIG)
 
 
 @pytest.mark.ray
