@@ -140,12 +140,15 @@ def test_windows_and_parts_are_bounded_by_what_they_write(
 
     class Small(windows.WindowMaker):
         def windows(self, piece: work_plan.Piece) -> Iterator[windows.Window]:
-            windows._WINDOW_BYTES, windows._ITEM_BYTES = 3 * row_bytes, 1  # in the worker
-            return super().windows(piece)
+            with pytest.MonkeyPatch.context() as patch:  # in a worker, which other tests have after this
+                patch.setattr(windows, "_WINDOW_BYTES", 3 * row_bytes)
+                patch.setattr(windows, "_ITEM_BYTES", 1)
+                yield from super().windows(piece)
 
     def in_small_parts(*args: Any, **options: Any) -> ShardLedger:
-        shard_commit.PART_BYTES = 2 * row_bytes + 100
-        return shard_commit.commit_shard(*args, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shard_commit, "PART_BYTES", 2 * row_bytes + 100)
+            return shard_commit.commit_shard(*args, **options)
 
     monkeypatch.setattr("pipelines.embedding.embed_run.WindowMaker", Small)
     monkeypatch.setattr(embed_run, "commit_shard", in_small_parts)
