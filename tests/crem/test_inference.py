@@ -77,6 +77,14 @@ def test_embeddings_are_in_order_unit_length_and_independent_of_the_batch(model:
     assert model.embed([]).shape == (0, model.dim)
 
 
+def test_forwards_have_few_tokens_where_nobody_says_how_many(model: crem.Crem) -> None:
+    sequences = [model.prepare(Item("a red apple " * 20)) for _ in range(200)]
+    for settings, most in (({}, 4096), ({"batch_tokens": 500}, 500)):
+        sizes: list[int] = []
+        model.embed_prepared(sequences, batch_size=200, before_batch=sizes.append, **settings)
+        assert sum(sizes) == 200 and sizes[0] == most // sequences[0].tokens > 1
+
+
 def test_instructions(model: crem.Crem) -> None:
     own, given, default = Item("food", instruction="Find it."), Item("food"), "Represent."
     np.testing.assert_allclose(model.embed([own]), model.embed([given], instruction="Find it."), atol=1e-6)
