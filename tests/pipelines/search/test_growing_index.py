@@ -229,3 +229,19 @@ def test_on_object_storage_an_index_grows(tmp_path: Path, s3_env: Any) -> None:
 def by_vector_above(opened: VectorIndex, vector: np.ndarray) -> list[str]:
     """Without the needle, whose price is 1."""
     return [hit.id for hit in opened.search(vector[None], 3, "price > 2")[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_tasks_build_a_segment_each(tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_job, "_FRAGMENT_BYTES", 4 * DIM * 300)  # of 300 vectors, so that parts are not joined
+    source, out = tmp_path / "e", tmp_path / "i"
+    for n in "abc":
+        write_part(source / f"part-{n}.parquet", [f"{n}-{i}" for i in range(400)])
+    settings = ("index.exact_below=300", "index.segment_rows=500", "index.refine=40", "index.probes=30")
+    made = index(source, out, *settings)
+    assert (made.index, made.count) == ("IVF_RQ", 1200) and made.recall_at_10 is not None and made.recall_at_10 > 0.95
+    (vectors,) = lance.dataset(str(out / "vectors.lance")).describe_indices()
+    assert len(vectors.segments) == 3
+    for wanted in ("a-1", "b-399", "c-7"):
+        assert found(out, wanted, 1) == [wanted]
