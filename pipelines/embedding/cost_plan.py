@@ -18,7 +18,7 @@ from crem.config import RunConfig
 from crem.data.sequence import PreparedSequence
 from crem.errors import ConfigError
 from crem.forecast.embedding import EmbeddingForecast, EmbeddingNeeds, ModelSizes, TokenSample, forecast_embedding
-from crem.forecast.vector_index import IndexForecast, forecast_index
+from crem.forecast.index_needs import IndexForecast, forecast_index
 from pipelines.corpus.work_plan import draft_plan
 from pipelines.embedding.item_table import item_files, load_item
 from pipelines.formats.detection import detect_source

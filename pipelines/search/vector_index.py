@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from crem.config import IndexConfig
-from crem.forecast.vector_index import cells_of
+from crem.forecast.index_needs import cells_of
 from pipelines.search.index_dataset import VECTOR_INDEX, open_dataset
 from pipelines.tables.storage import Folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from crem.config import IndexConfig
-from crem.forecast.vector_index import forecast_index
+from crem.forecast.index_needs import forecast_index
 
 
 @pytest.mark.parametrize(
